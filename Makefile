@@ -1,0 +1,52 @@
+# Two commands matter: `make serve` and `make test`. Everything else is for people who change the code.
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build of this torch serves every test; set TORCH= to keep the one that is installed.
+TORCH ?= torch==2.13.0
+PORT ?= 8000
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: serve test lint typecheck format bench bench-gpu test-gpu train-model install dev clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -c constraints.txt -e '.[worker,redis]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.serve
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,redis]'
+	touch $@
+
+install: $(VENV)/.serve
+dev: $(VENV)/.dev
+
+serve: $(VENV)/.serve
+	exec $(BIN)/darkroom up --port $(PORT)
+
+test: $(VENV)/.dev
+	sh tests/system-packages.sh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,1 @@
+"""Tensor operations of the denoising path. Imports nothing of `darkroom`."""

@@ -1,0 +1,91 @@
+"""One frozen `Settings`, read once from `DARKROOM_*` variables and passed in.
+
+Each field's description says what raising it does. A bad value stops start-up with a `ConfigError` that names the
+variable, the value and what is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from darkroom.errors import ConfigError, shorten
+
+BUILTIN_MODEL = Path(__file__).parent / "models" / "emoji-world"
+
+
+def default_data_dir() -> Path:
+    return Path.home() / ".local" / "share" / "darkroom"
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="DARKROOM_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(default_factory=default_data_dir, description="Where the embedded Redis keeps its data.")
+    redis_url: str | None = Field(None, description="Redis to use; unset starts a private redis-server.")
+    shard: str = Field("0", pattern=r"^[a-zA-Z0-9_-]{1,32}$", description="Hash tag of this queue's keys.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+
+    host: str = Field("127.0.0.1", description="Address the API binds to.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")
+    metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of a process's metrics; 0 picks a free one.")
+    wait_timeout_s: float = Field(
+        120.0, gt=0, le=3600, description="How long POST /generate waits before it answers 202; raising it holds calls."
+    )
+    max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="Largest request body read.")
+    max_prompt_chars: int = Field(8000, ge=1, le=32000, description="Longest prompt or negative prompt.")
+    max_num_inference_steps: int = Field(200, ge=1, le=1000, description="Most steps one request may ask for.")
+    max_num_images: int = Field(16, ge=1, le=64, description="Most images one request may ask for.")
+    max_job_cost: float = Field(
+        float(1 << 28), gt=0, description="Most model rows × evaluations × latent pixels one request may cost."
+    )
+    max_queue_jobs: int = Field(1000, ge=1, le=1_000_000, description="Jobs waiting before new ones are answered 429.")
+
+    result_ttl_s: int = Field(900, ge=10, le=86400 * 7, description="How long finished images are kept.")
+    job_ttl_s: int = Field(86400, ge=60, le=86400 * 30, description="How long a finished job's record is kept.")
+    lease_s: float = Field(
+        15.0, ge=0.5, le=600, description="Silence after which a worker's jobs are given to another."
+    )
+    max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="Weights and activations of UNet and text encoder; auto is fp16 on a GPU."
+    )
+    attention: Literal["auto", "sdpa", "triton", "xformers", "reference"] = Field(
+        "auto", description="Attention implementation."
+    )
+    batching: Literal["fast", "reproducible"] = Field(
+        "fast", description="reproducible pads every tick to one row bucket, so pictures are bit-equal in any crowd."
+    )
+    max_rows: int = Field(32, ge=2, le=512, description="Most model rows in one tick; raising it costs memory.")
+    reproducible_rows: int = Field(8, ge=2, le=512, description="The one row bucket of reproducible mode.")
+    prompt_cache_bytes: int = Field(256 << 20, ge=0, description="Prompt embeddings kept; 0 keeps none.")
+    num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of a worker; 0 is one per core.")
+    encode_threads: int = Field(2, ge=1, le=64, description="Threads that compress finished images.")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        name, _, index = value.partition(":")
+        if name not in ("auto", "cpu", "cuda") or (index and (name != "cuda" or not index.isdigit())):
+            raise ValueError("expected auto, cpu, cuda or cuda:N")
+        return value
+
+    @property
+    def redis_dir(self) -> Path:
+        return self.data_dir / "redis"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Read the settings. `overrides` win over the environment. Raises `ConfigError` on the first bad value."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"DARKROOM_{name.upper()}={shorten(first.get('input'))}: {first['msg']}") from error

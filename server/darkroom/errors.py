@@ -1,0 +1,154 @@
+"""Every error Darkroom raises on purpose.
+
+DarkroomError                   has a stable `code` and a message that is safe to show to a client
+├── ConfigError                 a setting is missing or out of range; start-up stops, exit code 2
+├── ModelError                  a model directory cannot be served as it is; start-up stops, exit code 2
+├── RequestError                the caller's request cannot be served as written
+│   ├── InvalidRequest          a field is wrong: names field, value and accepted range
+│   ├── UnknownModel            no worker has ever offered that model
+│   ├── JobNotFound             no such job, or its record has expired
+│   ├── ImageNotFound           the job has no such image, or it has expired
+│   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
+│   └── JobNotFinished          the images were asked for before the job has ended
+├── Unavailable                 the service cannot take the request now; `retry_after_s` says when to try again
+│   ├── QueueFull               the queue holds as much as it may
+│   ├── StorageFull             the result store is near its memory limit
+│   ├── NoModel                 no worker has registered a model yet
+│   ├── QueueUnavailable        Redis cannot be reached or refuses writes
+│   └── Draining                this process is shutting down
+└── JobError                    an accepted job could not be finished; its code is stored with the job
+
+`HTTP_STATUS` is the one place where a code becomes an HTTP status.
+"""
+
+from __future__ import annotations
+
+
+class DarkroomError(Exception):
+    """Base of the tree. `code` is stable and machine-readable; `str(error)` is safe to show to a client."""
+
+    code = "internal"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(DarkroomError):
+    code = "config"
+
+
+class ModelError(DarkroomError):
+    code = "model"
+
+
+class RequestError(DarkroomError):
+    code = "invalid_request"
+
+
+class InvalidRequest(RequestError):
+    """One field of a request is wrong.
+
+    `field` is its dotted path, `value` a short rendering of what was sent, `accepted` what would have been right.
+    """
+
+    code = "invalid_request"
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        self.field, self.accepted = field, accepted
+        self.value = shorten(value)
+        super().__init__(f"{field}: got {self.value}, expected {accepted}")
+
+
+class UnknownModel(RequestError):
+    code = "unknown_model"
+
+
+class JobNotFound(RequestError):
+    code = "job_not_found"
+
+
+class ImageNotFound(RequestError):
+    code = "image_not_found"
+
+
+class IdempotencyMismatch(RequestError):
+    code = "idempotency_mismatch"
+
+
+class JobNotFinished(RequestError):
+    code = "job_not_finished"
+
+
+class Unavailable(DarkroomError):
+    """Try again in `retry_after_s` seconds."""
+
+    code = "unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFull(Unavailable):
+    code = "queue_full"
+
+
+class StorageFull(Unavailable):
+    code = "storage_full"
+
+
+class NoModel(Unavailable):
+    code = "no_model"
+
+
+class QueueUnavailable(Unavailable):
+    code = "queue_unavailable"
+
+
+class Draining(Unavailable):
+    code = "draining"
+
+
+class JobError(DarkroomError):
+    """A job ended without pictures; `code` is one of the job error codes of `HTTP_STATUS`."""
+
+    code = "job_failed"
+
+
+HTTP_STATUS: dict[str, int] = {
+    "invalid_request": 422,
+    "malformed_json": 400,
+    "body_too_large": 413,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "not_acceptable": 406,
+    "unsupported_media_type": 415,
+    "unknown_model": 404,
+    "job_not_found": 404,
+    "image_not_found": 404,
+    "job_not_finished": 409,
+    "idempotency_mismatch": 422,
+    "queue_full": 429,
+    "storage_full": 503,
+    "no_model": 503,
+    "queue_unavailable": 503,
+    "unavailable": 503,
+    "draining": 503,
+    "internal": 500,
+    # What a finished job can carry as its error code.
+    "job_failed": 500,
+    "bad_message": 500,
+    "dead_letter": 500,
+    "non_finite": 500,
+    "out_of_memory": 507,
+    "cancelled": 409,
+    "expired": 504,
+}
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """Render a client's value for an error message: quoted, printable ASCII, at most `limit` characters."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,197 @@
+"""What travels between processes: requests, jobs, model cards and results.
+
+Plain values only: no torch, no redis, no fastapi. Every message is a frozen msgspec struct with a version, encoded as
+msgpack; unknown fields of a newer writer are ignored, an unknown version is refused by `decode`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from enum import Enum
+from typing import Any, TypeVar
+
+import msgspec
+
+from darkroom.errors import JobError
+
+MESSAGE_VERSION = 1
+
+
+class JobState(str, Enum):
+    """A job's life: queued → running → one of the four terminal states."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_terminal(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class Priority(str, Enum):
+    """How urgent a job is. A class is a head start in the queue, so a lower one is never starved."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def rank(self) -> int:
+        """0 for low, 1 for normal, 2 for high."""
+        return list(Priority).index(self)
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What to draw, with every default already filled in from the model's card.
+
+    `width`, `height` in pixels; image `i` of `num_images_per_prompt` uses seed `seed + i`; `guidance_scale` at or below
+    1 turns guidance off; `clip_skip` counts text-encoder layers left out at the end.
+    """
+
+    prompt: str
+    model: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    sampler: str
+    sigma_schedule: str
+    negative_prompt: str = ""
+    num_images_per_prompt: int = 1
+    clip_skip: int = 0
+    output_format: str = "png"
+
+    @property
+    def uses_guidance(self) -> bool:
+        return self.guidance_scale > 1.0
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A queue record as its worker sees it.
+
+    `created_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations × latent pixels;
+    `attempt` is the fencing token that every write of the worker must present.
+    """
+
+    id: str
+    request: GenerationRequest
+    priority: Priority = Priority.NORMAL
+    created_at_ms: int = 0
+    deadline_at_ms: int | None = None
+    cost: float = 0.0
+    tenant: str = "default"
+    attempt: int = 0
+    version: int = MESSAGE_VERSION
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API must know of a model to fill in and check a request, published by the workers that serve it.
+
+    `size_multiple` is what width and height must be divisible by; `vae_scale_factor` is pixels per latent pixel.
+    """
+
+    id: str
+    family: str
+    weights_hash: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    sigma_schedule: str
+    samplers: list[str]
+    sigma_schedules: list[str]
+    size_multiple: int
+    vae_scale_factor: int
+    max_width: int
+    max_height: int
+    max_clip_skip: int = 0
+    description: str = ""
+    license: str = ""
+    example_prompts: list[str] = []
+    version: int = MESSAGE_VERSION
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a job's time went, in seconds."""
+
+    queue_s: float = 0.0
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished picture of a job, without its bytes."""
+
+    index: int
+    seed: int
+    format: str
+    width: int
+    height: int
+    num_bytes: int
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """The manifest of a succeeded job."""
+
+    images: list[ImageInfo]
+    timings: Timings
+    weights_hash: str
+    worker: str
+    max_batch_rows: int
+    version: int = MESSAGE_VERSION
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job failed: a code of `errors.HTTP_STATUS` and a sentence that is safe to show."""
+
+    code: str
+    message: str
+    version: int = MESSAGE_VERSION
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as a client may see it. `step` of `num_steps` counts UNet evaluations of the slowest image."""
+
+    job: Job
+    state: JobState
+    step: int = 0
+    num_steps: int = 0
+    started_at_ms: int | None = None
+    finished_at_ms: int | None = None
+    position: int | None = None
+    result: Result | None = None
+    failure: Failure | None = None
+
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Encode a message as msgpack."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[Message]) -> Message:
+    """Decode and validate a message. Raises `JobError` (code `bad_message`) on garbage or an unknown version."""
+    try:
+        message: Any = msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise JobError(f"a stored {kind.__name__} cannot be read", code="bad_message") from error
+    if message.version != MESSAGE_VERSION:
+        raise JobError(
+            f"a stored {kind.__name__} has version {message.version}, this release reads {MESSAGE_VERSION}",
+            code="bad_message",
+        )
+    return message  # type: ignore[no-any-return]
+
+
+def new_job_id() -> str:
+    """A fresh, unguessable job id: 26 lower-case hexadecimal characters."""
+    return secrets.token_hex(13)

@@ -1,0 +1,14 @@
+#!/bin/sh
+# The extras of `make test` that are not Python packages: a redis-server and the emoji font.
+# Installed where this runs as root on Debian; elsewhere their absence is said and the tests that need them skip.
+set -eu
+missing=""
+command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
+[ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] || missing="$missing fonts-noto-color-emoji"
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing
+else
+    echo "not installed:$missing (tests that need them will skip)" >&2
+fi
