@@ -121,6 +121,7 @@ HTTP_STATUS: dict[str, int] = {
     "invalid_request": 422,
     "malformed_json": 400,
     "body_too_large": 413,
+    "request_timeout": 408,
     "not_found": 404,
     "method_not_allowed": 405,
     "not_acceptable": 406,
