@@ -1,0 +1,198 @@
+"""Pictures on disk: pixels survive, and the request written into the file comes back whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from darkroom.diffusion.images import encode_image, media_type, read_parameters
+from darkroom.infotext import infotext
+from darkroom.jobs import GenerationRequest
+from PIL import Image
+
+FORMATS = ("png", "jpeg", "webp")
+HOSTILE_PROMPTS = {
+    "plain": "a red fox",
+    "empty": "",
+    "separators": 'fox, "red": {seed: 1}, \\ back\nNegative prompt: none\nSteps: 3, Seed: 4',
+    "emoji": "🦊👩‍🚀 fox 🌌",
+    "right to left": "שועל אדום \u202e reversed \u202c ثعلب",
+    "control characters": "a\0b\x01\x1b[31m\r\n\t\x7f",
+    "latin-1": "café ÿ",
+    "longest": "x" * 8000,
+    "longest of emoji": "🦊" * 8000,
+    "longest of controls": "\x01" * 8000,
+}
+
+
+def make_request(prompt: str = "a red fox", **changes: Any) -> GenerationRequest:
+    values: dict[str, Any] = {
+        "prompt": prompt,
+        "model": "emoji-world",
+        "width": 24,
+        "height": 16,
+        "num_inference_steps": 20,
+        "guidance_scale": 7.5,
+        "seed": 41,
+        "sampler": "euler_a",
+        "sigma_schedule": "karras",
+    }
+    return GenerationRequest(**{**values, **changes})
+
+
+def make_pixels() -> np.ndarray:
+    """A smooth picture, so that lossy formats stay close to it."""
+    rows, columns = np.mgrid[0:16, 0:24]
+    return np.stack([rows * 15, columns * 10, 255 - rows * 15], axis=2).astype(np.uint8)
+
+
+def encode(request: GenerationRequest, index: int = 0) -> bytes:
+    return encode_image(make_pixels(), request, index, model_hash="sha256:0123456789abcdef", version="1.2.3")
+
+
+def exif_comment(data: bytes) -> bytes | None:
+    with Image.open(io.BytesIO(data)) as image:
+        comment: bytes | None = image.getexif().get_ifd(0x8769).get(0x9286)
+        return comment
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("prompt", HOSTILE_PROMPTS.values(), ids=HOSTILE_PROMPTS)
+def test_every_prompt_comes_back_from_the_file(output_format: str, prompt: str) -> None:
+    request = make_request(prompt, negative_prompt=prompt[::-1], output_format=output_format)
+    record = read_parameters(encode(request))
+    assert record is not None
+    assert record["request"]["prompt"] == prompt
+    assert record["request"]["negative_prompt"] == prompt[::-1]
+    assert GenerationRequest(**record["request"]) == request
+    assert record["weights_hash"] == "sha256:0123456789abcdef"
+    assert record["version"] == "1.2.3"
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_each_image_of_a_request_records_its_own_seed(output_format: str) -> None:
+    record = read_parameters(encode(make_request(num_images_per_prompt=4, output_format=output_format), index=3))
+    assert record is not None
+    assert record["request"]["seed"] == 44
+    assert record["request"]["num_images_per_prompt"] == 1
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_lone_surrogates_are_replaced(output_format: str) -> None:
+    record = read_parameters(encode(make_request("a\ud800b", negative_prompt="\udfff", output_format=output_format)))
+    assert record is not None
+    assert record["request"]["prompt"] == "a�b"
+    assert record["request"]["negative_prompt"] == "�"
+
+
+def test_png_keeps_every_pixel() -> None:
+    with Image.open(io.BytesIO(encode(make_request()))) as image:
+        assert np.array_equal(np.asarray(image), make_pixels())
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_lossy_formats_stay_close(output_format: str) -> None:
+    with Image.open(io.BytesIO(encode(make_request(output_format=output_format)))) as image:
+        assert image.mode == "RGB"
+        error = np.abs(np.asarray(image).astype(int) - make_pixels())
+    assert error.mean() < 3
+
+
+def test_pixels_may_be_a_strided_view() -> None:
+    flipped = make_pixels()[:, ::-1]
+    data = encode_image(flipped, make_request(), 0, model_hash="", version="1")
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.array_equal(np.asarray(image), flipped)
+
+
+def test_the_parameters_text_is_the_one_other_tools_read() -> None:
+    request = make_request("a fox,\nred", negative_prompt="blurry", model="my, model", clip_skip=1, guidance_scale=7.0)
+    assert infotext(request, 1, model_hash="sha256:0123456789abcdef", version="1.2.3") == (
+        "a fox,\nred\n"
+        "Negative prompt: blurry\n"
+        "Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 42, Size: 24x16, "
+        'Model hash: 0123456789, Model: "my, model", Clip skip: 2, Version: darkroom 1.2.3'
+    )
+
+
+def test_without_a_negative_prompt_its_line_is_left_out() -> None:
+    text = infotext(make_request(), 0, model_hash="", version="1")
+    assert text.count("\n") == 1
+    assert "Negative prompt" not in text
+    assert "Clip skip" not in text
+
+
+@pytest.mark.parametrize("model", ["a,b", "a: b", "a\nb", 'say "hi"', "back\\slash, too"])
+def test_a_value_with_separators_is_quoted_so_that_the_common_parser_gives_it_back(model: str) -> None:
+    last_line = infotext(make_request(model=model), 0, model_hash="", version="1").split("\n")[-1]
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last_line))
+    assert json.loads(pairs["Model"]) == model
+    assert pairs["Version"] == "darkroom 1"
+
+
+@pytest.mark.parametrize(("prompt", "chunk"), [("café", b"tEXt"), ("🦊", b"iTXt")])
+def test_png_parameters_are_itxt_only_when_they_must_be(prompt: str, chunk: bytes) -> None:
+    data = encode(make_request(prompt))
+    assert chunk + b"parameters\0" in data
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info["parameters"].startswith(prompt + "\nSteps: 20")
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_exif_user_comment_is_unicode_in_big_endian(output_format: str) -> None:
+    request = make_request("🦊 שועל", output_format=output_format)
+    comment = exif_comment(encode(request))
+    assert comment is not None
+    assert comment.startswith(b"UNICODE\0")
+    expected = infotext(request, 0, model_hash="sha256:0123456789abcdef", version="1.2.3")
+    assert comment[8:].decode("utf-16-be") == expected
+
+
+def test_a_jpeg_too_small_for_the_text_still_carries_the_record() -> None:
+    """A JPEG segment ends at 64 KiB: the EXIF text is left out, the record goes over several comment segments."""
+    prompt = "🦊" * 20_000
+    data = encode(make_request(prompt, output_format="jpeg"))
+    record = read_parameters(data)
+    assert exif_comment(data) is None
+    assert record is not None
+    assert record["request"]["prompt"] == prompt
+
+
+def test_other_pictures_and_garbage_have_no_parameters() -> None:
+    plain = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(plain, "PNG")
+    foreign = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(foreign, "JPEG", comment=b"made elsewhere")
+    for data in (plain.getvalue(), foreign.getvalue(), b"", b"not a picture", encode(make_request())[:40]):
+        assert read_parameters(data) is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_damaged_files_never_raise(output_format: str) -> None:
+    data = encode(make_request("🦊", output_format=output_format))
+    chooser = random.Random(7)
+    for _ in range(400):
+        damaged = bytearray(data[: chooser.randrange(len(data)) if chooser.random() < 0.3 else len(data)])
+        for _ in range(chooser.randrange(1, 8)):
+            if damaged:
+                damaged[chooser.randrange(min(len(damaged), 900))] = chooser.randrange(256)
+        record = read_parameters(bytes(damaged))
+        assert record is None or isinstance(record, dict)
+
+
+def test_media_types() -> None:
+    assert [media_type(name) for name in FORMATS] == ["image/png", "image/jpeg", "image/webp"]
+    with pytest.raises(ValueError, match="png, jpeg, webp"):
+        media_type("gif")
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 4), (1, 16, 24, 3)])
+def test_pixels_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]"):
+        encode_image(np.zeros(shape, np.uint8), make_request(), 0, model_hash="", version="1")
