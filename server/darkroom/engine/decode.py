@@ -1,0 +1,106 @@
+"""From finished latents to image bytes, beside the tick loop.
+
+One thread decodes latents in micro-batches; a small pool compresses pixels. Neither ever runs on the tick thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from darkroom import __version__
+from darkroom.diffusion.images import encode_image
+from darkroom.engine.row import Row
+from darkroom.errors import JobError
+
+OnDecoded = Callable[[Row, "bytes | JobError | Exception", float], None]
+
+
+class Decoder:
+    """Decodes rows and reports each to `on_decoded(row, image bytes or error, seconds)` on one of its threads.
+
+    `max_batch` is how many latents of one shape share a VAE call.
+    """
+
+    def __init__(self, on_decoded: OnDecoded, *, max_batch: int, encode_threads: int, num_threads: int) -> None:
+        self._on_decoded = on_decoded
+        self._max_batch = max_batch
+        self._num_threads = num_threads
+        self._waiting: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode")
+        self._thread = threading.Thread(target=self._run, name="vae-decode", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: Row) -> None:
+        self._waiting.put(row)
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop."""
+        self._waiting.put(None)
+        self._thread.join()
+        self._pool.shutdown()
+
+    def _run(self) -> None:
+        if self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        is_open = True
+        while is_open:
+            rows = [self._waiting.get()]
+            while len(rows) < 64:
+                try:
+                    rows.append(self._waiting.get_nowait())
+                except queue.Empty:
+                    break
+            is_open = None not in rows
+            groups: dict[object, list[Row]] = {}
+            for row in rows:
+                if row is not None and not row.active.is_over:
+                    groups.setdefault(row.key, []).append(row)
+            for group in groups.values():
+                for start in range(0, len(group), self._max_batch):
+                    self._decode(group[start : start + self._max_batch])
+
+    def _decode(self, rows: list[Row]) -> None:
+        started_s = time.monotonic()
+        try:
+            pixels = decode_latents(rows)
+        except Exception as error:
+            for row in rows:
+                self._on_decoded(row, error, 0.0)
+            return
+        for row, image in zip(rows, pixels, strict=True):
+            self._pool.submit(self._encode, row, image, started_s)
+
+    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, started_s: float) -> None:
+        outcome: bytes | JobError | Exception
+        if pixels is None:
+            outcome = JobError("the picture came out as NaN or infinity", code="non_finite")
+        else:
+            try:
+                outcome = encode_image(
+                    pixels,
+                    row.active.job.request,
+                    row.index,
+                    model_hash=row.model.card.weights_hash,
+                    version=__version__,
+                )
+            except Exception as error:
+                outcome = error
+        self._on_decoded(row, outcome, time.monotonic() - started_s)
+
+
+@torch.inference_mode()
+def decode_latents(rows: list[Row]) -> list[NDArray[np.uint8] | None]:
+    """Decode rows of one shape to `[H, W, 3]` uint8 each, or None where a picture holds NaN or infinity."""
+    model = rows[0].model
+    pixels = model.vae.decode(torch.stack([row.latents for row in rows]))
+    is_finite = pixels.isfinite().flatten(1).all(1).tolist()
+    scaled = pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [image if finite else None for image, finite in zip(scaled, is_finite, strict=True)]
