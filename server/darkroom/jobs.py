@@ -74,7 +74,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A queue record as its worker sees it.
 
-    `created_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations × latent pixels;
+    `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations × latent pixels;
     `attempt` is the fencing token that every write of the worker must present.
     """
 
@@ -82,6 +82,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     request: GenerationRequest
     priority: Priority = Priority.NORMAL
     created_at_ms: int = 0
+    claimed_at_ms: int = 0
     deadline_at_ms: int | None = None
     cost: float = 0.0
     tenant: str = "default"
