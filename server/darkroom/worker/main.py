@@ -1,0 +1,133 @@
+"""The worker process: load models, warm up, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+import torch
+
+from darkroom.config import BUILTIN_MODEL, Settings
+from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.engine.engine import Engine
+from darkroom.engine.local import generate_images
+from darkroom.errors import ConfigError
+from darkroom.jobs import GenerationRequest
+from darkroom.metrics import serve_metrics
+from darkroom.queue import JobQueue
+from darkroom.worker.worker import Worker
+
+log = structlog.get_logger("darkroom.worker")
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a setting; `auto` takes the first visible GPU. Raises `ConfigError` when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"DARKROOM_DEVICE={name}: torch {torch.__version__} sees no CUDA device here")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"DARKROOM_DEVICE={name}: expected an index below {torch.cuda.device_count()}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a setting; `auto` is fp16 on a GPU, bf16 on a CPU with bf16 matrix units, else fp32."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.float16
+    return torch.bfloat16 if torch.backends.mkldnn.is_available() and _has_bf16_units() else torch.float32
+
+
+def _has_bf16_units() -> bool:
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, DiffusionModel]:
+    """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    models: dict[str, DiffusionModel] = {}
+    for path in paths or [BUILTIN_MODEL]:
+        model = load_model(path, device=device, dtype=dtype, attention=settings.attention)
+        if model.id in models:
+            raise ConfigError(f"--model: two models are called {model.id!r}: {models[model.id].path} and {model.path}")
+        models[model.id] = model
+    return models
+
+
+def warm_up(model: DiffusionModel, settings: Settings) -> None:
+    """Draw one picture of the model's own size, so that the first caller does not pay for first calls."""
+    card = model.card
+    request = GenerationRequest(
+        prompt="",
+        model=model.id,
+        width=card.width,
+        height=card.height,
+        num_inference_steps=2,
+        guidance_scale=card.guidance_scale,
+        seed=0,
+        sampler=card.sampler,
+        sigma_schedule=card.sigma_schedule,
+    )
+    generate_images(model, request, settings)
+
+
+def run_worker(
+    settings: Settings,
+    redis_url: str,
+    model_paths: Sequence[str | Path] = (),
+    *,
+    on_ready: Callable[[dict[str, object]], None] | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. `on_ready` gets the worker's id, models and metrics port.
+
+    Raises `ConfigError` and `ModelError` before anything is claimed.
+    """
+    models = load_models(settings, model_paths)
+    for model in models.values():
+        warm_up(model, settings)
+    metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
+    asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
+
+
+async def _serve(
+    settings: Settings,
+    redis_url: str,
+    models: dict[str, DiffusionModel],
+    metrics_port: int,
+    on_ready: Callable[[dict[str, object]], None] | None,
+) -> None:
+    queue = await JobQueue.connect(settings, redis_url)
+    try:
+        worker = Worker(settings, queue, functools.partial(Engine, models, settings))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _drain_or_exit, worker)
+
+        def ready() -> None:
+            log.info("metrics", url=f"http://{settings.metrics_host}:{metrics_port}/metrics")
+            if on_ready is not None:
+                on_ready({"worker": worker.id, "models": sorted(models), "metrics_port": metrics_port})
+
+        await worker.run(ready)
+    finally:
+        await queue.close()
+
+
+def _drain_or_exit(worker: Worker) -> None:
+    """The first signal drains, a second one ends the process at once."""
+    if worker.is_draining:
+        os._exit(130)
+    worker.drain()

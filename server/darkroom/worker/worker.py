@@ -1,0 +1,272 @@
+"""A worker process: claim jobs, run them through the engine, publish what comes out.
+
+Redis I/O runs on an asyncio loop in the main thread, ticks on the engine's own thread. Nothing here touches tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+
+from darkroom import metrics
+from darkroom.config import Settings
+from darkroom.engine.engine import Cancelled, Engine, Event, Finished, TickReport
+from darkroom.errors import QueueUnavailable
+from darkroom.jobs import Job, Priority, Result
+from darkroom.queue import JobQueue
+from darkroom.worker.observe import observe_end, observe_tick
+
+log = structlog.get_logger("darkroom.worker")
+
+WAKE_TIMEOUT_S = 2.0
+FULL_POLL_S = 0.5
+PROGRESS_INTERVAL_S = 0.1
+DRAIN_TIMEOUT_S = 2.0
+
+
+def worker_id() -> str:
+    """Unique per process and start, readable in logs."""
+    return f"{socket.gethostname()[:32]}-{os.getpid()}-{time.time_ns() // 1_000_000 % 100_000_000}"
+
+
+class Worker:
+    """Runs one engine against one queue until it is told to drain."""
+
+    def __init__(self, settings: Settings, queue: JobQueue, make_engine: Callable[..., Engine]) -> None:
+        self._settings = settings
+        self._queue = queue
+        self.id = worker_id()
+        self._engine = make_engine(worker=self.id, on_event=self._from_engine, on_tick=self._ticked)
+        self._models = sorted(self._engine.models)
+        self._loop = asyncio.get_running_loop()
+        self._held: dict[str, Job] = {}
+        self._lost: set[str] = set()
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._room = asyncio.Event()
+        self._drain = asyncio.Event()
+        self._publishing: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._drain.is_set()
+
+    def drain(self) -> None:
+        """Stop claiming, hand unfinished jobs back, let `run` return."""
+        self._drain.set()
+
+    async def run(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Serve until `drain`. Every held job is then settled or handed back."""
+        thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
+        thread.start()
+        await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
+        tasks = [
+            asyncio.create_task(loop)
+            for loop in (
+                self._claim_loop(),
+                self._every(self._settings.lease_s / 3, self._renew),
+                self._every(self._settings.lease_s / 3, self._reap),
+                self._every(1.0, lambda: self._queue.heartbeat(self.id)),
+                self._every(PROGRESS_INTERVAL_S, self._publish_progress),
+                self._follow_cancellations(),
+            )
+        ]
+        log.info("worker_ready", worker=self.id, models=self._models)
+        if on_ready is not None:
+            on_ready()
+        drained = asyncio.create_task(self._drain.wait())
+        try:
+            done, _ = await asyncio.wait([drained, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {drained}:
+                task.result()
+        finally:
+            await self._stop([drained, *tasks], thread)
+
+    async def _stop(self, tasks: list[asyncio.Task[Any]], thread: threading.Thread) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._engine.stop()
+        await asyncio.to_thread(thread.join)
+        # Callbacks that the engine's threads scheduled before they ended run now.
+        await asyncio.sleep(0)
+        if self._publishing:
+            await asyncio.wait(self._publishing, timeout=DRAIN_TIMEOUT_S)
+        with contextlib.suppress(QueueUnavailable):
+            for job in list(self._held.values()):
+                await self._queue.hand_back(self.id, job)
+            await self._queue.unregister(self.id)
+        log.info("worker_stopped", worker=self.id, handed_back=len(self._held))
+
+    async def _claim_loop(self) -> None:
+        wake: asyncio.Task[Any] | None = None
+        try:
+            while True:
+                self._room.clear()
+                room = self._settings.max_rows - self._engine.resident_model_rows()
+                claimed = await self._claim(room)
+                if claimed:
+                    continue
+                if room <= 0:
+                    # Woken early by a row that leaves; an urgent class is noticed by asking again.
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._room.wait(), FULL_POLL_S)
+                    continue
+                wake = wake or asyncio.create_task(self._wait_for_work())
+                left = asyncio.create_task(self._room.wait())
+                await asyncio.wait([wake, left], return_when=asyncio.FIRST_COMPLETED)
+                left.cancel()
+                if wake.done():
+                    wake = None
+        finally:
+            if wake is not None:
+                wake.cancel()
+
+    async def _wait_for_work(self) -> None:
+        try:
+            await self._queue.wait_for_work(self._models, WAKE_TIMEOUT_S)
+        except QueueUnavailable as error:
+            await self._pause(error)
+
+    async def _claim(self, room: int) -> int:
+        """Claim what fits into `room` model rows; without room, only jobs more urgent than all that are held."""
+        min_rank = 0
+        if room <= 0:
+            min_rank = 1 + min((job.priority.rank for job in self._held.values()), default=Priority.HIGH.rank)
+            if min_rank > Priority.HIGH.rank or room <= -self._settings.max_rows:
+                return 0
+        try:
+            jobs = await self._queue.claim(
+                self.id,
+                self._models,
+                max_jobs=max(1, room),
+                max_model_rows=max(1, room),
+                min_rank=min_rank,
+            )
+        except QueueUnavailable as error:
+            await self._pause(error)
+            return 0
+        for job in jobs:
+            self._held[job.id] = job
+            deadline_in_s = None
+            if job.deadline_at_ms is not None:
+                deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
+            self._engine.submit(job, deadline_in_s=deadline_in_s)
+            log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=job.request.model)
+        return len(jobs)
+
+    async def _renew(self) -> None:
+        if not self._held:
+            return
+        renewal = await self._queue.renew(self.id, {job.id: job.attempt for job in self._held.values()})
+        for job_id in renewal.lost:
+            metrics.LEASES_LOST.inc()
+            log.warning("lease_lost", job_id=job_id)
+            self._lost.add(job_id)
+            self._engine.cancel(job_id)
+        for job_id in renewal.cancelled:
+            self._engine.cancel(job_id)
+
+    async def _reap(self) -> None:
+        reaped = await self._queue.reap()
+        if reaped.requeued or reaped.dead:
+            log.warning("jobs_reaped", requeued=reaped.requeued, dead=reaped.dead)
+
+    async def _follow_cancellations(self) -> None:
+        while True:
+            try:
+                async for job_id in self._queue.cancellations():
+                    if job_id in self._held:
+                        self._engine.cancel(job_id)
+            except QueueUnavailable as error:
+                await self._pause(error)
+
+    async def _publish_progress(self) -> None:
+        progress, self._progress = self._progress, {}
+        updates = [
+            (job_id, self._held[job_id].attempt, step, num_steps)
+            for job_id, (step, num_steps) in progress.items()
+            if job_id in self._held
+        ]
+        if updates:
+            await self._queue.progress(self.id, updates)
+
+    def _ticked(self, report: TickReport) -> None:
+        """Engine thread: note it and go on."""
+        observe_tick(report)
+        self._loop.call_soon_threadsafe(self._note_tick, report)
+
+    def _note_tick(self, report: TickReport) -> None:
+        for job, step, num_steps in report.progress:
+            if step < num_steps:
+                self._progress[job.id] = (step, num_steps)
+        if report.left:
+            self._room.set()
+
+    def _from_engine(self, event: Event) -> None:
+        """Engine threads: hand a terminal event to the loop."""
+        self._loop.call_soon_threadsafe(self._start_publishing, event)
+
+    def _start_publishing(self, event: Event) -> None:
+        self._progress.pop(event.job.id, None)
+        self._room.set()
+        task = self._loop.create_task(self._publish(event))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+
+    async def _publish(self, event: Event) -> None:
+        """Store a job's end. A refusal by the script means that somebody else holds the job: nothing to do."""
+        job = event.job
+        if job.id in self._lost:
+            self._lost.discard(job.id)
+            self._held.pop(job.id, None)
+            return
+        if isinstance(event, Finished):
+            result, images = with_queue_time(event), event.images
+            stored = await self._retry(lambda: self._queue.succeed(self.id, job, result, images))
+            outcome = "succeeded"
+        elif isinstance(event, Cancelled):
+            stored = await self._retry(lambda: self._queue.acknowledge_cancel(self.id, job))
+            outcome = "cancelled"
+        else:
+            failure = event.failure
+            stored = await self._retry(lambda: self._queue.fail(self.id, job, failure))
+            outcome = "failed"
+        observe_end(event, outcome)
+        log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
+        self._forget(job)
+
+    async def _every(self, interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
+        while True:
+            try:
+                await action()
+            except QueueUnavailable as error:
+                await self._pause(error)
+            await asyncio.sleep(interval_s)
+
+    async def _retry(self, action: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Repeat until Redis answers. Every action used here is harmless when done twice."""
+        while True:
+            try:
+                return await action()
+            except QueueUnavailable as error:
+                await self._pause(error)
+
+    async def _pause(self, error: QueueUnavailable) -> None:
+        log.warning("queue_unavailable", reason=str(error), retry_in_s=error.retry_after_s)
+        await asyncio.sleep(error.retry_after_s)
+
+
+def with_queue_time(event: Finished) -> Result:
+    """The engine's manifest, completed with what only the queue record knows."""
+    queue_s = (event.job.claimed_at_ms - event.job.created_at_ms) / 1000
+    timings = msgspec.structs.replace(event.result.timings, queue_s=queue_s)
+    return msgspec.structs.replace(event.result, timings=timings)
