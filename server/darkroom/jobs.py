@@ -119,12 +119,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a job's time went, in seconds."""
+    """Where a job's time went, in seconds: waiting, text encoder, ticks, VAE, image compression."""
 
     queue_s: float = 0.0
     encode_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
+    image_encode_s: float = 0.0
 
 
 class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):

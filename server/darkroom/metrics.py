@@ -68,7 +68,8 @@ TICK_SECONDS = _histogram("tick_seconds", "One tick: gather, UNet, guidance, sam
 QUEUE_WAIT_SECONDS = _histogram("queue_wait_seconds", "From a job's acceptance to its first tick.", _PART_SECONDS)
 ENCODE_SECONDS = _histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
 DENOISE_SECONDS = _histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
-DECODE_SECONDS = _histogram("decode_seconds", "VAE decode and image encoding of one job.", _PART_SECONDS)
+DECODE_SECONDS = _histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
+IMAGE_ENCODE_SECONDS = _histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
 
 
 def serve_metrics(host: str, port: int) -> int:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,17 +21,27 @@ from darkroom.diffusion.images import encode_image
 from darkroom.engine.row import Row
 from darkroom.errors import JobError
 
-OnDecoded = Callable[[Row, "bytes | JobError | Exception", float], None]
+
+@dataclass(frozen=True)
+class Developed:
+    """One finished image: its bytes, or why there are none, and the seconds that the VAE and the compression took."""
+
+    row: Row
+    outcome: bytes | Exception
+    decode_s: float = 0.0
+    image_encode_s: float = 0.0
 
 
 class Decoder:
-    """Decodes rows and reports each to `on_decoded(row, image bytes or error, seconds)` on one of its threads.
+    """Decodes rows and reports each to `on_developed` on one of its threads.
 
     `max_batch` is how many latents of one shape share a VAE call.
     """
 
-    def __init__(self, on_decoded: OnDecoded, *, max_batch: int, encode_threads: int, num_threads: int) -> None:
-        self._on_decoded = on_decoded
+    def __init__(
+        self, on_developed: Callable[[Developed], None], *, max_batch: int, encode_threads: int, num_threads: int
+    ) -> None:
+        self._on_developed = on_developed
         self._max_batch = max_batch
         self._num_threads = num_threads
         self._waiting: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
@@ -73,13 +84,15 @@ class Decoder:
             pixels = decode_latents(rows)
         except Exception as error:
             for row in rows:
-                self._on_decoded(row, error, 0.0)
+                self._on_developed(Developed(row, error))
             return
+        decode_s = time.monotonic() - started_s
         for row, image in zip(rows, pixels, strict=True):
-            self._pool.submit(self._encode, row, image, started_s)
+            self._pool.submit(self._encode, row, image, decode_s)
 
-    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, started_s: float) -> None:
-        outcome: bytes | JobError | Exception
+    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, decode_s: float) -> None:
+        started_s = time.monotonic()
+        outcome: bytes | Exception
         if pixels is None:
             outcome = JobError("the picture came out as NaN or infinity", code="non_finite")
         else:
@@ -93,7 +106,7 @@ class Decoder:
                 )
             except Exception as error:
                 outcome = error
-        self._on_decoded(row, outcome, time.monotonic() - started_s)
+        self._on_developed(Developed(row, outcome, decode_s, time.monotonic() - started_s))
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.samplers import SamplerTable, compile_sampler
 from darkroom.engine.batch import Batch
 from darkroom.engine.batcher import Batcher, Choice, row_buckets
-from darkroom.engine.decode import Decoder
+from darkroom.engine.decode import Decoder, Developed
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
 from darkroom.engine.row import ActiveJob, Conditioning, Row
 from darkroom.errors import DarkroomError, JobError
@@ -95,7 +95,7 @@ class Engine:
             for id_, model in self.models.items()
         }
         self._decoder = Decoder(
-            self._decoded,
+            self._developed,
             max_batch=1 if is_reproducible else 8,
             encode_threads=settings.encode_threads,
             num_threads=settings.num_threads,
@@ -263,14 +263,15 @@ class Engine:
             if active is not None:
                 self._end(active, Cancelled(active.job))
 
-    def _decoded(self, row: Row, outcome: bytes | Exception, seconds: float) -> None:
-        active = row.active
-        if isinstance(outcome, Exception):
-            self._end(active, Failed(active.job, failure_of(outcome)))
+    def _developed(self, developed: Developed) -> None:
+        row, active = developed.row, developed.row.active
+        if isinstance(developed.outcome, Exception):
+            self._end(active, Failed(active.job, failure_of(developed.outcome)))
             return
         with self._wake:
-            active.images[row.index] = outcome
-            active.decode_s = max(active.decode_s, seconds)
+            active.images[row.index] = developed.outcome
+            active.decode_s = max(active.decode_s, developed.decode_s)
+            active.image_encode_s = max(active.image_encode_s, developed.image_encode_s)
             if len(active.images) < len(active.rows):
                 return
         images = [active.images[i] for i in range(len(active.rows))]
@@ -294,6 +295,7 @@ class Engine:
                 encode_s=active.encode_s,
                 denoise_s=active.last_tick_s - (active.first_tick_s or active.last_tick_s),
                 decode_s=active.decode_s,
+                image_encode_s=active.image_encode_s,
             ),
             weights_hash=model.card.weights_hash,
             worker=self._worker,

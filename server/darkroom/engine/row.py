@@ -26,6 +26,7 @@ class ActiveJob:
     images: dict[int, bytes] = field(default_factory=dict)
     encode_s: float = 0.0
     decode_s: float = 0.0
+    image_encode_s: float = 0.0
     first_tick_s: float | None = None
     last_tick_s: float = 0.0
     max_batch_rows: int = 0

@@ -27,3 +27,4 @@ def observe_end(event: Event, outcome: str) -> None:
         metrics.ENCODE_SECONDS.observe(timings.encode_s)
         metrics.DENOISE_SECONDS.observe(timings.denoise_s)
         metrics.DECODE_SECONDS.observe(timings.decode_s)
+        metrics.IMAGE_ENCODE_SECONDS.observe(timings.image_encode_s)
