@@ -26,6 +26,9 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default_factory=default_data_dir, description="Where the embedded Redis keeps its data.")
     redis_url: str | None = Field(None, description="Redis to use; unset starts a private redis-server.")
+    redis_maxmemory_bytes: int = Field(
+        1 << 30, ge=8 << 20, description="Memory limit of the private redis-server; raising it holds more pictures."
+    )
     shard: str = Field("0", pattern=r"^[a-zA-Z0-9_-]{1,32}$", description="Hash tag of this queue's keys.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
 

@@ -74,8 +74,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A queue record as its worker sees it.
 
-    `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations × latent pixels;
-    `attempt` is the fencing token that every write of the worker must present.
+    `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations ×
+    latent pixels; `attempt` is the fencing token that every write of the worker must present; `failures` counts the
+    workers that were lost while they ran it.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cost: float = 0.0
     tenant: str = "default"
     attempt: int = 0
+    failures: int = 0
     version: int = MESSAGE_VERSION
 
 
