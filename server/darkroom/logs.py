@@ -1,0 +1,95 @@
+"""Logs: one line an event on stderr, for people on a terminal, as JSON elsewhere.
+
+Prompts are the users' own and never logged: fields that would carry one are dropped, and tracebacks show no local
+variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+_PRIVATE_FIELDS = ("prompt", "negative_prompt", "request", "body")
+_LABEL_COLOURS = ("\x1b[36m", "\x1b[35m", "\x1b[34m", "\x1b[33m", "\x1b[32m")
+_RESET = "\x1b[0m"
+
+
+class _NamedLogger(structlog.WriteLogger):
+    def __init__(self, file: TextIO, name: str) -> None:
+        super().__init__(file)
+        self.name = name
+
+
+def configure(level: str, *, process: str) -> None:
+    """Send structlog's and the standard library's logs of this process to stderr.
+
+    `level` is the least severe one written; `process` labels every line. May be called again.
+    """
+    stream = sys.stderr
+    threshold = logging.getLevelName(level.upper())
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.add_log_level,
+        _without_prompts,
+    ]
+    render = _console(process, stream) if stream.isatty() else _json(process)
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=lambda name="darkroom": _NamedLogger(stream, name),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.PositionalArgumentsFormatter()],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    # Libraries are quiet unless something is wrong; at debug level they say everything.
+    root.setLevel(threshold if level == "debug" else max(threshold, logging.WARNING))
+    logging.captureWarnings(True)
+
+
+def _without_prompts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for field in _PRIVATE_FIELDS:
+        event.pop(field, None)
+    return event
+
+
+def _json(process: str) -> list[Processor]:
+    def add_process(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event.setdefault("process", process)
+        return event
+
+    return [
+        add_process,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(),
+    ]
+
+
+def _console(process: str, stream: TextIO) -> list[Processor]:
+    """Lines behind a label whose colour stays the same for a process."""
+    colours = "NO_COLOR" not in os.environ
+    label = f"{process:<9}"
+    if colours:
+        label = f"{_LABEL_COLOURS[sum(process.encode()) % len(_LABEL_COLOURS)]}{label}{_RESET}"
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=colours, pad_event_to=0, pad_level=False, exception_formatter=structlog.dev.plain_traceback
+    )
+
+    def labelled(logger: WrappedLogger, method: str, event: EventDict) -> str:
+        event.pop("logger", None)
+        return f"{label} {renderer(logger, method, event)}"
+
+    return [structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False), labelled]
