@@ -1,0 +1,5 @@
+"""The gated feed-forward of a transformer block. The maths is in README.md."""
+
+from darkroom_kernels.geglu.api import geglu
+
+__all__ = ["geglu"]
