@@ -1,0 +1,7 @@
+"""Jobs in Redis: accepted once, owned by one worker at a time, ended exactly once."""
+
+from darkroom.queue.embedded import EmbeddedRedis
+from darkroom.queue.queue import JobQueue
+from darkroom.queue.records import Enqueued, JobEvent, QueueStats, Reaped, Renewal, WorkerInfo
+
+__all__ = ["EmbeddedRedis", "Enqueued", "JobEvent", "JobQueue", "QueueStats", "Reaped", "Renewal", "WorkerInfo"]

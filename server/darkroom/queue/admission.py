@@ -1,0 +1,54 @@
+"""Who may enter: memory for results is counted before a job is accepted, and a refusal says when to come back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from darkroom.queue.connection import RedisConnection
+
+# Above this share of maxmemory nothing is accepted, so running jobs can always store what they made.
+MEMORY_SHARE = 0.8
+# Kept free per job beside its pictures: record, events, and Redis' own bookkeeping.
+JOB_OVERHEAD_BYTES = 4096
+SAMPLE_AGE_S = 1.0
+
+
+@dataclass(frozen=True)
+class MemorySample:
+    """Memory in use less the result bytes ever stored at that moment, and the limit for new jobs (0: none).
+
+    The script adds the result bytes stored by now, so a sample that is a second old still counts every picture.
+    """
+
+    base_bytes: int
+    limit_bytes: int
+
+
+class MemoryGauge:
+    """Samples the server's memory at most once a second, however many jobs ask."""
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self._sample = MemorySample(0, 0)
+        self._taken_at = float("-inf")
+
+    async def sample(self) -> MemorySample:
+        if time.monotonic() - self._taken_at > SAMPLE_AGE_S:
+            info, stored = await self._connection.transaction(
+                ("INFO", "memory"), ("HGET", self._connection.keys.counters, "stored_bytes")
+            )
+            limit = int(info.get("maxmemory", 0) * MEMORY_SHARE)
+            self._sample = MemorySample(int(info["used_memory"]) - int(stored or 0), limit)
+            self._taken_at = time.monotonic()
+        return self._sample
+
+
+def retry_after_s(waiting: int, gap_ms: float | None) -> float:
+    """Seconds until a twentieth of the queue has drained, from the pace of claims; 1 to 60, and 5 when none is known.
+
+    One place frees sooner, but every refused client is told the same and they would all return for it.
+    """
+    if gap_ms is None:
+        return 5.0
+    return min(60.0, max(1.0, gap_ms / 1000 * max(1.0, waiting / 20)))

@@ -1,0 +1,229 @@
+"""The queue as the API sees it: enqueue, look, wait, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from darkroom.errors import (
+    IdempotencyMismatch,
+    ImageNotFound,
+    JobError,
+    JobNotFinished,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    StorageFull,
+)
+from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, decode, encode
+from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, retry_after_s
+from darkroom.queue.connection import RedisConnection
+from darkroom.queue.events import read_events
+from darkroom.queue.keys import digest
+from darkroom.queue.notices import Notices, wait_for
+from darkroom.queue.records import Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, status_of
+
+# A class is a head start, not a rank: a waiting job of a lower class is passed only by jobs that came at most twenty
+# minutes (low against high) or ten (its neighbour) after it, so nothing starves.
+HEAD_START_S = {Priority.LOW: -600, Priority.NORMAL: 0, Priority.HIGH: 600}
+
+SAFETY_POLL_S = 5.0
+_OUTAGE_PAUSE_S = 0.25
+_CARDS_AGE_S = 1.0
+
+
+class ClientSide:
+    def __init__(self, connection: RedisConnection, notices: Notices, max_queue_jobs: int) -> None:
+        self._connection = connection
+        self._notices = notices
+        self._max_queue_jobs = max_queue_jobs
+        self._memory = MemoryGauge(connection)
+        self._cards: dict[str, ModelCard] = {}
+        self._cards_read_at = float("-inf")
+
+    async def ping(self) -> None:
+        """Ask the server for a sign of life. Raises `QueueUnavailable`."""
+        await self._connection.command("PING")
+
+    async def enqueue(
+        self,
+        job: Job,
+        *,
+        result_bytes: int,
+        deadline_s: float | None = None,
+        idempotency_key: str | None = None,
+        body_hash: str = "",
+    ) -> Enqueued:
+        """Accept a job, for good once this returns. Harmless to repeat with the same job id.
+
+        `result_bytes` is the most its pictures may take; that much memory is reserved until the job ends. A job that
+        still waits `deadline_s` seconds from now expires. With an `idempotency_key` seen before, the earlier job is
+        returned if `body_hash` is the same.
+
+        Raises `QueueFull`, `StorageFull`, `IdempotencyMismatch`, `QueueUnavailable`.
+        """
+        payload = encode(job)
+        rows = job.request.num_images_per_prompt * (2 if job.request.uses_guidance else 1)
+        memory = await self._memory.sample()
+        reply = await self._connection.script(
+            "enqueue",
+            job.id,
+            payload,
+            job.request.model,
+            job.priority.rank,
+            rows,
+            result_bytes + len(payload) + JOB_OVERHEAD_BYTES,
+            "" if deadline_s is None else int(deadline_s * 1000),
+            "" if idempotency_key is None else digest(idempotency_key),
+            body_hash,
+            self._max_queue_jobs,
+            memory.base_bytes,
+            memory.limit_bytes,
+            HEAD_START_S[job.priority] * 1_000_000,
+        )
+        outcome: bytes = reply[0]
+        if outcome == b"mismatch":
+            raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
+        if outcome == b"queue_full":
+            gap_ms = float(reply[2]) if reply[2] else None
+            raise QueueFull(
+                f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=retry_after_s(reply[1], gap_ms)
+            )
+        if outcome == b"storage_full":
+            raise StorageFull("the memory for results is used up for now", retry_after_s=5.0)
+        return Enqueued(
+            job_id=reply[1].decode(),
+            is_new=outcome == b"new",
+            state=JobState(reply[2].decode()),
+            position=reply[3] if reply[3] >= 0 else None,
+        )
+
+    async def status(self, job_id: str) -> JobStatus:
+        """Look at a job. Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`."""
+        return _read_view(job_id, await self._connection.script("status", job_id))
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.
+
+        Returns the status after that; a running job is still `running` until its worker acknowledges. Raises as
+        `status`.
+        """
+        return _read_view(job_id, await self._connection.script("cancel", job_id))
+
+    async def wait(self, job_id: str, timeout_s: float) -> JobStatus:
+        """Wait until a job has ended, for `timeout_s` at most, and return its status then.
+
+        An outage of Redis within the time is waited out. Raises as `status`; `QueueUnavailable` if Redis is away at
+        the end.
+        """
+        ends_at = time.monotonic() + timeout_s
+        with self._notices.watch(job_id) as woken:
+            await self._notices.subscribe("ended")
+            while True:
+                woken.clear()
+                left_s = ends_at - time.monotonic()
+                try:
+                    status = await self.status(job_id)
+                except QueueUnavailable:
+                    if left_s <= 0:
+                        raise
+                    await asyncio.sleep(min(left_s, _OUTAGE_PAUSE_S))
+                    continue
+                if status.state.is_terminal or left_s <= 0:
+                    return status
+                # Some spread, so that many waiters do not look in the same instant.
+                await wait_for(woken, min(left_s, SAFETY_POLL_S * random.uniform(0.8, 1.2)))
+
+    def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
+        """A job's history from its start, or from after the event id `after`, until its end.
+
+        Close the iterator (`contextlib.aclosing`) when leaving early. Raises `JobNotFound`, and `QueueUnavailable` for
+        an outage of more than half a minute.
+        """
+        return read_events(self._connection, self._notices, job_id, after)
+
+    async def images(self, job_id: str) -> list[bytes]:
+        """All pictures of a succeeded job. Raises `JobNotFound`, `JobNotFinished`, `ImageNotFound`."""
+        num_images = await self._num_images(job_id)
+        keys = (self._connection.keys.image(job_id, index) for index in range(num_images))
+        images: list[bytes | None] = await self._connection.command("MGET", *keys)
+        found = [image for image in images if image is not None]
+        if len(found) < num_images:
+            raise ImageNotFound(f"the images of job {job_id} have expired")
+        return found
+
+    async def image(self, job_id: str, index: int) -> bytes:
+        """One picture of a succeeded job. Raises as `images`."""
+        image: bytes | None = await self._connection.command("GET", self._connection.keys.image(job_id, index))
+        if image is not None:
+            return image
+        num_images = await self._num_images(job_id)
+        if not 0 <= index < num_images:
+            raise ImageNotFound(f"job {job_id} has {num_images} images, numbered from 0")
+        raise ImageNotFound(f"image {index} of job {job_id} has expired")
+
+    async def _num_images(self, job_id: str) -> int:
+        state, number = await self._connection.command(
+            "HMGET", self._connection.keys.job(job_id), "state", "num_images"
+        )
+        if state is None:
+            raise JobNotFound(f"there is no job {job_id}, or its record has expired")
+        if not JobState(state.decode()).is_terminal:
+            raise JobNotFinished(f"job {job_id} is still {state.decode()}")
+        if not number or int(number) == 0:
+            raise ImageNotFound(f"job {job_id} has no images: it is {state.decode()}")
+        return int(number)
+
+    async def cards(self) -> dict[str, ModelCard]:
+        """Every model that a worker has offered, by id; up to a second old. A card this release cannot read is left
+        out."""
+        if time.monotonic() - self._cards_read_at > _CARDS_AGE_S:
+            stored = await self._connection.command("HGETALL", self._connection.keys.cards)
+            cards = {}
+            for model, data in _items(stored):
+                try:
+                    cards[model.decode()] = decode(data, ModelCard)
+                except JobError:
+                    continue
+            self._cards, self._cards_read_at = cards, time.monotonic()
+        return self._cards
+
+    async def live_workers(self) -> list[WorkerInfo]:
+        """Workers whose heartbeat is fresh, by id."""
+        keys = self._connection.keys
+        names: list[bytes] = await self._connection.command("ZRANGE", keys.workers, 0, -1)
+        if not names:
+            return []
+        # A worker's own key expires with its heartbeat; the index may still hold its name.
+        infos = await self._connection.command("MGET", *(keys.worker(name.decode()) for name in sorted(names)))
+        return [decode(info, WorkerInfo) for info in infos if info is not None]
+
+    async def stats(self) -> QueueStats:
+        """Depth, jobs in flight, oldest wait, counters, reservations and live workers at one moment."""
+        head_starts = (HEAD_START_S[priority] * 1_000_000 for priority in Priority)
+        depths, in_flight, oldest_ms, now_ms, counters, workers = await self._connection.script("stats", *head_starts)
+        counts = {name.decode(): int(value) for name, value in pairs(counters).items()}
+        ends = ["accepted", *(state.value for state in JobState if state.is_terminal)]
+        return QueueStats(
+            depth={model.decode(): depth for model, depth in zip(depths[::2], depths[1::2], strict=True)},
+            in_flight=in_flight,
+            oldest_wait_s=max(0.0, (now_ms - oldest_ms) / 1000) if oldest_ms != b"" else 0.0,
+            counters={name: counts.get(name, 0) for name in ends},
+            reserved_bytes=counts.get("reserved_bytes", 0),
+            live_workers=workers,
+        )
+
+
+def _read_view(job_id: str, reply: Any) -> JobStatus:
+    record, position = reply
+    if not record:
+        raise JobNotFound(f"there is no job {job_id}, or its record has expired")
+    return status_of(pairs(record), position)
+
+
+def _items(reply: Any) -> list[tuple[bytes, bytes]]:
+    """HGETALL's reply, which the client turns into a dict."""
+    return sorted(reply.items())

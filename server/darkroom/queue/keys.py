@@ -1,0 +1,93 @@
+"""Every key and channel of the queue, with its type, meaning and expiry.
+
+All names begin with `{darkroom:<shard>}:`. The braces are a Redis Cluster hash tag, so one queue lives in one slot and
+a script may touch any of its keys. Scripts get the prefix as `KEYS[1]` and derive the names below from it
+(`lua/prelude.lua`); this table is the list they are checked against.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+# The first word after the prefix -> type; meaning; expiry.
+KEY_TABLE: dict[str, tuple[str, str, str]] = {
+    "job": (
+        "hash",
+        "job:<id>: encoded job, state, owner, attempt, failures, result manifest",
+        "job_ttl_s after the end",
+    ),
+    "idempotency": ("hash", "idempotency:<sha256>: job id and body hash of a client's key", "job_ttl_s after the end"),
+    "ready": ("zset", "ready:<rank>:<model>: waiting jobs by created µs minus head start", "none: empty when idle"),
+    "queued": ("zset", "every waiting job by deadline ms, +inf without one", "none: empty when idle"),
+    "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
+    "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),
+    "models": ("set", "models that jobs were ever queued for", "none: bounded by the models served"),
+    "pace": ("hash", "time of the last claim and mean ms between claimed jobs", "1 h after the last claim"),
+    "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
+    "image": ("string", "image:<id>:<index>: encoded picture", "result_ttl_s"),
+    "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
+    "dead": ("stream", "dead letters with their payload, at most 1000 entries", "none: capped"),
+    "notify": ("list", "notify:<model>: wake-up tokens that idle workers block on, at most 64", "60 s"),
+    "workers": ("zset", "live workers by the ms until which they count as alive", "10 heartbeats missed"),
+    "serving": ("zset", "serving:<model>: the same, per model", "10 heartbeats missed"),
+    "worker": ("string", "worker:<id>: encoded WorkerInfo", "one lifetime without a heartbeat"),
+    "cards": ("hash", "model -> encoded ModelCard, kept so that a known model is never unknown", "none: small"),
+}
+
+# Publish/subscribe channels; each message is a job id.
+CHANNEL_TABLE: dict[str, str] = {
+    "ended": "a job reached a terminal state",
+    "progress": "a running job's step count changed",
+    "cancel": "a running job was asked to be cancelled",
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The key names of one shard that Python uses by itself; all others appear in scripts alone."""
+
+    shard: str
+
+    @property
+    def prefix(self) -> str:
+        return f"{{darkroom:{self.shard}}}:"
+
+    def job(self, job_id: str) -> str:
+        return f"{self.prefix}job:{job_id}"
+
+    def image(self, job_id: str, index: int) -> str:
+        return f"{self.prefix}image:{job_id}:{index}"
+
+    def events(self, job_id: str) -> str:
+        return f"{self.prefix}events:{job_id}"
+
+    def notify(self, model: str) -> str:
+        return f"{self.prefix}notify:{model}"
+
+    def worker(self, worker_id: str) -> str:
+        return f"{self.prefix}worker:{worker_id}"
+
+    @property
+    def counters(self) -> str:
+        return f"{self.prefix}counters"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}workers"
+
+    @property
+    def cards(self) -> str:
+        return f"{self.prefix}cards"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
+
+    def channel(self, name: str) -> str:
+        return f"{self.prefix}{name}"
+
+
+def digest(idempotency_key: str) -> str:
+    """A client's key as it is stored: of fixed length, whatever was sent, and not readable in a dump."""
+    return hashlib.sha256(idempotency_key.encode("utf-8", "surrogatepass")).hexdigest()

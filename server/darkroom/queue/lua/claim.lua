@@ -1,0 +1,101 @@
+-- Lease ready jobs to a worker, oldest score first.
+--
+-- ARGV 1 worker   2 claim token   3 most jobs   4 most model rows   5 least rank   6.. models
+-- The first job is given whatever its rows; after it the claim stops at the first one that does not fit, so a large job
+-- is never overtaken for ever. Of each model no more is taken than the backlog divided by the live workers, rounded up.
+-- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
+-- Writes ready:<rank>:<model>, queued, leases, job:<id>, events:<id>, claim:<worker>, pace, notify:<model>; jobs that
+-- are past their deadline or unreadable are finished on the way.
+-- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms}.
+
+local worker, token = ARGV[1], ARGV[2]
+local max_jobs, max_rows, min_rank = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local claim_key = prefix .. 'claim:' .. worker
+write_at_memory_limit()
+
+local function describe(id)
+  local fields = redis.call('HMGET', job_key(id), 'payload', 'attempt', 'failures', 'created_ms', 'deadline_ms')
+  return { id, fields[1] or '', tonumber(fields[2]), tonumber(fields[3]), tonumber(fields[4] or '0') or 0,
+    fields[5] or '', now_ms }
+end
+
+local reply = {}
+local last = redis.call('LRANGE', claim_key, 0, -1)
+if last[1] == token then
+  for i = 2, #last, 2 do
+    if is_owned(load_job(last[i]), worker, tonumber(last[i + 1])) then reply[#reply + 1] = describe(last[i]) end
+  end
+  return reply
+end
+
+local share = {}
+for i = 6, #ARGV do
+  local model, backlog = ARGV[i], 0
+  for rank = 0, NUM_RANKS - 1 do backlog = backlog + redis.call('ZCARD', ready_key(rank, model)) end
+  local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf')
+  share[model] = math.ceil(backlog / math.max(1, workers))
+end
+
+local function next_ready()
+  local first
+  for model, left in pairs(share) do
+    for rank = min_rank, left > 0 and NUM_RANKS - 1 or -1 do
+      local key = ready_key(rank, model)
+      local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+      if head[1] and (not first or tonumber(head[2]) < first.score) then
+        first = { id = head[1], score = tonumber(head[2]), key = key, model = model }
+      end
+    end
+  end
+  return first
+end
+
+local rows, claimed = 0, { token }
+-- Bounded, so that a thousand dead entries do not hold up the server; the next claim goes on.
+for _ = 1, max_jobs + 256 do
+  local first = #reply < max_jobs and next_ready()
+  if not first then break end
+  local id, job = first.id, load_job(first.id)
+  if job and job.state == 'queued' and not is_past_deadline(job) then
+    if #reply > 0 and rows + job.rows > max_rows then break end
+    rows = rows + job.rows
+    share[first.model] = share[first.model] - 1
+    redis.call('ZREM', first.key, id)
+    redis.call('ZREM', queued, id)
+    redis.call('ZADD', leases, now_ms + LEASE_MS, id)
+    redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1)
+    redis.call('HSETNX', job_key(id), 'started_ms', now_ms)
+    add_event(id, 'running', job.step, job.num_steps, JOB_TTL_MS)
+    claimed[#claimed + 1] = id
+    claimed[#claimed + 1] = job.attempt + 1
+    reply[#reply + 1] = describe(id)
+  else
+    redis.call('ZREM', first.key, id)
+    if not job then
+      fail_unreadable(id)
+    elseif job.state == 'queued' then
+      finish(id, job, 'expired')
+    end
+  end
+end
+
+for model in pairs(share) do
+  local left = 0
+  for rank = 0, NUM_RANKS - 1 do left = left + redis.call('ZCARD', ready_key(rank, model)) end
+  if left == 0 then redis.call('DEL', prefix .. 'notify:' .. model) end
+end
+
+if #reply > 0 then
+  redis.call('DEL', claim_key)
+  redis.call('RPUSH', claim_key, unpack(claimed))
+  redis.call('PEXPIRE', claim_key, LEASE_MS)
+  -- The pace of claims tells a rejected client when to come back; a pause of a minute counts as a minute.
+  local pace = redis.call('HMGET', prefix .. 'pace', 'claimed_ms', 'gap_ms')
+  if pace[1] then
+    local gap = math.min(60000, math.max(0, now_ms - pace[1])) / #reply
+    redis.call('HSET', prefix .. 'pace', 'gap_ms', math.floor(0.8 * (pace[2] or gap) + 0.2 * gap))
+  end
+  redis.call('HSET', prefix .. 'pace', 'claimed_ms', now_ms)
+  redis.call('EXPIRE', prefix .. 'pace', 3600)
+end
+return reply

@@ -1,0 +1,55 @@
+-- Admit a job: record, idempotency key, ready entry, reservation and counters in one step.
+--
+-- ARGV 1 job id             2 encoded job          3 model           4 rank            5 model rows
+--      6 bytes to reserve   7 deadline in ms after now, '' for none  8 idempotency digest, '' for none
+--      9 body hash         10 most jobs waiting   11 memory in use less the bytes stored when it was sampled
+--     12 memory limit in bytes, 0 for none        13 head start of the class in µs
+-- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, queued, counters, models, events:<id>, notify:<model>.
+-- Returns {'new' | 'known', id, state, position}, {'mismatch'}, {'queue_full', waiting, ms between claims} or
+-- {'storage_full'}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
+
+local id, model = ARGV[1], ARGV[3]
+local digest = ARGV[8]
+
+local sent_before = redis.call('HGET', job_key(id), 'state')
+if sent_before then return { 'new', id, sent_before, position(load_job(id)) } end
+
+if digest ~= '' then
+  local known = redis.call('HMGET', prefix .. 'idempotency:' .. digest, 'job', 'body')
+  if known[1] then
+    local state = redis.call('HGET', job_key(known[1]), 'state')
+    if state then
+      if known[2] ~= ARGV[9] then return { 'mismatch' } end
+      return { 'known', known[1], state, position(load_job(known[1])) }
+    end
+  end
+end
+
+local waiting = redis.call('ZCARD', queued)
+if waiting >= tonumber(ARGV[10]) then
+  return { 'queue_full', waiting, redis.call('HGET', prefix .. 'pace', 'gap_ms') or '' }
+end
+
+local limit = tonumber(ARGV[12])
+if limit > 0 then
+  local held = redis.call('HMGET', counters, 'stored_bytes', 'reserved_bytes')
+  if ARGV[11] + (held[1] or 0) + (held[2] or 0) + ARGV[6] > limit then return { 'storage_full' } end
+end
+
+local job = {
+  state = 'queued', model = model, rank = tonumber(ARGV[4]), score = now_us - tonumber(ARGV[13]),
+  deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
+}
+redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
+  'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
+  'attempt', 0, 'failures', 0, 'idempotency', digest)
+if digest ~= '' then
+  redis.call('DEL', prefix .. 'idempotency:' .. digest)
+  redis.call('HSET', prefix .. 'idempotency:' .. digest, 'job', id, 'body', ARGV[9])
+end
+redis.call('HINCRBY', counters, 'accepted', 1)
+redis.call('HINCRBY', counters, 'reserved_bytes', ARGV[6])
+redis.call('SADD', prefix .. 'models', model)
+add_event(id, 'queued', 0, 0, JOB_TTL_MS)
+make_ready(id, job)
+return { 'new', id, 'queued', position(job) }

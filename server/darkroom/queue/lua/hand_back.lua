@@ -1,0 +1,20 @@
+-- Return a running job to its old place in the queue without counting a failure.
+--
+-- ARGV 1 job id   2 worker   3 attempt
+-- Writes what requeue() or finish() write. Returns 1 when this attempt gave the job back (now or by an earlier copy of
+-- this call), 0 when it did not own it.
+
+local id, worker, attempt = ARGV[1], ARGV[2], tonumber(ARGV[3])
+write_at_memory_limit()
+local job = load_job(id)
+if not is_owned(job, worker, attempt) then
+  return job and job.state == 'queued' and job.owner == worker and job.attempt == attempt and 1 or 0
+end
+if job.cancel then
+  finish(id, job, 'cancelled')
+elseif is_past_deadline(job) then
+  finish(id, job, 'expired')
+else
+  requeue(id, job)
+end
+return 1

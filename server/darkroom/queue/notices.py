@@ -1,0 +1,148 @@
+"""One publish/subscribe connection per process that wakes whoever waits for news of a job."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
+
+import structlog
+from redis import exceptions
+
+from darkroom.queue.connection import SOCKET_TIMEOUT_S, RedisConnection
+
+log = structlog.get_logger(__name__)
+
+_RECONNECT_S = 0.25
+
+
+class Listener(Protocol):
+    def __call__(self, job_id: str | None) -> None:
+        """Take one notice; None means that notices may have been missed and everything must be looked at again."""
+
+
+class Notices:
+    """Channels of job ids, shared by all waiters of a process.
+
+    A notice is a hint: it may be lost while the connection is down, so each (re)subscription wakes every waiter to look
+    again, and waiters also look by themselves now and then.
+    """
+
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self._channels: dict[bytes, str] = {}
+        self._acknowledged: dict[str, asyncio.Event] = {}
+        self._listeners: dict[str, set[Listener]] = defaultdict(set)
+        self._waiters: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._pubsub: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_waiters(self) -> int:
+        return sum(len(events) for events in self._waiters.values())
+
+    async def subscribe(self, *channels: str, timeout_s: float = 1.0) -> None:
+        """Make sure that notices on `channels` arrive from here on. Returns after `timeout_s` at the latest: without a
+        server there is nothing to hear, and a later reconnection wakes every waiter anyway."""
+        for channel in channels:
+            if channel not in self._acknowledged:
+                self._acknowledged[channel] = asyncio.Event()
+                self._channels[self._connection.keys.channel(channel).encode()] = channel
+                if self._pubsub is not None:
+                    with suppress(exceptions.RedisError, OSError):
+                        await self._pubsub.subscribe(self._connection.keys.channel(channel))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._listen(), name="queue-notices")
+        missing = [event.wait() for channel in channels if not (event := self._acknowledged[channel]).is_set()]
+        if missing:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*missing), timeout_s)
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set by each notice about the job, for as long as the block lasts."""
+        woken = asyncio.Event()
+        self._waiters[job_id].add(woken)
+        try:
+            yield woken
+        finally:
+            self._waiters[job_id].discard(woken)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+
+    @contextmanager
+    def listen(self, channel: str, listener: Listener) -> Iterator[None]:
+        """Call `listener` with each job id of a channel, for as long as the block lasts."""
+        self._listeners[channel].add(listener)
+        try:
+            yield
+        finally:
+            self._listeners[channel].discard(listener)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _listen(self) -> None:
+        while True:
+            self._pubsub = self._connection.pubsub()
+            try:
+                await self._pubsub.subscribe(*(self._connection.keys.channel(name) for name in self._channels.values()))
+                await self._read(self._pubsub)
+            except (exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
+                log.info("queue_notices_lost", error=type(error).__name__)
+            finally:
+                for event in self._acknowledged.values():
+                    event.clear()
+                pubsub, self._pubsub = self._pubsub, None
+                with suppress(exceptions.RedisError, OSError):
+                    await pubsub.aclose()
+            await asyncio.sleep(_RECONNECT_S)
+
+    async def _read(self, pubsub: Any) -> None:
+        """Dispatch messages until the connection breaks. Silence is answered with a ping, so a dead peer is noticed."""
+        silent = 0
+        while True:
+            message = await pubsub.get_message(timeout=SOCKET_TIMEOUT_S)
+            if message is None:
+                silent += 1
+                if silent > 1:
+                    raise exceptions.TimeoutError("no answer to a ping")
+                await pubsub.ping()
+                continue
+            silent = 0
+            channel = self._channels.get(message["channel"] or b"")
+            if message["type"] == "subscribe" and channel is not None:
+                self._acknowledged[channel].set()
+                self._wake_all()
+            elif message["type"] == "message" and channel is not None:
+                self._wake(channel, message["data"].decode())
+
+    def _wake(self, channel: str, job_id: str) -> None:
+        for woken in self._waiters.get(job_id, ()):
+            woken.set()
+        for listener in self._listeners.get(channel, ()):
+            listener(job_id)
+
+    def _wake_all(self) -> None:
+        for events in self._waiters.values():
+            for woken in events:
+                woken.set()
+        for listeners in self._listeners.values():
+            for listener in listeners:
+                listener(None)
+
+
+async def wait_for(woken: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for a notice. False when `timeout_s` passed first."""
+    try:
+        await asyncio.wait_for(woken.wait(), None if math.isinf(timeout_s) else max(0.0, timeout_s))
+    except asyncio.TimeoutError:
+        return False
+    return True

@@ -1,0 +1,43 @@
+"""`JobQueue`: one object per process, used by the API and by workers."""
+
+from __future__ import annotations
+
+from darkroom.config import Settings
+from darkroom.errors import QueueUnavailable
+from darkroom.queue.client_side import ClientSide
+from darkroom.queue.connection import RedisConnection
+from darkroom.queue.notices import Notices
+from darkroom.queue.worker_side import WorkerSide
+
+
+class JobQueue(ClientSide, WorkerSide):
+    """The queue of one shard. Every method raises `QueueUnavailable` while Redis cannot serve it, and works again by
+    itself when Redis is back."""
+
+    def __init__(self, settings: Settings, url: str) -> None:
+        connection = RedisConnection(settings, url)
+        notices = Notices(connection)
+        ClientSide.__init__(self, connection, notices, settings.max_queue_jobs)
+        WorkerSide.__init__(self, connection, notices, settings.lease_s)
+
+    @classmethod
+    async def connect(cls, settings: Settings, url: str) -> JobQueue:
+        """Open the queue and log what the server's settings promise. Raises `ConfigError` for an unusable URL,
+        `QueueUnavailable` when the server cannot be reached."""
+        queue = cls(settings, url)
+        try:
+            await queue.ping()
+        except QueueUnavailable:
+            await queue.close()
+            raise
+        await queue._connection.log_promise()
+        return queue
+
+    @property
+    def num_waiters(self) -> int:
+        """Calls of `wait` and `events` that are under way in this process."""
+        return self._notices.num_waiters
+
+    async def close(self) -> None:
+        await self._notices.close()
+        await self._connection.close()

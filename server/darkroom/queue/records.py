@@ -1,0 +1,135 @@
+"""What the queue tells its callers, and how a stored record becomes a `JobStatus`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from darkroom.errors import JobError
+from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, Result, decode
+
+
+@dataclass(frozen=True)
+class Enqueued:
+    """`is_new` is false when an idempotency key led to an earlier job; `position` counts the jobs ahead of a waiting
+    one, None once it runs or has ended."""
+
+    job_id: str
+    is_new: bool
+    state: JobState
+    position: int | None
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """Held jobs whose lease is lost (drop them, write nothing) and those whose client asked to cancel."""
+
+    lost: set[str] = field(default_factory=set)
+    cancelled: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Reaped:
+    """What one look at lost leases and passed deadlines did, as job ids."""
+
+    requeued: list[str]
+    dead: list[str]
+    cancelled: list[str]
+    expired: list[str]
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One line of a job's history. `id` is a stream id to resume after, or '' when the history itself has expired.
+
+    `kind` is a `JobState` value or "progress"; `step` of `num_steps` counts UNet evaluations.
+    """
+
+    id: str
+    kind: str
+    step: int
+    num_steps: int
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.kind != "progress" and JobState(self.kind).is_terminal
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A live worker, as it described itself when it registered."""
+
+    id: str
+    models: list[str]
+    started_at_ms: int
+    version: int = MESSAGE_VERSION
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """The whole queue at one moment. `counters` has accepted and the four terminal states; what was accepted is either
+    counted as ended, waiting or in flight. `oldest_wait_s` is 0 when nothing waits."""
+
+    depth: dict[str, int]
+    in_flight: int
+    oldest_wait_s: float
+    counters: dict[str, int]
+    reserved_bytes: int
+    live_workers: int
+
+    @property
+    def waiting(self) -> int:
+        return sum(self.depth.values())
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """A script's flat list of fields and values as a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def job_of(
+    payload: bytes, *, created_ms: int, claimed_ms: int, deadline_ms: int | None, attempt: int, failures: int
+) -> Job:
+    """The stored job with what the queue knows of it by now. Raises `JobError` (bad_message) on garbage."""
+    return msgspec.structs.replace(
+        decode(payload, Job),
+        created_at_ms=created_ms,
+        claimed_at_ms=claimed_ms,
+        deadline_at_ms=deadline_ms,
+        attempt=attempt,
+        failures=failures,
+    )
+
+
+def status_of(record: dict[bytes, bytes], position: int) -> JobStatus:
+    """A job record as a client may see it. Raises `JobError` (bad_message) when it is damaged."""
+
+    def number(name: bytes) -> int | None:
+        text = record.get(name, b"")
+        return int(text) if text else None
+
+    try:
+        state = JobState(record[b"state"].decode())
+        job = job_of(
+            record.get(b"payload", b""),
+            created_ms=number(b"created_ms") or 0,
+            claimed_ms=number(b"started_ms") or 0,
+            deadline_ms=number(b"deadline_ms"),
+            attempt=number(b"attempt") or 0,
+            failures=number(b"failures") or 0,
+        )
+        code, result = record.get(b"error_code"), record.get(b"result")
+        return JobStatus(
+            job=job,
+            state=state,
+            step=number(b"step") or 0,
+            num_steps=number(b"num_steps") or 0,
+            started_at_ms=number(b"started_ms"),
+            finished_at_ms=number(b"finished_ms"),
+            position=position if position >= 0 else None,
+            result=decode(result, Result) if result else None,
+            failure=Failure(code=code.decode(), message=record.get(b"error_message", b"").decode()) if code else None,
+        )
+    except (ValueError, KeyError) as error:
+        raise JobError("the stored job cannot be read", code="bad_message") from error

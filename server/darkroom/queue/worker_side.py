@@ -1,0 +1,169 @@
+"""The queue as a worker sees it: claim, renew, settle, hand back, reap."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+import structlog
+
+from darkroom.errors import JobError
+from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
+from darkroom.queue.connection import BLOCK_S, RedisConnection
+from darkroom.queue.notices import Notices
+from darkroom.queue.records import Reaped, Renewal, WorkerInfo, job_of
+
+log = structlog.get_logger(__name__)
+
+_REAP_BATCH = 100
+_MAX_DEAD_LETTERS = 1000
+
+
+class WorkerSide:
+    def __init__(self, connection: RedisConnection, notices: Notices, lease_s: float) -> None:
+        self._connection = connection
+        self._notices = notices
+        self._alive_ms = int(max(lease_s, 3.0) * 1000)
+        self._registered: dict[str, list[bytes | str]] = {}
+        self._claim_tokens: dict[str, str] = {}
+
+    async def register(self, worker_id: str, cards: Iterable[ModelCard]) -> None:
+        """Offer models. The worker counts as alive while `heartbeat` is called at least every few seconds."""
+        by_model = {card.id: card for card in cards}
+        info = WorkerInfo(id=worker_id, models=sorted(by_model), started_at_ms=int(time.time() * 1000))
+        described: list[bytes | str] = [encode(info)]
+        for model, card in sorted(by_model.items()):
+            described += [model, encode(card)]
+        self._registered[worker_id] = described
+        await self.heartbeat(worker_id)
+
+    async def heartbeat(self, worker_id: str) -> None:
+        """Stay alive for another lease time. Registers again if the server has lost us."""
+        await self._connection.script("heartbeat", worker_id, self._alive_ms, *self._registered[worker_id])
+
+    async def unregister(self, worker_id: str) -> None:
+        """Stop counting as a live worker; the models stay known."""
+        models = self._registered.pop(worker_id, [b""])[1::2]
+        self._claim_tokens.pop(worker_id, None)
+        await self._connection.script("unregister", worker_id, *models)
+
+    async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:
+        """Sleep until a job for one of `models` may be ready; False after `timeout_s` without a sign of one."""
+        keys = [self._connection.keys.notify(model) for model in models]
+        ends_at = time.monotonic() + timeout_s
+        while (left_s := ends_at - time.monotonic()) > 0:
+            # Zero would mean for ever.
+            if await self._connection.command("BLPOP", *keys, max(0.01, min(left_s, BLOCK_S))):
+                return True
+        return False
+
+    async def claim(
+        self, worker_id: str, models: Sequence[str], max_jobs: int, max_model_rows: int, min_rank: int = 0
+    ) -> list[Job]:
+        """Lease up to `max_jobs` jobs, most urgent first, each with its fencing token in `attempt`.
+
+        The first job may be larger than `max_model_rows` (model rows: images, twice that with guidance), those after it
+        fit. A full worker passes `min_rank` to ask only for more urgent classes. No more than this worker's share of
+        the backlog is taken. Jobs that are past their deadline, or cannot be read, are settled on the way. A claim
+        whose reply was lost is repeated by the next call, which then returns the jobs of the lost one.
+        """
+        if max_jobs < 1 or max_model_rows < 1:
+            return []
+        token = self._claim_tokens.setdefault(worker_id, secrets.token_hex(8))
+        replies = await self._connection.script("claim", worker_id, token, max_jobs, max_model_rows, min_rank, *models)
+        del self._claim_tokens[worker_id]
+        jobs = []
+        for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms in replies:
+            try:
+                job = job_of(
+                    payload,
+                    created_ms=created_ms,
+                    claimed_ms=claimed_ms,
+                    deadline_ms=int(deadline_ms) if deadline_ms else None,
+                    attempt=attempt,
+                    failures=failures,
+                )
+            except JobError as error:
+                log.warning("job_unreadable", job_id=job_id.decode(), error=str(error))
+                failure = Failure(code=error.code, message=str(error))
+                await self._settle(worker_id, job_id.decode(), attempt, JobState.FAILED, failure=failure)
+            else:
+                jobs.append(job)
+        return jobs
+
+    async def renew(self, worker_id: str, held: Mapping[str, int]) -> Renewal:
+        """Keep the leases of `held`, job id → attempt."""
+        if not held:
+            return Renewal()
+        flat = [part for item in held.items() for part in item]
+        answers = dict(zip(held, await self._connection.script("renew", worker_id, *flat), strict=True))
+        return Renewal(
+            lost={job_id for job_id, answer in answers.items() if answer == 0},
+            cancelled={job_id for job_id, answer in answers.items() if answer == 2},
+        )
+
+    async def progress(self, worker_id: str, updates: Sequence[tuple[str, int, int, int]]) -> None:
+        """Record (job id, attempt, step, num_steps) of running jobs, in one round trip. Lost jobs are left alone."""
+        if updates:
+            await self._connection.script("progress", worker_id, *(part for update in updates for part in update))
+
+    async def succeed(self, worker_id: str, job: Job, result: Result, images: Sequence[bytes]) -> bool:
+        """Store a job's pictures and end it, if this attempt still owns it; False if not. Harmless to repeat."""
+        return await self._settle(worker_id, job.id, job.attempt, JobState.SUCCEEDED, result=result, images=images)
+
+    async def fail(self, worker_id: str, job: Job, failure: Failure) -> bool:
+        """End a job without pictures, if this attempt still owns it. Harmless to repeat."""
+        return await self._settle(worker_id, job.id, job.attempt, JobState.FAILED, failure=failure)
+
+    async def acknowledge_cancel(self, worker_id: str, job: Job) -> bool:
+        """Say that a cancelled job has left, if this attempt still owns it. Harmless to repeat."""
+        return await self._settle(worker_id, job.id, job.attempt, JobState.CANCELLED)
+
+    async def hand_back(self, worker_id: str, job: Job) -> bool:
+        """Put a job back at its old place, without counting a failure, if this attempt still owns it."""
+        return bool(await self._connection.script("hand_back", job.id, worker_id, job.attempt))
+
+    async def reap(self) -> Reaped:
+        """Take back jobs of lost workers and end overdue ones. Any process may call it at any time."""
+        lists = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
+        return Reaped(*([job_id.decode() for job_id in ids] for ids in lists))
+
+    async def cancellations(self) -> AsyncIterator[str]:
+        """Ids of running jobs as they are cancelled, of any worker. A hint: `renew` names those that were missed."""
+        job_ids: asyncio.Queue[str] = asyncio.Queue()
+
+        def take(job_id: str | None) -> None:
+            if job_id is not None:
+                job_ids.put_nowait(job_id)
+
+        with self._notices.listen("cancel", take):
+            await self._notices.subscribe("cancel")
+            while True:
+                yield await job_ids.get()
+
+    async def _settle(
+        self,
+        worker_id: str,
+        job_id: str,
+        attempt: int,
+        state: JobState,
+        *,
+        result: Result | None = None,
+        failure: Failure | None = None,
+        images: Sequence[bytes] = (),
+    ) -> bool:
+        return bool(
+            await self._connection.script(
+                "settle",
+                job_id,
+                worker_id,
+                attempt,
+                state.value,
+                encode(result) if result else b"",
+                failure.code if failure else "",
+                failure.message if failure else "",
+                *images,
+            )
+        )

@@ -1,0 +1,42 @@
+"""One real redis-server for all tests, and a fresh shard of it for each."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from darkroom.config import Settings
+from darkroom.queue import EmbeddedRedis, JobQueue
+
+_shards = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def embedded_redis() -> Iterator[EmbeddedRedis]:
+    with (
+        tempfile.TemporaryDirectory(prefix="darkroom-test-") as directory,
+        EmbeddedRedis(Settings(data_dir=Path(directory), redis_url=None)) as server,
+    ):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis_url(embedded_redis: EmbeddedRedis) -> str:
+    return embedded_redis.url
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: Path) -> Settings:
+    """Settings of a shard that no other test touches."""
+    return Settings(data_dir=tmp_path, redis_url=redis_url, shard=f"test-{next(_shards)}")
+
+
+@pytest_asyncio.fixture
+async def queue(settings: Settings, redis_url: str) -> AsyncIterator[JobQueue]:
+    queue = await JobQueue.connect(settings, redis_url)
+    yield queue
+    await queue.close()
