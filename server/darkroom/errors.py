@@ -25,9 +25,13 @@ from __future__ import annotations
 
 
 class DarkroomError(Exception):
-    """Base of the tree. `code` is stable and machine-readable; `str(error)` is safe to show to a client."""
+    """Base of the tree. `code` is stable and machine-readable; `str(error)` is safe to show to a client.
+
+    `job_id` is set where the error concerns a job that was accepted.
+    """
 
     code = "internal"
+    job_id: str | None = None
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)

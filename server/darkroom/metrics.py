@@ -1,7 +1,8 @@
 """Every metric Darkroom exports, declared once.
 
-One registry per process; a process exports what its own rooms observe, and Prometheus adds processes up. Names carry the
-prefix `darkroom_`, base units and plural suffixes. Labels come from small closed sets: never a job id, prompt or size.
+One registry per process; a process exports what its own rooms observe, and Prometheus adds processes up. Names carry
+the prefix `darkroom_`, base units and plural suffixes. Labels come from small closed sets: never a job id, prompt or
+size.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ HTTP_REQUEST_SECONDS = _histogram(
 JOBS_ACCEPTED = _counter("jobs_accepted_total", "New jobs put into the queue by this process.", "priority")
 JOBS_ANSWERED = _counter(
     "jobs_answered_total",
-    "How waiting calls ended: a job's final state, handed_over (202 with the job's URL) or abandoned (the client left).",
+    "How waiting calls ended: the job's final state, handed_over (202 with its URL) or abandoned (the client left).",
     "outcome",
 )
 REJECTS = _counter("rejects_total", "Calls refused or failed, by error code.", "reason")

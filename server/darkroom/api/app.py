@@ -1,0 +1,150 @@
+"""The application: routes, error replies, what wraps every call, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from darkroom import __version__, metrics
+from darkroom.api import generate, health, jobs, page, schema
+from darkroom.api.problems import Problem, problem_of, respond, respond_to
+from darkroom.api.service import Service
+from darkroom.config import Settings
+from darkroom.errors import DarkroomError
+from darkroom.queue import JobQueue
+
+log = structlog.get_logger("darkroom.api")
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
+    """Build the application. Without a `queue` it connects to `settings.redis_url` when it starts, and for as long as
+    Redis is away its work routes answer 503.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = app.state.service
+        await service.look()
+        watching = asyncio.ensure_future(service.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+            await service.close()
+
+    app = FastAPI(
+        title="Darkroom",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # /docs is ours: FastAPI's page loads its script from a CDN
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = Service(settings, queue)
+    for surface in (generate, jobs, health, page):
+        app.include_router(surface.router)
+    app.add_middleware(Observe)
+    app.add_exception_handler(DarkroomError, _on_darkroom_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _on_darkroom_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, DarkroomError):
+        raise error
+    metrics.REJECTS.labels(error.code).inc()
+    return respond_to(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException) or error.status_code not in _HTTP_CODES:
+        raise error
+    code = _HTTP_CODES[error.status_code]
+    metrics.REJECTS.labels(code).inc()
+    allowed = (error.headers or {}).get("Allow")
+    detail = f"this address takes {allowed}" if allowed else "see /docs for the addresses there are"
+    return respond(problem_of(code, detail), error.headers)
+
+
+class Observe:
+    """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 0
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-content-type-options", b"nosniff"))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except Exception:
+            log.exception("unexpected_error", method=scope["method"], route=_route(scope))
+            metrics.REJECTS.labels("internal").inc()
+            if status == 0:
+                detail = "the error was logged; trying again may help"
+                await respond(problem_of("internal", detail))(scope, receive, observed)
+        finally:
+            route = _route(scope)
+            metrics.HTTP_REQUESTS.labels(_method(scope), route, str(status)).inc()
+            metrics.HTTP_REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)
+
+
+def _route(scope: Scope) -> str:
+    return str(getattr(scope.get("route"), "path", "unmatched"))
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT") else "other"
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's paths, and the schemas of the structs that replies are made of."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=generate.DESCRIPTION,
+        routes=app.routes,
+        summary="Prompts in, pictures out.",
+    )
+    replies = [schema.Generated, schema.Accepted, schema.JobView, schema.Models, schema.Ready, schema.Live, Problem]
+    _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
+    request = schema.GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    document["components"] = {"schemas": {"GenerateRequest": request, **components}}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            # FastAPI adds its own 422 to routes with parameters; ours are strings that cannot fail there.
+            reply = operation["responses"].get("422", {})
+            if "application/json" in reply.get("content", {}):
+                del operation["responses"]["422"]
+    app.openapi_schema = document
+    return document

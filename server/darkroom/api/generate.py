@@ -1,0 +1,238 @@
+"""POST /generate: from a prompt to pictures, or to the URL of the job that makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import msgspec
+import structlog
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from darkroom import metrics
+from darkroom.api.accept import negotiate
+from darkroom.api.body import describe, parse_fields, read_json
+from darkroom.api.problems import documented
+from darkroom.api.resolve import check_cost, check_limits, choose_card, complete, cost_of, fingerprint
+from darkroom.api.schema import (
+    EXAMPLE_REQUEST,
+    Accepted,
+    Generated,
+    GenerateRequest,
+    image_views,
+    manifest_of,
+)
+from darkroom.api.service import Service, service_of
+from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, JobError
+from darkroom.jobs import Job, JobState, JobStatus, Priority, new_job_id
+
+log = structlog.get_logger("darkroom.api")
+router = APIRouter()
+
+DESCRIPTION = """\
+`POST /generate` takes a prompt and answers with pictures. Every accepted job ends in exactly one of `succeeded`,
+`failed`, `cancelled` or `expired`, and `GET /jobs/{job_id}` says which. Errors are RFC 9457 problem documents with a
+stable `code`."""
+
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_CLIENT_LEFT = 499  # nginx's number; nobody reads it but the metrics
+
+_IMAGE_HEADERS = {
+    "Darkroom-Job-Id": {"description": "The job's id.", "schema": {"type": "string"}},
+    "Darkroom-Seed": {"description": "The seed of this image.", "schema": {"type": "string"}},
+    "Content-Location": {"description": "The URL of this image.", "schema": {"type": "string"}},
+}
+
+
+@router.post(
+    "/generate",
+    summary="Make pictures",
+    description=(
+        "Answers with JSON (base64 images and a manifest) or, with `Accept: image/png` and the like, with the bytes of "
+        "the first image. A waiting client that goes away cancels its job, unless it sent an `Idempotency-Key`."
+    ),
+    response_class=Response,
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "required": False,
+                "description": "1 to 200 visible ASCII characters. The same key and body give the same job, also after "
+                "it has ended; another body under the same key is refused.",
+                "schema": {"type": "string", "maxLength": 200},
+            },
+            {
+                "name": "Accept",
+                "in": "header",
+                "required": False,
+                "description": "application/json, image/png, image/jpeg, image/webp or image/*.",
+                "schema": {"type": "string"},
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/GenerateRequest"},
+                    "examples": {
+                        "prompt only": {"value": {"prompt": "a red fox in the snow"}},
+                        "more": {"value": EXAMPLE_REQUEST},
+                    },
+                }
+            },
+        },
+    },
+    responses={
+        200: {
+            "description": "The pictures.",
+            "headers": _IMAGE_HEADERS,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/Generated"}},
+                **{name: {"schema": {"type": "string", "format": "binary"}} for name in MEDIA_TYPES.values()},
+            },
+        },
+        202: {
+            "description": "The job was accepted and is not finished yet.",
+            "headers": {"Location": {"description": "The job's URL.", "schema": {"type": "string"}}},
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Accepted"}}},
+        },
+        **documented(
+            "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
+            "unsupported_media_type", "invalid_request", "idempotency_mismatch", "queue_full", "internal", "job_failed",
+            "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable", "draining", "expired",
+            "out_of_memory",
+        ),
+    },
+)  # fmt: skip
+async def generate(request: Request) -> Response:
+    service = service_of(request)
+    settings = service.settings
+    service.refuse_if_draining()
+    fields = await read_json(request, settings.max_body_bytes)
+    body = parse_fields(GenerateRequest, fields, service.accepted)
+    check_limits(body, settings, service.accepted)
+    key = idempotency_key(request)
+    wants_image, output_format = negotiate(request.headers.get("accept"), body.output_format)
+
+    card = choose_card(body.model, await service.queue.cards())
+    wanted = complete(body, card, output_format)
+    cost = cost_of(wanted, card)
+    check_cost(cost, settings)
+    job = Job(id=new_job_id(), request=wanted, priority=Priority(body.priority), cost=cost)
+    enqueued = await service.queue.enqueue(
+        job,
+        deadline_s=body.deadline_s,
+        idempotency_key=key,
+        body_hash=fingerprint(body, output_format),
+        result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+    )
+    job_id = enqueued.job_id
+    if enqueued.is_new:
+        metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
+        log.info("job_accepted", job_id=job_id, model=card.id, priority=job.priority.value, cost=cost)
+
+    if body.mode == "async":
+        # The seed in the reply is the stored job's: a replay may have been given a random one.
+        seed = wanted.seed if enqueued.is_new else (await service.queue.status(job_id)).job.request.seed
+        return accepted_reply(job_id, enqueued.state, seed, enqueued.position)
+    limit = settings.wait_timeout_s
+    timeout_s = limit if body.wait_timeout_s is None else min(body.wait_timeout_s, limit)
+    try:
+        status = await wait_for_end(request, service, job_id, timeout_s)
+        if status is None:
+            if key is None:
+                await service.queue.cancel(job_id)
+                log.info("job_cancelled", job_id=job_id, reason="the client left")
+            metrics.JOBS_ANSWERED.labels("abandoned").inc()
+            return Response(status_code=_CLIENT_LEFT)
+        if not status.state.is_terminal:
+            metrics.JOBS_ANSWERED.labels("handed_over").inc()
+            return accepted_reply(job_id, status.state, status.job.request.seed, status.position)
+        metrics.JOBS_ANSWERED.labels(status.state.value).inc()
+        log.info("job_answered", job_id=job_id, state=status.state.value)
+        raise_unless_succeeded(status)
+        if wants_image:
+            return await image_reply(service, status)
+        return await json_reply(service, status)
+    except DarkroomError as error:
+        # The job exists: whatever went wrong afterwards, its id is what the client can ask with.
+        error.job_id = job_id
+        raise
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The request's Idempotency-Key, checked. Raises `InvalidRequest`."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and _KEY.fullmatch(key) is None:
+        raise InvalidRequest("Idempotency-Key", describe(key), "1 to 200 visible ASCII characters")
+    return key
+
+
+async def wait_for_end(request: Request, service: Service, job_id: str, timeout_s: float) -> JobStatus | None:
+    """The job's status at its end, at the timeout or when this process drains; None if the client left first."""
+    ending = asyncio.ensure_future(service.queue.wait(job_id, timeout_s))
+    leaving = asyncio.ensure_future(_client_leaves(request))
+    draining = asyncio.ensure_future(service.handing_over.wait())
+    try:
+        with service.waiting_call():
+            await asyncio.wait((ending, leaving, draining), return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            return ending.result()
+        if leaving.done():
+            return None
+        return await service.queue.status(job_id)
+    finally:
+        for task in (ending, leaving, draining):
+            task.cancel()
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def raise_unless_succeeded(status: JobStatus) -> None:
+    """Raise the job's end as the error that a waiting client gets."""
+    if status.state is JobState.SUCCEEDED:
+        return
+    if status.failure is not None:
+        code = status.failure.code if status.failure.code in HTTP_STATUS else "job_failed"
+        raise JobError(status.failure.message, code=code)
+    if status.state is JobState.CANCELLED:
+        raise JobError("the job was cancelled before it was finished", code="cancelled")
+    if status.state is JobState.EXPIRED:
+        raise JobError("the deadline passed before the job was finished", code="expired")
+    raise JobError("the job failed")
+
+
+async def json_reply(service: Service, status: JobStatus) -> Response:
+    contents = await service.queue.images(status.job.id)
+    manifest = manifest_of(status)
+    if manifest is None:
+        raise JobError("the job has no result")
+    reply = Generated(job_id=status.job.id, images=image_views(status, contents), manifest=manifest)
+    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+async def image_reply(service: Service, status: JobStatus) -> Response:
+    job = status.job
+    content = await service.queue.image(job.id, 0)
+    headers = {
+        "Darkroom-Job-Id": job.id,
+        "Darkroom-Seed": str(job.request.seed),
+        "Content-Location": f"/jobs/{job.id}/images/0",
+        "Cache-Control": "no-store",
+    }
+    return Response(content, media_type=MEDIA_TYPES[job.request.output_format], headers=headers)
+
+
+def accepted_reply(job_id: str, state: JobState, seed: int, position: int | None) -> Response:
+    """202: the job's URL, in `Location` and in the body."""
+    url = f"/jobs/{job_id}"
+    reply = Accepted(job_id=job_id, state=state, url=url, events_url=f"{url}/events", seed=seed, position=position)
+    headers = {"Location": url, "Cache-Control": "no-store"}
+    return Response(msgspec.json.encode(reply), 202, headers, media_type="application/json")

@@ -1,0 +1,191 @@
+"""What became of a job: its state, its pictures, its events; and how to call it off."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Annotated, Any, cast
+
+import msgspec
+import structlog
+from fastapi import APIRouter, Depends, Path
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.requests import Request
+from starlette.responses import Response
+
+from darkroom.api.body import describe
+from darkroom.api.problems import documented
+from darkroom.api.schema import job_view
+from darkroom.api.service import Service, service_of
+from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFound
+from darkroom.jobs import JobState, JobStatus
+from darkroom.queue import JobEvent
+
+log = structlog.get_logger("darkroom.api")
+router = APIRouter()
+
+_JOB_ID = re.compile(r"[0-9a-f]{26}")
+_EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_EXAMPLE_ID = "8f14e45fceea167a5a36dedd4b"
+JobId = Annotated[str, Path(description="The job's id.", examples=[_EXAMPLE_ID])]
+
+_VIEW: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The job.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobView"}}},
+    }
+}
+
+
+def checked(job_id: str) -> str:
+    """A well-formed job id, so that nothing else ever reaches a key. Raises `JobNotFound`."""
+    if _JOB_ID.fullmatch(job_id) is None:
+        raise JobNotFound("there is no such job, or its record has expired")
+    return job_id
+
+
+@router.get(
+    "/jobs/{job_id}",
+    summary="State, progress and result of a job",
+    response_class=Response,
+    responses={**_VIEW, **documented("job_not_found", "queue_unavailable")},
+)
+async def job(request: Request, job_id: JobId) -> Response:
+    return _view(await service_of(request).queue.status(checked(job_id)))
+
+
+@router.delete(
+    "/jobs/{job_id}",
+    summary="Cancel a job",
+    description="Answers with the job as it is now. A job that has ended stays as it is; asking twice does no harm.",
+    response_class=Response,
+    responses={**_VIEW, **documented("job_not_found", "queue_unavailable")},
+)
+async def cancel(request: Request, job_id: JobId) -> Response:
+    status = await service_of(request).queue.cancel(checked(job_id))
+    log.info("job_cancel_asked", job_id=job_id, state=status.state.value)
+    return _view(status)
+
+
+def _view(status: JobStatus) -> Response:
+    content = msgspec.json.encode(job_view(status))
+    return Response(content, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+@router.get(
+    "/jobs/{job_id}/images/{index}",
+    summary="One picture",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "The bytes of the picture. They never change, so they may be cached for good.",
+            "content": {
+                name: {"schema": {"type": "string", "format": "binary"}}
+                for name in ("image/png", "image/jpeg", "image/webp")
+            },
+        },
+        304: {"description": "The copy named by `If-None-Match` is still good."},
+        **documented("job_not_found", "image_not_found", "job_not_finished", "queue_unavailable"),
+    },
+)
+async def image(
+    request: Request, job_id: JobId, index: Annotated[str, Path(description="0 for the first.", examples=["0"])]
+) -> Response:
+    if not (index.isascii() and index.isdecimal() and len(index) < 4):
+        raise ImageNotFound("images are numbered from 0")
+    content = await service_of(request).queue.image(checked(job_id), int(index))
+    etag = f'"{job_id}-{int(index)}"'
+    headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
+    if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
+        return Response(status_code=304, headers=headers)
+    # Opened by itself, a picture may run nothing and load nothing, whatever a browser takes it for.
+    headers["Content-Security-Policy"] = "default-src 'none'; sandbox"
+    media_type, suffix = _kind(content)
+    headers["Content-Disposition"] = f'inline; filename="darkroom-{job_id}-{int(index)}.{suffix}"'
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _kind(content: bytes) -> tuple[str, str]:
+    """Media type and file suffix, from the first bytes: the image is stored without its job beside it."""
+    if content.startswith(b"\x89PNG"):
+        return "image/png", "png"
+    if content.startswith(b"\xff\xd8"):
+        return "image/jpeg", "jpg"
+    if content[8:12] == b"WEBP":
+        return "image/webp", "webp"
+    return "application/octet-stream", "bin"
+
+
+async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[JobEvent]:
+    """The job's events after `Last-Event-ID`. Runs before the stream begins, so that a 404 can still be a 404."""
+    service = service_of(request)
+    last = request.headers.get("last-event-id")
+    if last is not None and _EVENT_ID.fullmatch(last) is None:
+        raise InvalidRequest(
+            "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
+        )
+    await service.queue.status(checked(job_id))
+    return _until_handed_over(service, job_id, last)
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    summary="Follow a job",
+    description=(
+        "Server-sent events: `queued`, `running`, `progress`, then one of `succeeded`, `failed`, `cancelled`, "
+        "`expired`, which ends the stream. `Last-Event-ID` takes it up again where it broke off."
+    ),
+    response_class=EventSourceResponse,
+    openapi_extra={
+        "parameters": [
+            {"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}},
+        ]
+    },
+    responses={
+        200: {
+            "description": "A stream of events, each with JSON data.",
+            "content": {
+                "text/event-stream": {
+                    "schema": {"type": "string"},
+                    "example": 'event: progress\ndata: {"step":12,"num_steps":20}\nid: 1700000000000-0\n\n',
+                }
+            },
+        },
+        **documented("invalid_request", "job_not_found", "queue_unavailable"),
+    },
+)
+async def events(
+    job_id: JobId, following: Annotated[AsyncIterator[JobEvent], Depends(events_to_follow)]
+) -> AsyncIterator[ServerSentEvent]:
+    try:
+        async for event in following:
+            data = {"job_id": job_id, "state": event.kind, "step": event.step, "num_steps": event.num_steps}
+            if event.kind == "progress":
+                data["state"] = JobState.RUNNING.value
+            yield ServerSentEvent(event=event.kind, id=event.id or None, data=data)
+    except DarkroomError as error:
+        # The reply has begun; the client comes back by itself with Last-Event-ID and learns the reason then.
+        log.info("events_broke_off", job_id=job_id, reason=error.code)
+
+
+async def _until_handed_over(service: Service, job_id: str, last: str | None) -> AsyncIterator[JobEvent]:
+    """The job's events, ended early when this process drains: another one will take the stream up."""
+    source = cast("AsyncGenerator[JobEvent]", service.queue.events(job_id, last))
+    draining = asyncio.ensure_future(service.handing_over.wait())
+    coming: asyncio.Future[JobEvent] | None = None
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(source))
+            await asyncio.wait((coming, draining), return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return
+            yield coming.result()
+    except StopAsyncIteration:
+        return
+    finally:
+        draining.cancel()
+        if coming is None or coming.done():
+            await source.aclose()
+        else:
+            coming.cancel()

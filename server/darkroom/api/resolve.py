@@ -1,0 +1,159 @@
+"""From a checked body and the models' cards to a `GenerationRequest` with nothing left open, and what it will cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from darkroom.api.body import Missing, describe
+from darkroom.api.problems import InvalidFields
+from darkroom.api.schema import MAX_DEADLINE_S, MAX_GUIDANCE_SCALE, MAX_SEED, OUTPUT_FORMATS, GenerateRequest
+from darkroom.config import Settings
+from darkroom.errors import InvalidRequest, NoModel, UnknownModel
+from darkroom.jobs import GenerationRequest, ModelCard
+from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations, supported_sigma_schedules
+
+
+def accepted_values(settings: Settings) -> dict[str, str]:
+    """What each field of a request accepts, in words for error messages."""
+    prompt = f"{settings.max_prompt_chars} characters of valid Unicode, none of them NUL"
+    return {
+        "prompt": f"1 to {prompt}, not only blanks",
+        "negative_prompt": f"0 to {prompt}",
+        "model": "the id of one of the models of GET /models",
+        "width": "a whole number of pixels, at least 1",
+        "height": "a whole number of pixels, at least 1",
+        "num_inference_steps": f"an integer from 1 to {settings.max_num_inference_steps}",
+        "guidance_scale": f"a number from 0 to {MAX_GUIDANCE_SCALE:g}",
+        "num_images_per_prompt": f"an integer from 1 to {settings.max_num_images}",
+        "seed": f"an integer from 0 to {MAX_SEED} (less num_images_per_prompt - 1)",
+        "sampler": f"one of {', '.join(SAMPLERS)}",
+        "sigma_schedule": f"one of {', '.join(SIGMA_SCHEDULES)}",
+        "clip_skip": "an integer from 0 up",
+        "output_format": f"one of {', '.join(OUTPUT_FORMATS)}",
+        "priority": "one of low, normal, high",
+        "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "mode": "one of wait, async",
+        "wait_timeout_s": "a number of seconds from 0 up",
+    }
+
+
+def check_limits(body: GenerateRequest, settings: Settings, accepted: Mapping[str, str]) -> None:
+    """Refuse what no model could draw. Raises `InvalidFields`."""
+    steps = body.num_inference_steps
+    wrong = {
+        "prompt": not body.prompt.strip() or _is_bad_text(body.prompt, settings),
+        "negative_prompt": _is_bad_text(body.negative_prompt, settings),
+        "num_inference_steps": steps is not None and steps > settings.max_num_inference_steps,
+        "num_images_per_prompt": body.num_images_per_prompt > settings.max_num_images,
+        "seed": body.seed is not None and body.seed > MAX_SEED - body.num_images_per_prompt + 1,
+        "sampler": body.sampler is not None and body.sampler not in SAMPLERS,
+        "sigma_schedule": body.sigma_schedule is not None and body.sigma_schedule not in SIGMA_SCHEDULES,
+    }
+    if any(wrong.values()):
+        raise InvalidFields(
+            [
+                InvalidRequest(name, describe(getattr(body, name)), accepted[name])
+                for name, is_wrong in wrong.items()
+                if is_wrong
+            ]
+        )
+
+
+def _is_bad_text(text: str, settings: Settings) -> bool:
+    return len(text) > settings.max_prompt_chars or "\0" in text
+
+
+def choose_card(model: str | None, cards: Mapping[str, ModelCard]) -> ModelCard:
+    """The card of the model asked for, or of the only one there is.
+
+    Raises `NoModel`, `UnknownModel`, or `InvalidRequest` when several could be meant.
+    """
+    if not cards:
+        raise NoModel("no worker has offered a model yet", retry_after_s=2.0)
+    if model is None:
+        if len(cards) > 1:
+            raise InvalidRequest("model", Missing(), f"one of {', '.join(sorted(cards))}")
+        return next(iter(cards.values()))
+    card = cards.get(model)
+    if card is None:
+        known = ", ".join(sorted(cards))
+        raise UnknownModel(
+            f"model: got {InvalidRequest('model', describe(model), known).value}, expected one of {known}"
+        )
+    return card
+
+
+def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> GenerationRequest:
+    """Fill in what was left out from the card. Raises `InvalidFields` on what this model cannot do."""
+    width, height = body.width or card.width, body.height or card.height
+    sampler = body.sampler or card.sampler
+    schedules = [name for name in supported_sigma_schedules(sampler) if name in card.sigma_schedules]
+    sigma_schedule = body.sigma_schedule
+    if sigma_schedule is None:
+        # The model's own schedule may not suit the sampler that was asked for; `simple` suits all.
+        sigma_schedule = card.sigma_schedule if card.sigma_schedule in schedules else "simple"
+
+    problems = []
+    for name, value, limit in (("width", width, card.max_width), ("height", height, card.max_height)):
+        if value % card.size_multiple or not card.size_multiple <= value <= limit:
+            accepted = f"a multiple of {card.size_multiple} from {card.size_multiple} to {limit}"
+            problems.append(InvalidRequest(name, value, accepted))
+    if sampler not in card.samplers:
+        problems.append(InvalidRequest("sampler", sampler, f"one of {', '.join(card.samplers)} with model {card.id}"))
+    elif sigma_schedule not in schedules:
+        accepted = f"one of {', '.join(schedules)} with sampler {sampler}"
+        problems.append(InvalidRequest("sigma_schedule", sigma_schedule, accepted))
+    if body.clip_skip > card.max_clip_skip:
+        accepted = f"an integer from 0 to {card.max_clip_skip} with model {card.id}"
+        problems.append(InvalidRequest("clip_skip", describe(body.clip_skip), accepted))
+    if problems:
+        raise InvalidFields(problems)
+
+    guidance_scale = card.guidance_scale if body.guidance_scale is None else body.guidance_scale
+    return GenerationRequest(
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt,
+        model=card.id,
+        width=width,
+        height=height,
+        num_inference_steps=body.num_inference_steps or card.num_inference_steps,
+        guidance_scale=float(guidance_scale),
+        num_images_per_prompt=body.num_images_per_prompt,
+        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        sampler=sampler,
+        sigma_schedule=sigma_schedule,
+        clip_skip=body.clip_skip,
+        output_format=output_format,
+    )
+
+
+def cost_of(request: GenerationRequest, card: ModelCard) -> float:
+    """Model rows × UNet evaluations × latent pixels."""
+    rows = request.num_images_per_prompt * (2 if request.uses_guidance else 1)
+    latent_pixels = (request.width // card.vae_scale_factor) * (request.height // card.vae_scale_factor)
+    return float(rows * num_evaluations(request.sampler, request.num_inference_steps) * latent_pixels)
+
+
+def check_cost(cost: float, settings: Settings) -> None:
+    """Raise `InvalidRequest` when one request would keep a worker for too long."""
+    if cost > settings.max_job_cost:
+        raise InvalidRequest(
+            "cost",
+            int(cost),
+            f"at most {settings.max_job_cost:.0f} model rows × evaluations × latent pixels; "
+            "ask for fewer images, fewer steps or a smaller size",
+        )
+
+
+def fingerprint(body: GenerateRequest, output_format: str) -> str:
+    """A hash of what was asked for; two bodies under one Idempotency-Key must agree in it.
+
+    How the answer is delivered (`mode`, `wait_timeout_s`) is left out: a retry may choose another way.
+    """
+    asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude={"mode", "wait_timeout_s"})
+    asked["output_format"] = output_format
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,258 @@
+"""What clients send and receive: the request as a pydantic model, the replies as msgspec structs.
+
+Requests need every error at once, each with its field; replies carry images and must be cheap: msgspec writes bytes as
+base64 straight into the reply. OpenAPI is generated from both.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+from msgspec import Meta
+from pydantic import BaseModel, ConfigDict, Field
+
+from darkroom.jobs import JobState, JobStatus, ModelCard, Timings
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE_SCALE = 50.0
+MAX_DEADLINE_S = 7 * 86400.0
+
+EXAMPLE_REQUEST: dict[str, Any] = {
+    "prompt": "a red fox in the snow",
+    "num_inference_steps": 20,
+    "guidance_scale": 5.0,
+    "seed": 7,
+}
+
+
+class GenerateRequest(BaseModel):
+    """What to draw. Everything but `prompt` may be left out; the model's own card fills it in."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    prompt: str = Field(min_length=1, description="What the picture should show.", examples=["a red fox in the snow"])
+    negative_prompt: str = Field("", description="What it should not show. Used only when guidance is on.")
+    model: str | None = Field(None, description="A model of `GET /models`; may be left out when there is only one.")
+    width: int | None = Field(None, ge=1, description="Pixels; a multiple of the model's `size_multiple`.")
+    height: int | None = Field(None, ge=1, description="Pixels; a multiple of the model's `size_multiple`.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; more is slower and finer.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=MAX_GUIDANCE_SCALE, allow_inf_nan=False, description="Guidance weight; 1 or less turns it off."
+    )
+    num_images_per_prompt: int = Field(1, ge=1, description="How many images; image i uses seed + i.")
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Same seed, same picture. Left out: a random 32-bit one, given back."
+    )
+    sampler: str | None = Field(None, description="One of the model's `samplers`.", examples=["dpmpp_2m"])
+    sigma_schedule: str | None = Field(
+        None, description="Spacing of the noise levels; `simple` is the checkpoint's own.", examples=["karras"]
+    )
+    clip_skip: int = Field(0, ge=0, description="Text-encoder layers left out at the end.")
+    output_format: OutputFormat | None = Field(None, description="Left out: what `Accept` asks for, else png.")
+    priority: Literal["low", "normal", "high"] = Field("normal", description="A head start in the queue.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        allow_inf_nan=False,
+        description="Seconds from now after which the pictures are of no use; a job that is late ends as `expired`.",
+    )
+    mode: Literal["wait", "async"] = Field(
+        "wait", description="`wait` answers with the images; `async` answers 202 with the job's URL at once."
+    )
+    wait_timeout_s: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="How long `wait` waits before it answers 202; the server's own limit caps it.",
+    )
+
+
+class ImageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One picture. `base64` is there only in the reply of a waiting call."""
+
+    index: int
+    seed: int
+    format: str
+    width: int
+    height: int
+    num_bytes: int
+    url: Annotated[str, Meta(examples=["/jobs/8f14e45fceea167a5a36dedd4b/images/0"])]
+    base64: bytes | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """All it takes to make the same pictures again, and where the time went."""
+
+    job_id: str
+    model: str
+    weights_hash: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    sigma_schedule: str
+    clip_skip: int
+    seed: int
+    seeds: Annotated[list[int], Meta(description="One for each image.")]
+    timings: Annotated[Timings, Meta(description="Seconds in the queue, in the text encoder, denoising, decoding.")]
+    total_s: Annotated[float, Meta(description="Seconds from acceptance to the stored result.")]
+    attempts: Annotated[int, Meta(description="1, or more when a worker was lost on the way.")]
+    max_batch_rows: Annotated[int, Meta(description="Most model rows that shared a UNet call with this job.")]
+    worker: str
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True):
+    """The reply of a waiting call."""
+
+    job_id: str
+    images: list[ImageView]
+    manifest: Manifest
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True):
+    """The job was accepted and will be finished; `Location` and `url` say where to ask."""
+
+    job_id: str
+    state: JobState
+    url: str
+    events_url: str
+    seed: int
+    position: Annotated[int | None, Meta(description="Jobs ahead of it in the queue, while it waits.")] = None
+
+
+class FailureView(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a job ended without pictures."""
+
+    code: str
+    message: str
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job. `step` of `num_steps` counts UNet evaluations of its slowest image."""
+
+    job_id: str
+    state: JobState
+    url: str
+    events_url: str
+    model: str
+    seed: int
+    priority: str
+    step: int
+    num_steps: int
+    position: int | None
+    attempts: int
+    created_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    deadline_at: datetime | None
+    timings: Timings | None
+    images: list[ImageView]
+    manifest: Manifest | None
+    failure: FailureView | None
+
+
+class Models(msgspec.Struct, frozen=True):
+    """The models that live workers serve."""
+
+    models: list[ModelCard]
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of the service; `ready` and `busy` (the queue is full) come with 200, all else with a 503 problem."""
+
+    health: Literal["ready", "busy"]
+    workers: int
+    queue_depth: int
+    in_flight: int
+
+
+class Live(msgspec.Struct, frozen=True, kw_only=True):
+    """This process answers."""
+
+    health: Literal["live", "draining"]
+    version: str
+
+
+def image_views(status: JobStatus, contents: list[bytes] | None = None) -> list[ImageView]:
+    """The pictures of a succeeded job, with their bytes when `contents` has them."""
+    if status.result is None:
+        return []
+    return [
+        ImageView(
+            index=image.index,
+            seed=image.seed,
+            format=image.format,
+            width=image.width,
+            height=image.height,
+            num_bytes=image.num_bytes,
+            url=f"/jobs/{status.job.id}/images/{image.index}",
+            base64=contents[image.index] if contents is not None else None,
+        )
+        for image in status.result.images
+    ]
+
+
+def manifest_of(status: JobStatus) -> Manifest | None:
+    """The manifest of a succeeded job, else None."""
+    result, request = status.result, status.job.request
+    if result is None:
+        return None
+    total_ms = (status.finished_at_ms or status.job.created_at_ms) - status.job.created_at_ms
+    return Manifest(
+        job_id=status.job.id,
+        model=request.model,
+        weights_hash=result.weights_hash,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        sampler=request.sampler,
+        sigma_schedule=request.sigma_schedule,
+        clip_skip=request.clip_skip,
+        seed=request.seed,
+        seeds=[image.seed for image in result.images],
+        timings=result.timings,
+        total_s=total_ms / 1000,
+        attempts=status.job.attempt,
+        max_batch_rows=result.max_batch_rows,
+        worker=result.worker,
+    )
+
+
+def job_view(status: JobStatus) -> JobView:
+    job, failure = status.job, status.failure
+    return JobView(
+        job_id=job.id,
+        state=status.state,
+        url=f"/jobs/{job.id}",
+        events_url=f"/jobs/{job.id}/events",
+        model=job.request.model,
+        seed=job.request.seed,
+        priority=job.priority.value,
+        step=status.step,
+        num_steps=status.num_steps,
+        position=status.position,
+        attempts=job.attempt,
+        created_at=_moment(job.created_at_ms or None),
+        started_at=_moment(status.started_at_ms),
+        finished_at=_moment(status.finished_at_ms),
+        deadline_at=_moment(job.deadline_at_ms),
+        timings=status.result.timings if status.result else None,
+        images=image_views(status),
+        manifest=manifest_of(status),
+        failure=FailureView(code=failure.code, message=failure.message) if failure else None,
+    )
+
+
+def _moment(milliseconds: int | None) -> datetime | None:
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, timezone.utc)

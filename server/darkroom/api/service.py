@@ -1,0 +1,112 @@
+"""What all routes of one API process share: the settings, the way to the queue, and the state of the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.requests import HTTPConnection
+
+from darkroom import metrics
+from darkroom.api.resolve import accepted_values
+from darkroom.config import Settings
+from darkroom.errors import Draining, QueueUnavailable
+from darkroom.queue import JobQueue
+
+log = structlog.get_logger("darkroom.api")
+
+# How often the queue is looked at: for the gauges, and to say in the log when it goes and when it is back.
+_WATCH_INTERVAL_S = 1.0
+
+
+class Service:
+    """The API starts and lives without Redis: until it is reached, `queue` raises `QueueUnavailable`."""
+
+    def __init__(self, settings: Settings, queue: JobQueue | None) -> None:
+        self.settings = settings
+        self.accepted = accepted_values(settings)
+        self.is_draining = False
+        self._num_waiting = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.was_ready = False
+        # Set when waiting calls must be answered with their job's URL because the process is about to end.
+        self.handing_over = asyncio.Event()
+        self._queue = queue
+        self._owns_queue = queue is None
+        self._reached: bool | None = None
+
+    @property
+    def queue(self) -> JobQueue:
+        if self._queue is None:
+            raise QueueUnavailable("Redis cannot be reached")
+        return self._queue
+
+    def refuse_if_draining(self) -> None:
+        if self.is_draining:
+            raise Draining("this server is shutting down; another one will answer", retry_after_s=1.0)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @contextlib.contextmanager
+    def waiting_call(self) -> Iterator[None]:
+        """Count a call that waits for its job, so that a drain can wait for it."""
+        self._num_waiting += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_waiting -= 1
+            if self._num_waiting == 0:
+                self._idle.set()
+
+    async def all_answered(self, timeout_s: float) -> None:
+        """Return when no call waits for its job any more, or after `timeout_s`."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    async def watch(self) -> None:
+        """Connect, stay connected, keep the gauges fresh. Runs until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def look(self) -> None:
+        try:
+            if self._queue is None:
+                self._queue = await JobQueue.connect(self.settings, self.settings.redis_url or "")
+            stats = await self._queue.stats()
+        except QueueUnavailable as error:
+            if self._reached is not False:
+                log.error("queue_unavailable", redis=_without_password(self.settings.redis_url), reason=str(error))
+            self._reached = False
+            metrics.QUEUE_REACHABLE.set(0)
+            return
+        if self._reached is False:
+            log.info("queue_reached", redis=_without_password(self.settings.redis_url))
+        self._reached = True
+        metrics.QUEUE_REACHABLE.set(1)
+        metrics.QUEUE_DEPTH.set(stats.waiting)
+        metrics.QUEUE_IN_FLIGHT.set(stats.in_flight)
+        metrics.LIVE_WORKERS.set(stats.live_workers)
+
+    async def close(self) -> None:
+        if self._queue is not None and self._owns_queue:
+            await self._queue.close()
+
+
+def service_of(connection: HTTPConnection) -> Service:
+    service: Service = connection.app.state.service
+    return service
+
+
+def _without_password(url: str | None) -> str:
+    parts = urlsplit(url or "")
+    if parts.password is None:
+        return url or ""
+    return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()
