@@ -35,9 +35,9 @@ _PR_SET_PDEATHSIG = 1
 class Process(Protocol):
     """A running child, as `asyncio.subprocess.Process` is one."""
 
-    @property
-    def pid(self) -> int: ...
     async def wait(self) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ class Supervisor:
     def is_stopping(self) -> bool:
         return self._stop.is_set()
 
-    async def wait_stop(self, timeout_s: float) -> bool:
+    @property
+    def _decides_the_start(self) -> bool:
+        return not self._is_settled and not self._stop.is_set()
+
+    async def wait_stop(self, timeout_s: float | None = None) -> bool:
         """Sleep, but not past a stop. Returns whether one was asked for."""
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), timeout_s)
@@ -157,28 +161,28 @@ class Supervisor:
         try:
             process = await kept.service.start()
         except DarkroomError as error:
-            if isinstance(error, (ConfigError, ModelError)) and not self._is_settled:
-                self._refusal = self._refusal or error
+            if isinstance(error, (ConfigError, ModelError)) and self._decides_the_start:
+                self._refusal = error
                 self.stop()
             return str(error)
         ended = asyncio.ensure_future(process.wait())
-        await _first(ended, kept.stop.wait())
+        await first_of(ended, kept.stop.wait())
         if not ended.done():
             await self._end(process, ended, kept.service)
         code = await ended
-        if code == EXIT_CONFIG and not self._is_settled and not self._stop.is_set():
+        if code == EXIT_CONFIG and self._decides_the_start:
             self._exit_code = EXIT_CONFIG
             self.stop()
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     async def _end(self, process: Process, ended: asyncio.Future[int], service: Service) -> None:
         with suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
-        await _first(ended, self._hurry.wait(), timeout_s=service.stop_timeout_s)
+            process.terminate()
+        await first_of(ended, self._hurry.wait(), timeout_s=service.stop_timeout_s)
         if not ended.done():
             log.warning("killed", service=service.name, stop_timeout_s=service.stop_timeout_s)
             with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
 
 
 class _Kept:
@@ -190,7 +194,7 @@ class _Kept:
         self.task: asyncio.Future[None] | None = None
 
 
-async def _first(future: asyncio.Future[int], other: Awaitable[object], *, timeout_s: float | None = None) -> None:
+async def first_of(future: asyncio.Future[Any], other: Awaitable[object], *, timeout_s: float | None = None) -> None:
     """Wait for either, or for the time; leaves `future` alone and cancels `other`."""
     waiting = asyncio.ensure_future(other)
     both: set[asyncio.Future[Any]] = {future, waiting}

@@ -1,0 +1,241 @@
+"""The command line: `darkroom up | api | worker | generate | models`.
+
+Exit codes: 0 done or stopped as asked, 1 failed, 2 a bad setting, model or request, 130 interrupted. What a command
+needs is imported inside it, so that `darkroom --help` is quick and the API never loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from darkroom import __version__
+from darkroom.errors import ConfigError, DarkroomError, InvalidRequest, ModelError, RequestError
+
+if TYPE_CHECKING:
+    from darkroom.config import Settings
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="darkroom",
+    help="Prompts in, pictures out: a serving engine for latent diffusion.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelPaths = Annotated[
+    list[Path] | None,
+    typer.Option("--model", metavar="PATH", help="Model directory; may be given again. (default: the built-in model)"),
+]
+RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use. (default: DARKROOM_REDIS_URL)")]
+Host = Annotated[str | None, typer.Option(help="Address to bind to. (default: DARKROOM_HOST or 127.0.0.1)")]
+Port = Annotated[int | None, typer.Option(help="Port, 0 for a free one. (default: DARKROOM_PORT or 8000)")]
+
+
+class Format(str, Enum):
+    """What `generate` can write."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+def main() -> None:
+    """Run the command line and exit. A known error is one line on stderr, never a traceback."""
+    if "DARKROOM_PARENT" in os.environ:
+        from darkroom.supervisor import die_with_parent
+
+        die_with_parent()
+    try:
+        app(standalone_mode=True)
+    except DarkroomError as error:
+        print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USAGE if isinstance(error, (ConfigError, ModelError, RequestError)) else EXIT_FAILED)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"darkroom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def up(
+    model: ModelPaths = None,
+    host: Host = None,
+    port: Port = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the private Redis keeps its data.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Worker processes. (default: one for each GPU, else one for each model)"),
+    ] = None,
+) -> None:
+    """Start everything on this machine and keep it running."""
+    import asyncio
+
+    settings = _settings("up", host=host, port=port, data_dir=data_dir)
+    from darkroom.up import run_up
+
+    raise typer.Exit(asyncio.run(run_up(settings, model or [], workers)))
+
+
+@app.command()
+def api(redis_url: RedisUrl = None, host: Host = None, port: Port = None) -> None:
+    """Run the HTTP API alone."""
+    settings = _settings("api", redis_url=redis_url, host=host, port=port)
+    queue_url = _redis_url(settings)
+    from darkroom.api.server import serve
+
+    serve(settings, queue_url)
+
+
+@app.command()
+def worker(model: ModelPaths = None, redis_url: RedisUrl = None) -> None:
+    """Run one worker alone: it claims jobs and draws them."""
+    settings = _settings("worker", redis_url=redis_url)
+    queue_url = _redis_url(settings)
+    from darkroom.worker.main import run_worker
+
+    run_worker(settings, queue_url, model or [])
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("picture.png"),
+    negative: Annotated[str, typer.Option(help="What it should not show.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight; 1 or less turns it off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture. (default: random)")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler, such as dpmpp_2m.")] = None,
+    sigma_schedule: Annotated[str | None, typer.Option(help="Spacing of the noise levels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures; they go to out-0.png, out-1.png, ...")] = 1,
+    output_format: Annotated[
+        Format | None, typer.Option("--format", help="File format. (default: as the file is called)")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Model directory, or with --url the id of a served model.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Server to ask. (default: draw in this process)")] = None,
+) -> None:
+    """Draw a prompt into a file."""
+    settings = _settings("generate", log_level="warning")
+    from darkroom.config import BUILTIN_MODEL
+    from darkroom.generate import generate_here, generate_there, output_format_of, paths_of, progress_bar, report
+
+    began = time.monotonic()
+    options: dict[str, Any] = {
+        "negative_prompt": negative or None,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "seed": seed,
+        "sampler": sampler,
+        "sigma_schedule": sigma_schedule,
+        "width": width,
+        "height": height,
+        "model": model if url is not None else None,
+    }
+    fields = {
+        "prompt": prompt,
+        "num_images_per_prompt": count,
+        "output_format": output_format_of(out, output_format.value if output_format else None),
+        **{name: value for name, value in options.items() if value is not None},
+    }
+    if not out.parent.is_dir():
+        raise InvalidRequest("-o", str(out), "a file in a directory that exists")
+    try:
+        with progress_bar() as on_progress:
+            if url is not None:
+                pictures = generate_there(fields, url, on_progress)
+            else:
+                pictures = generate_here(fields, Path(model or BUILTIN_MODEL), settings, on_progress)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    paths = paths_of(out, len(pictures.contents))
+    for path, content in zip(paths, pictures.contents, strict=True):
+        path.write_bytes(content)
+    for line in report(paths, pictures, time.monotonic() - began):
+        typer.echo(line)
+
+
+@app.command()
+def models(
+    path: Annotated[
+        list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories to list as well.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="List the models of this server instead.")] = None,
+) -> None:
+    """List the built-in model, given directories, or the models of a server."""
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = _settings("models", log_level="warning")
+    if url is not None:
+        from darkroom.generate import fetch_models
+
+        cards = fetch_models(url)
+    else:
+        from darkroom.config import BUILTIN_MODEL
+        from darkroom.worker.main import load_models
+
+        loaded = load_models(
+            settings.model_copy(update={"device": "cpu", "dtype": "fp32"}), [BUILTIN_MODEL, *(path or [])]
+        )
+        cards = [msgspec.to_builtins(model.card) for model in loaded.values()]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE"):
+        table.add_column(title)
+    for card in cards:
+        table.add_row(
+            card["id"],
+            card["family"],
+            f"{card['width']}x{card['height']}",
+            str(card["num_inference_steps"]),
+            card["sampler"],
+            card["weights_hash"].rpartition(":")[2][:12],
+            card["license"] or "-",
+        )
+    Console().print(table)
+
+
+def _settings(process: str, **overrides: object) -> Settings:
+    """Read the settings, options over variables, and start logging under the name that `up` gave this process."""
+    from darkroom import logs
+    from darkroom.config import load_settings
+
+    settings = load_settings(**{name: value for name, value in overrides.items() if value is not None})
+    logs.configure(settings.log_level, process=os.environ.get("DARKROOM_PROCESS", process))
+    return settings
+
+
+def _redis_url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        raise ConfigError(
+            "DARKROOM_REDIS_URL is not set: a process of its own needs the queue's address; `darkroom up` needs none"
+        )
+    return settings.redis_url

@@ -1,0 +1,283 @@
+"""`darkroom up`: the queue, the workers and the API on this machine, as one command.
+
+redis-server, API and workers start side by side. Once the API says that it is ready, a short block tells where the page
+is and how to get a first picture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import httpx
+import msgspec
+import structlog
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from darkroom import __version__
+from darkroom.config import BUILTIN_MODEL, Settings
+from darkroom.errors import ConfigError, ModelError
+from darkroom.jobs import ModelCard
+from darkroom.queue import EmbeddedRedis
+from darkroom.supervisor import Service, Spawner, Supervisor, first_of
+
+log = structlog.get_logger("darkroom.up")
+
+_POLL_S = 0.05
+# A machine where some workers never come up still serves with the others.
+_MISSING_WORKERS_S = 15.0
+_DEFAULT_PROMPT = "a red fox in the snow"
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process to start: `darkroom COMMAND`, under this name in the logs."""
+
+    name: str
+    arguments: tuple[str, ...]
+    metrics_port: int
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def visible_gpus() -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES, or an index for each GPU the driver knows. Does not import torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [entry.strip() for entry in named.split(",") if entry.strip() not in ("", "-1")]
+    try:
+        driver = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_uint(0)
+    if driver.nvmlInit_v2() or driver.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return []
+    return [str(index) for index in range(count.value)]
+
+
+def gpus_to_use(device: str) -> list[str]:
+    """The GPUs that workers are spread over; none when the device setting or the installed torch rules them out."""
+    with suppress(PackageNotFoundError):
+        if device == "auto" and "+cpu" not in version("torch"):
+            return visible_gpus()
+    return []
+
+
+def plan_workers(
+    settings: Settings, models: Sequence[Path], num_workers: int | None, gpus: Sequence[str], num_cores: int
+) -> list[Child]:
+    """Which worker serves what: by default one for each GPU with all models, or without a GPU one for each model.
+
+    A `num_workers` of the caller's gives that many, each with all models. Workers that share a CPU share its cores.
+    """
+    each_its_own = num_workers is None and not gpus
+    count = num_workers or (len(gpus) or len(models))
+    workers = []
+    for index in range(count):
+        env: dict[str, str] = {}
+        if gpus:
+            env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
+        elif count > 1 and not settings.num_threads:
+            env["DARKROOM_NUM_THREADS"] = str(max(1, num_cores // count))
+        served = [models[index]] if each_its_own else models
+        arguments = ["worker", *(argument for path in served for argument in ("--model", str(path)))]
+        workers.append(Child(f"worker-{index}", tuple(arguments), _metrics_port(settings, 1 + index), env))
+    return workers
+
+
+def free_port(host: str, port: int) -> int:
+    """`port` itself, or a free one for 0. Raises `ConfigError` when it is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; --port chooses another") from error
+        return int(probe.getsockname()[1])
+
+
+def _metrics_port(settings: Settings, offset: int) -> int:
+    """Processes on one machine need ports of their own: the setting's and those after it, or free ones."""
+    port = settings.metrics_port
+    return free_port(settings.metrics_host, port + offset if port else 0)
+
+
+def _base_url(host: str, port: int) -> str:
+    """An address that a browser on this machine can open."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _PrivateRedis:
+    """The embedded redis-server as a service: started once, restarted on the same address ever after."""
+
+    def __init__(self, redis: EmbeddedRedis, supervisor: Supervisor) -> None:
+        self._redis = redis
+        self._supervisor = supervisor
+        self.answers = asyncio.Event()
+
+    async def start(self) -> _PrivateRedis:
+        """Return once it answers; a long log takes a while to load, and a stop cuts that short."""
+        begin = self._redis.restart if self.answers.is_set() else self._redis.start
+        starting = asyncio.ensure_future(asyncio.to_thread(begin))
+        await first_of(starting, self._supervisor.wait_stop())
+        if not starting.done():
+            await asyncio.to_thread(self._redis.stop)
+        await starting
+        self.answers.set()
+        return self
+
+    async def wait(self) -> int:
+        while (code := self._redis.poll()) is None:  # noqa: ASYNC110 - a process sets it, and has no event to give
+            await asyncio.sleep(_POLL_S)
+        return code
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(self._redis.server_pid, number)
+
+
+async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | None) -> int:
+    """Run everything until SIGINT or SIGTERM. Returns the exit code.
+
+    Raises `ConfigError` and `ModelError` where a start is refused before any child could say so itself.
+    """
+    began = time.monotonic()
+    supervisor = Supervisor()
+    supervisor.handle_signals()
+    for path in models:
+        if not path.is_dir():
+            raise ModelError(f"--model {path}: no such directory")
+    port = free_port(settings.host, settings.port)
+    gpus = gpus_to_use(settings.device)
+    workers = plan_workers(settings, models or [BUILTIN_MODEL], num_workers, gpus, len(os.sched_getaffinity(0)))
+    children = [Child("api", ("api",), _metrics_port(settings, 0)), *workers]
+    common = {
+        **os.environ,
+        "DARKROOM_HOST": settings.host,
+        "DARKROOM_PORT": str(port),
+        "DARKROOM_DATA_DIR": str(settings.data_dir),
+    }
+    spawner = Spawner()
+    redis = EmbeddedRedis(settings) if settings.redis_url is None else None
+    announcing: asyncio.Future[None] | None = None
+    try:
+        if redis is not None:
+            service = _PrivateRedis(redis, supervisor)
+            supervisor.add(Service("redis", service.start, stop_rank=2, stop_timeout_s=0.8))
+            answering = asyncio.ensure_future(service.answers.wait())
+            await first_of(answering, supervisor.wait_stop())
+            answering.cancel()
+        if not supervisor.is_stopping:
+            common["DARKROOM_REDIS_URL"] = redis.url if redis is not None else str(settings.redis_url)
+            for child in children:
+                supervisor.add(_service(child, spawner, common))
+            announcing = asyncio.ensure_future(
+                _announce(supervisor, settings, _base_url(settings.host, port), children, len(workers), began)
+            )
+        return await supervisor.run()
+    finally:
+        if announcing is not None:
+            announcing.cancel()
+        spawner.close()
+        if redis is not None:
+            redis.stop()
+        log.info("stopped")
+
+
+def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Service:
+    env = {
+        **common,
+        **child.env,
+        "DARKROOM_METRICS_PORT": str(child.metrics_port),
+        "DARKROOM_PROCESS": child.name,
+    }
+    start = functools.partial(spawner.spawn, [sys.executable, "-m", "darkroom", *child.arguments], env)
+    rank, timeout_s = (0, 2.0) if child.name == "api" else (1, 1.8)
+    return Service(child.name, start, rank, timeout_s)
+
+
+async def _announce(
+    supervisor: Supervisor, settings: Settings, url: str, children: Sequence[Child], num_workers: int, began: float
+) -> None:
+    cards = await _wait_ready(supervisor, url, num_workers)
+    if cards is None:
+        return
+    supervisor.settle()
+    metrics = {child.name: f"{_base_url(settings.metrics_host, child.metrics_port)}/metrics" for child in children}
+    print_ready(url, cards, metrics, time.monotonic() - began)
+
+
+async def _wait_ready(supervisor: Supervisor, url: str, num_workers: int) -> list[ModelCard] | None:
+    """Ask until the API is ready and every worker there, or enough time has passed for those that are missing.
+
+    Returns the cards of the models, None when a stop came first.
+    """
+    first_ready: float | None = None
+    async with httpx.AsyncClient(base_url=url, timeout=2.0, trust_env=False) as client:
+        while not await supervisor.wait_stop(_POLL_S):
+            try:
+                reply = await client.get("/health/ready")
+                if reply.status_code != 200:
+                    continue
+                first_ready = first_ready or time.monotonic()
+                if reply.json()["workers"] < num_workers and time.monotonic() - first_ready < _MISSING_WORKERS_S:
+                    continue
+                models = msgspec.json.decode((await client.get("/models")).content)["models"]
+            except (httpx.HTTPError, msgspec.DecodeError, LookupError):
+                continue
+            return [msgspec.convert(card, ModelCard) for card in models]
+    return None
+
+
+def first_request(url: str, cards: Sequence[ModelCard]) -> str:
+    """A command line that ends with a picture."""
+    body: dict[str, str] = {"prompt": _DEFAULT_PROMPT}
+    if cards:
+        card = cards[0]
+        body["prompt"] = next(iter(card.example_prompts), _DEFAULT_PROMPT)
+        if len(cards) > 1:
+            body["model"] = card.id
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl -s -H 'accept: image/png' -H 'content-type: application/json' -d {data} {url}/generate -o picture.png"
+
+
+def print_ready(url: str, cards: Sequence[ModelCard], metrics: Mapping[str, str], seconds: float) -> None:
+    """Tell on stdout where everything is."""
+    console = Console(highlight=False)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("  page", Text(f"{url}/", style="bold"))
+    table.add_row("  models", Text(", ".join(card.id for card in cards)))
+    for index, (name, address) in enumerate(metrics.items()):
+        table.add_row("  metrics" if index == 0 else "", Text(f"{address}  {name}"))
+    console.print()
+    console.print(Text(f"  Darkroom {__version__} is ready after {seconds:.1f} s", style="bold green"))
+    console.print()
+    console.print(table)
+    console.print()
+    # Never wrapped, so that it can be copied in one piece.
+    console.print(Text(first_request(url, cards)), soft_wrap=True)
+    console.print()
+    console.print(Text("  Ctrl-C stops everything.", style="dim"))
+    console.print()
