@@ -1,0 +1,235 @@
+"""Step batching: what a row may and may not notice of its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from darkroom.config import Settings, load_settings
+from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.engine.engine import Cancelled, Engine, Failed, TickReport
+from darkroom.engine.local import generate_images
+from darkroom.engine.prompts import Prompt, PromptCache
+from darkroom.jobs import Job, Priority
+
+from tests.support.engines import job_for, pixels, request_for, run_jobs
+from tests.support.tiny_models import write_tiny_model
+
+CROWD = [
+    {"sampler": "ddim", "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 1},
+    {"sampler": "heun", "num_inference_steps": 3, "seed": 2, "negative_prompt": "a cat"},
+    {"sampler": "euler_a", "num_inference_steps": 6, "seed": 3, "guidance_scale": 9.0},
+    {"sampler": "dpmpp_2m_sde", "num_inference_steps": 5, "seed": 4, "prompt": "on the red"},
+    {"sampler": "unipc", "num_inference_steps": 4, "seed": 5, "guidance_scale": 1.0},
+    {"sampler": "dpmpp_2m", "num_inference_steps": 2, "seed": 6, "sigma_schedule": "karras"},
+    {"sampler": "ddpm", "num_inference_steps": 4, "seed": 8},
+]
+FAST, REPRODUCIBLE = {"batching": "fast"}, {"batching": "reproducible", "reproducible_rows": 6}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_model(write_tiny_model(tmp_path_factory.mktemp("model"), "sd1", seed=3))
+    torch.set_num_threads(threads)
+
+
+def settings_with(**fields: object) -> Settings:
+    return load_settings(num_threads=1, encode_threads=1, **fields)
+
+
+@pytest.mark.parametrize("mode", [FAST, REPRODUCIBLE], ids=["fast", "reproducible"])
+def test_every_picture_is_the_same_alone_and_in_a_mixed_crowd(model: DiffusionModel, mode: dict[str, object]) -> None:
+    settings = settings_with(**mode)
+    crowd = run_jobs(model, [job_for(model, str(i), **fields) for i, fields in enumerate(CROWD)], settings)
+    assert max(tick.num_rows for tick in crowd.ticks) > 2
+    for i, fields in enumerate(CROWD):
+        alone = run_jobs(model, [job_for(model, "alone", **fields)], settings)
+        if mode is REPRODUCIBLE:
+            assert alone.images("alone") == crowd.images(str(i))
+        else:
+            assert np.abs(alone.pixels("alone") - crowd.pixels(str(i))).max() <= 1
+
+
+@pytest.mark.parametrize("joining_step", range(1, 6))
+@pytest.mark.parametrize("mode", [FAST, REPRODUCIBLE], ids=["fast", "reproducible"])
+def test_a_row_may_join_and_leave_at_any_step_of_another(
+    model: DiffusionModel, mode: dict[str, object], joining_step: int
+) -> None:
+    settings = settings_with(**mode)
+    host, guest = job_for(model, "host", num_inference_steps=6, seed=1), job_for(model, "guest", **CROWD[1])
+
+    def join(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == joining_step:
+            engine.submit(guest)
+
+    together = run_jobs(model, [host], settings, expected=2, on_tick=join)
+    assert together.ticks[joining_step].joined == 1
+    for job in (host, guest):
+        alone = run_jobs(model, [job], settings).images(job.id)
+        if mode is REPRODUCIBLE:
+            assert alone == together.images(job.id)
+        else:
+            assert np.abs(pixels(alone[0]) - together.pixels(job.id)).max() <= 1
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(model: DiffusionModel) -> None:
+    settings = settings_with()
+    first, again, other = (generate_images(model, request_for(model, seed=seed), settings)[0] for seed in (7, 7, 8))
+    assert first == again
+    assert np.abs(pixels(first[0]) - pixels(other[0])).max() > 8
+
+
+def test_image_i_of_a_request_is_the_picture_of_seed_plus_i(model: DiffusionModel) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    three = run_jobs(model, [job_for(model, "three", num_images_per_prompt=3, seed=40)], settings)
+    for i in range(3):
+        single = run_jobs(model, [job_for(model, "single", seed=40 + i)], settings)
+        assert np.array_equal(single.pixels("single"), three.pixels("three", i))
+
+
+def test_a_row_without_guidance_costs_one_model_row_and_a_guided_row_two(model: DiffusionModel) -> None:
+    jobs = [job_for(model, "guided"), job_for(model, "plain", guidance_scale=1.0)]
+    ticks = run_jobs(model, jobs, settings_with()).ticks
+    assert {tick.choice.model_rows for tick in ticks} == {3}
+
+
+def test_reproducible_mode_always_computes_its_one_bucket(model: DiffusionModel) -> None:
+    ticks = run_jobs(model, [job_for(model, "alone")], settings_with(**REPRODUCIBLE)).ticks
+    assert {tick.choice.bucket for tick in ticks} == {6}
+
+
+def test_rows_of_two_sizes_take_turns(model: DiffusionModel) -> None:
+    jobs = [
+        job_for(model, "small", num_inference_steps=10),
+        job_for(model, "wide", num_inference_steps=10, width=72, height=40),
+    ]
+    outcome = run_jobs(model, jobs, settings_with())
+    assert outcome.pixels("wide").shape == (40, 72, 3)
+    first_half = [tick.progress[0][0].id for tick in outcome.ticks[:8]]
+    assert set(first_half) == {"small", "wide"}
+
+
+def test_a_cancelled_row_is_gone_at_the_next_tick_and_its_neighbours_do_not_notice(model: DiffusionModel) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    jobs = [job_for(model, "kept", seed=1, num_inference_steps=6), job_for(model, "dropped", num_inference_steps=6)]
+
+    def cancel(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == 2:
+            engine.cancel("dropped")
+            engine.cancel("unknown")
+
+    outcome = run_jobs(model, jobs, settings, on_tick=cancel)
+    assert isinstance(outcome.events["dropped"], Cancelled)
+    assert [tick.num_rows for tick in outcome.ticks] == [2, 2, 1, 1, 1, 1]
+    assert outcome.images("kept") == run_jobs(model, jobs[:1], settings).images("kept")
+
+
+def test_an_urgent_job_takes_the_next_tick_and_the_parked_row_finishes_unchanged(model: DiffusionModel) -> None:
+    settings = settings_with(max_rows=2)
+    patient = job_for(model, "patient", Priority.LOW, num_inference_steps=6)
+    urgent = job_for(model, "urgent", Priority.HIGH, num_inference_steps=2)
+
+    def arrive(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == 2:
+            engine.submit(urgent)
+
+    outcome = run_jobs(model, [patient], settings, expected=2, on_tick=arrive)
+    order = [tick.progress[0][0].id for tick in outcome.ticks]
+    assert order == ["patient"] * 2 + ["urgent"] * 2 + ["patient"] * 4
+    assert outcome.images("patient") == run_jobs(model, [patient], settings).images("patient")
+
+
+def test_a_row_that_turns_to_nan_fails_alone(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = model.unet.forward
+
+    def poisoned(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        output = step(x, *rest)
+        output[1] = torch.nan
+        return output
+
+    monkeypatch.setattr(model.unet, "forward", poisoned)
+    jobs = [job_for(model, "good", guidance_scale=1.0), job_for(model, "bad", guidance_scale=1.0)]
+    outcome = run_jobs(model, jobs, settings_with())
+    assert outcome.images("good")
+    bad = outcome.events["bad"]
+    assert isinstance(bad, Failed)
+    assert bad.failure.code == "non_finite"
+
+
+def test_a_request_that_breaks_the_tick_fails_and_its_batch_mates_finish(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = model.unet.forward, 0
+
+    def breaks(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3 or (calls > 3 and x.shape[0] == 1):
+            raise RuntimeError("secret path /etc/passwd")
+        return step(x, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", breaks)
+    jobs = [job_for(model, "good"), job_for(model, "bad", guidance_scale=1.0)]
+    outcome = run_jobs(model, jobs, settings_with())
+    assert outcome.images("good")
+    bad = outcome.events["bad"]
+    assert isinstance(bad, Failed)
+    assert "secret" not in bad.failure.message
+
+
+def test_a_failing_image_fails_its_whole_job_once(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, calls = model.vae.decode, 0
+
+    def breaks(latents: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no")
+        return decode(latents)
+
+    monkeypatch.setattr(model.vae, "decode", breaks)
+    jobs = [job_for(model, "three", num_images_per_prompt=3)]
+    outcome = run_jobs(model, jobs, settings_with(batching="reproducible", reproducible_rows=8))
+    assert isinstance(outcome.events["three"], Failed)
+
+
+def test_a_job_for_a_model_that_is_not_here_is_refused_at_the_door(model: DiffusionModel) -> None:
+    engine = Engine({model.id: model}, settings_with(), on_event=lambda _: None)
+    with pytest.raises(ValueError, match="model: got 'other'"):
+        engine.submit(Job(id="x", request=request_for(model, model="other")))
+    engine.stop()
+    engine.run()
+
+
+def test_progress_counts_evaluations_of_the_slowest_image(model: DiffusionModel) -> None:
+    seen: list[tuple[int, int]] = []
+    request = request_for(model, sampler="heun", num_inference_steps=3, num_images_per_prompt=2)
+    generate_images(model, request, settings_with(), lambda step, num_steps: seen.append((step, num_steps)))
+    assert seen == [(i, 5) for i in range(1, 6)]
+
+
+def test_the_manifest_says_what_happened(model: DiffusionModel) -> None:
+    images, result = generate_images(model, request_for(model, num_images_per_prompt=2, seed=5), settings_with())
+    assert [(image.index, image.seed, image.num_bytes) for image in result.images] == [
+        (0, 5, len(images[0])),
+        (1, 6, len(images[1])),
+    ]
+    assert result.weights_hash == model.card.weights_hash
+    assert result.max_batch_rows == 4
+    assert result.timings.denoise_s > 0
+
+
+def test_prompts_are_encoded_once_and_the_cache_stays_within_its_bytes(model: DiffusionModel) -> None:
+    prompts = [Prompt(text, 0, False) for text in ("a", "b", "c", "a")]
+    size = PromptCache(model, 1 << 30, batch_alone=False).encode(prompts[:1])[prompts[0]].num_bytes
+    cache = PromptCache(model, 2 * size, batch_alone=False)
+    cache.encode(prompts)
+    assert (cache.hits, cache.misses) == (0, 3)
+    cache.encode([prompts[2]])
+    assert (cache.hits, cache.misses) == (1, 3)
+    cache.encode([prompts[0]])
+    assert cache.misses == 4
