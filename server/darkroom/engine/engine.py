@@ -371,12 +371,13 @@ def time_projection(model: DiffusionModel, job: Job, table: SamplerTable, encode
     """`[E, time_width]`: the time embedding of every evaluation of this job, computed once."""
     request = job.request
     time_ids = model.time_ids(request.width, request.height)
-    return model.unet.time_projection(
+    projection: torch.Tensor = model.unet.time_projection(
         table.timesteps.to(model.device),
         pooled_prompt_embeds=encoded.pooled if time_ids is not None else None,
         time_ids=time_ids,
-        guidance_embedding_scale=request.guidance_scale - 1.0 if model.embeds_guidance else None,
+        guidance_embedding_scale=request.guidance_scale if model.embeds_guidance else None,
     )
+    return projection
 
 
 def failure_of(error: Exception) -> Failure:
