@@ -58,10 +58,15 @@ def main() -> None:
 
         die_with_parent()
     try:
-        app(standalone_mode=True)
+        app()
     except DarkroomError as error:
         print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USAGE if isinstance(error, (ConfigError, ModelError, RequestError)) else EXIT_FAILED)
+    except Exception:
+        import structlog
+
+        structlog.get_logger("darkroom.cli").exception("unexpected_error")
+        sys.exit(EXIT_FAILED)
 
 
 def _show_version(wanted: bool) -> None:

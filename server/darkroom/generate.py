@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from darkroom.errors import DarkroomError, InvalidRequest, JobError, RequestErro
 OnProgress = Callable[[int, int], None]
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _TERMINAL_EVENTS = ("succeeded", "failed", "cancelled", "expired")
-_MAX_SILENT_STREAMS = 5
+_MAX_FAILURES = 20
+_RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def fetch_models(url: str) -> list[dict[str, Any]]:
 def _reachable(url: str) -> Iterator[None]:
     try:
         yield
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise InvalidRequest("--url", url, "an address such as http://127.0.0.1:8000") from error
+    except httpx.HTTPError as error:
         raise Unavailable(f"{url} does not answer: {error}") from error
     except (ValueError, LookupError) as error:
         raise Unavailable(f"{url} does not answer as Darkroom does") from error
@@ -141,27 +145,31 @@ def _checked(reply: httpx.Response) -> httpx.Response:
 
 
 def _follow(client: httpx.Client, events_url: str, on_progress: OnProgress) -> None:
-    """Report progress until the job has ended, taking the stream up again where it breaks off."""
-    last_id, silent = "", 0
-    while silent < _MAX_SILENT_STREAMS:
-        silent += 1
+    """Report progress until the job has ended, taking the stream up again where it breaks off.
+
+    A server that is restarted comes back within seconds; one that stays away for longer is given up.
+    """
+    last_id, failures = "", 0
+    while True:
         headers = {"accept": "text/event-stream", **({"last-event-id": last_id} if last_id else {})}
         try:
             with client.stream("GET", events_url, headers=headers) as reply:
                 if not reply.is_success:
                     reply.read()
-                    _checked(reply)
-                for event in read_events(reply.iter_lines()):
-                    silent = 0
-                    last_id = event.get("id", last_id)
+                for event in read_events(_checked(reply).iter_lines()):
+                    failures, last_id = 0, event.get("id", last_id)
                     data = json.loads(event.get("data", "{}"))
                     if data.get("num_steps"):
                         on_progress(data["step"], data["num_steps"])
                     if event.get("event") in _TERMINAL_EVENTS:
                         return
-        except httpx.TransportError:
-            if silent == _MAX_SILENT_STREAMS:
+        except httpx.ReadTimeout:
+            continue  # the job waits in the queue and nothing happened to it
+        except (httpx.TransportError, Unavailable):
+            if failures >= _MAX_FAILURES:
                 raise
+        failures += 1
+        time.sleep(_RETRY_S)
 
 
 def read_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
@@ -180,13 +188,15 @@ def read_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
 @contextmanager
 def progress_bar() -> Iterator[OnProgress]:
     """A bar on stderr, gone once done; the callback may come from any thread."""
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         task = bar.add_task("loading", total=None)

@@ -151,7 +151,7 @@ class Supervisor:
                 return
             if time.monotonic() - started >= self._backoff.healthy_s:
                 delay_s = self._backoff.first_s
-            log.error("ended; it starts again", service=service.name, reason=reason, restart_in_s=delay_s)
+            log.error("service_ended", service=service.name, reason=reason, restart_in_s=delay_s)
             if await self.wait_stop(delay_s):
                 return
             delay_s = min(2 * delay_s, self._backoff.longest_s)
@@ -180,7 +180,7 @@ class Supervisor:
             process.terminate()
         await first_of(ended, self._hurry.wait(), timeout_s=service.stop_timeout_s)
         if not ended.done():
-            log.warning("killed", service=service.name, stop_timeout_s=service.stop_timeout_s)
+            log.warning("service_killed", service=service.name, stop_timeout_s=service.stop_timeout_s)
             with suppress(ProcessLookupError):
                 process.kill()
 

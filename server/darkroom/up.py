@@ -203,7 +203,7 @@ async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | 
         spawner.close()
         if redis is not None:
             redis.stop()
-        log.info("stopped")
+        log.info("all_stopped")
 
 
 def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Service:
