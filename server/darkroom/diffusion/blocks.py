@@ -1,0 +1,194 @@
+"""The blocks that UNet and autoencoder are made of, with diffusers' parameter names.
+
+Source of the structure: diffusers `models/unets/unet_2d_blocks.py`, `models/resnet.py`, `models/attention.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import darkroom_kernels
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from darkroom.diffusion.layers import (
+    GEGLU,
+    Conv2d,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    concatenated,
+    picture_of,
+    tokens_of,
+)
+
+
+@dataclass
+class Conditioning:
+    """What a UNet call knows besides the picture.
+
+    `time` `[B, time_width]`, `text_kv` `[B, L, text_kv_width]`: every layer reads its own columns; `text_lengths` `[B]`
+    int32 or None when no row is padded.
+    """
+
+    time: Tensor
+    text_kv: Tensor
+    text_lengths: Tensor | None
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with a skip; the time embedding shifts the middle."""
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = Conv2d(in_channels, out_channels)
+        self.time_emb_proj = Linear(time_dim, out_channels) if time_dim else None
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.conv2 = Conv2d(out_channels, out_channels)
+        self.conv_shortcut = Linear(in_channels, out_channels, as_conv=True) if in_channels != out_channels else None
+        self.time_columns = slice(0)
+
+    def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x, silu=True))
+        shift = None if conditioning is None else conditioning.time[:, self.time_columns]
+        h = self.norm2(h, silu=True, shift=shift)
+        if self.conv_shortcut is not None:
+            x = picture_of(self.conv_shortcut(tokens_of(x)), x)
+        return self.conv2(h, x)  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Attention of tokens to each other; `fuse` makes its three input matrices one."""
+
+    def __init__(self, width: int, heads: int, attention: str, *, bias: bool = False):
+        super().__init__()
+        self.to_q: Linear | None = Linear(width, width, bias=bias)
+        self.to_k: Linear | None = Linear(width, width, bias=bias)
+        self.to_v: Linear | None = Linear(width, width, bias=bias)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.to_qkv: Linear | None = None
+        self.heads, self.attention = heads, attention
+
+    def fuse(self) -> None:
+        if self.to_q is not None and self.to_k is not None and self.to_v is not None:
+            self.to_qkv = concatenated([self.to_q, self.to_k, self.to_v])
+            self.to_q = self.to_k = self.to_v = None
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        assert self.to_qkv is not None, "fuse() comes before the first call"  # noqa: S101
+        batch, length, width = x.shape
+        q, k, v = self.to_qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        out = darkroom_kernels.attention(q, k, v, implementation=self.attention)
+        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to the text; keys and values come ready from `UNet.text_kv`."""
+
+    def __init__(self, width: int, text_dim: int, heads: int, attention: str):
+        super().__init__()
+        self.to_q = Linear(width, width, bias=False)
+        self.to_k: Linear | None = Linear(text_dim, width, bias=False)
+        self.to_v: Linear | None = Linear(text_dim, width, bias=False)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+        self.width, self.heads, self.attention = width, heads, attention
+        self.text_columns = slice(0)
+
+    def forward(self, x: Tensor, residual: Tensor, conditioning: Conditioning) -> Tensor:
+        batch, length, width = x.shape
+        q = self.to_q(x).view(batch, length, self.heads, -1).transpose(1, 2)
+        kv = conditioning.text_kv[:, :, self.text_columns]
+        k, v = kv.view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = darkroom_kernels.attention(q, k, v, key_lengths=conditioning.text_lengths, implementation=self.attention)
+        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a matrix back; four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        # The middle entry stands for diffusers' dropout, so that the matrix is called net.2.
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), Linear(4 * width, width)])
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x), residual)  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention (or a second cross-attention), cross-attention and feed-forward, each behind a layer norm."""
+
+    def __init__(self, width: int, text_dim: int, heads: int, attention: str, *, only_cross_attention: bool):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn1: SelfAttention | CrossAttention = (
+            CrossAttention(width, text_dim, heads, attention)
+            if only_cross_attention
+            else SelfAttention(width, heads, attention)
+        )
+        self.norm2 = LayerNorm(width)
+        self.attn2 = CrossAttention(width, text_dim, heads, attention)
+        self.norm3 = LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        if isinstance(self.attn1, SelfAttention):
+            x = self.attn1(self.norm1(x), x)
+        else:
+            x = self.attn1(self.norm1(x), x, conditioning)
+        x = self.attn2(self.norm2(x), x, conditioning)
+        return self.ff(self.norm3(x), x)  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Transformer blocks over the places of a picture, between two projections and inside a skip."""
+
+    def __init__(
+        self,
+        width: int,
+        text_dim: int,
+        heads: int,
+        num_layers: int,
+        groups: int,
+        attention: str,
+        *,
+        use_linear_projection: bool,
+        only_cross_attention: bool,
+    ):
+        super().__init__()
+        self.norm = GroupNorm(groups, width, 1e-6)
+        self.proj_in = Linear(width, width, as_conv=not use_linear_projection)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(width, text_dim, heads, attention, only_cross_attention=only_cross_attention)
+            for _ in range(num_layers)
+        )
+        self.proj_out = Linear(width, width, as_conv=not use_linear_projection)
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        tokens = self.proj_in(tokens_of(self.norm(x)))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, conditioning)
+        return picture_of(self.proj_out(tokens, tokens_of(x)), x)
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution; padding 0 pads right and below only, as diffusers does."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding else F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    """Repeat pixels up to height and width of `size`, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # type: ignore[no-any-return]
