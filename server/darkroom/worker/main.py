@@ -16,7 +16,7 @@ from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
-from darkroom.errors import ConfigError
+from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import GenerationRequest
 from darkroom.metrics import serve_metrics
 from darkroom.queue import JobQueue
@@ -109,7 +109,7 @@ async def _serve(
     metrics_port: int,
     on_ready: Callable[[dict[str, object]], None] | None,
 ) -> None:
-    queue = await JobQueue.connect(settings, redis_url)
+    queue = await _connect(settings, redis_url)
     try:
         worker = Worker(settings, queue, functools.partial(Engine, models, settings))
         loop = asyncio.get_running_loop()
@@ -124,6 +124,16 @@ async def _serve(
         await worker.run(ready)
     finally:
         await queue.close()
+
+
+async def _connect(settings: Settings, redis_url: str) -> JobQueue:
+    """Connect, however long Redis takes to appear. Ctrl-C still ends the process: no handler is installed yet."""
+    while True:
+        try:
+            return await JobQueue.connect(settings, redis_url)
+        except QueueUnavailable as error:
+            log.warning("queue_unavailable", reason=str(error), retry_in_s=error.retry_after_s)
+            await asyncio.sleep(error.retry_after_s)
 
 
 def _drain_or_exit(worker: Worker) -> None:

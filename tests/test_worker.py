@@ -1,0 +1,174 @@
+"""A worker between a real queue and a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import torch
+from darkroom.config import Settings
+from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.engine.engine import Engine
+from darkroom.engine.local import generate_images
+from darkroom.jobs import Job, JobState, Priority, new_job_id
+from darkroom.queue import JobQueue
+from darkroom.worker.worker import Worker
+
+from tests.support.engines import job_for, request_for
+from tests.support.tiny_models import write_tiny_model
+
+REPRODUCIBLE = {"batching": "reproducible", "reproducible_rows": 4, "num_threads": 1, "encode_threads": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_model(write_tiny_model(tmp_path_factory.mktemp("model"), "sd1", seed=5))
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update=REPRODUCIBLE)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, make_engine: Callable[..., Engine] = Engine
+) -> AsyncIterator[Worker]:
+    worker = Worker(settings, queue, functools.partial(make_engine, {model.id: model}, settings))
+    running = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.drain()
+        await asyncio.wait_for(running, 20)
+
+
+def slow_engine(*arguments: object, **keywords: object) -> Engine:
+    """An engine whose every tick takes at least 20 ms, so that a test can act while a job runs."""
+    engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+    gate, tick = threading.Event(), engine._tick
+
+    def slow(*rest: object) -> None:
+        gate.wait(0.02)
+        tick(*rest)  # type: ignore[arg-type]
+
+    engine._tick = slow  # type: ignore[method-assign, assignment]
+    return engine
+
+
+async def enqueue(queue: JobQueue, job: Job, **options: object) -> Job:
+    job = Job(id=new_job_id(), request=job.request, priority=job.priority)
+    await queue.enqueue(job, result_bytes=1 << 20, **options)  # type: ignore[arg-type]
+    return job
+
+
+async def state_of(queue: JobQueue, job: Job, wanted: JobState) -> None:
+    """Wait for a state that is not an end; the job's own events say when."""
+    async for event in queue.events(job.id):
+        if event.kind == wanted.value:
+            return
+
+
+async def test_a_queued_job_becomes_the_picture_that_the_engine_draws(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    request = request_for(model, num_images_per_prompt=2)
+    expected, _ = generate_images(model, request, settings)
+    async with serving(settings, queue, model):
+        job = await enqueue(queue, job_for(model, "", num_images_per_prompt=2))
+        status = await queue.wait(job.id, 30)
+    assert status.state is JobState.SUCCEEDED
+    assert status.result is not None
+    assert [image.seed for image in status.result.images] == [7, 8]
+    assert await queue.images(job.id) == expected
+
+
+async def test_jobs_that_wait_before_the_worker_starts_are_all_drawn(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    jobs = [await enqueue(queue, job_for(model, "", seed=seed)) for seed in range(12)]
+    async with serving(settings, queue, model):
+        states = [(await queue.wait(job.id, 30)).state for job in jobs]
+    assert states == [JobState.SUCCEEDED] * 12
+    stats = await queue.stats()
+    assert (stats.counters["accepted"], stats.counters["succeeded"], stats.in_flight) == (12, 12, 0)
+
+
+async def test_a_running_job_is_cancelled_within_a_moment_and_others_go_on(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    async with serving(settings, queue, model, slow_engine):
+        long = await enqueue(queue, job_for(model, "", num_inference_steps=500))
+        other = await enqueue(queue, job_for(model, ""))
+        await state_of(queue, long, JobState.RUNNING)
+        await queue.cancel(long.id)
+        assert (await queue.wait(long.id, 5)).state is JobState.CANCELLED
+        assert (await queue.wait(other.id, 20)).state is JobState.SUCCEEDED
+
+
+async def test_progress_is_told_while_a_job_runs(settings: Settings, queue: JobQueue, model: DiffusionModel) -> None:
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=20))
+        events = [event async for event in queue.events(job.id)]
+    steps = [event.step for event in events if event.kind == "progress"]
+    assert [event.kind for event in events if event.kind != "progress"] == ["queued", "running", "succeeded"]
+    assert len(steps) >= 2
+    assert steps == sorted(steps)
+    assert {event.num_steps for event in events if event.kind == "progress"} == {20}
+
+
+async def test_a_drained_worker_hands_its_job_back_and_the_next_one_finishes_it(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=300))
+        await state_of(queue, job, JobState.RUNNING)
+    status = await queue.status(job.id)
+    assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
+    async with serving(settings, queue, model):
+        assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
+
+
+async def test_a_full_worker_still_takes_an_urgent_job(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    settings = settings.model_copy(update={"max_rows": 4})
+    async with serving(settings, queue, model, slow_engine):
+        patient = [await enqueue(queue, job_for(model, "", num_inference_steps=400)) for _ in range(2)]
+        for job in patient:
+            await state_of(queue, job, JobState.RUNNING)
+        waiting = await enqueue(queue, job_for(model, ""))
+        urgent = await enqueue(queue, job_for(model, "", Priority.HIGH))
+        assert (await queue.wait(urgent.id, 10)).state is JobState.SUCCEEDED
+        assert (await queue.status(waiting.id)).state is JobState.QUEUED
+        for job in patient:
+            assert (await queue.cancel(job.id)).state is JobState.RUNNING
+        assert (await queue.wait(waiting.id, 20)).state is JobState.SUCCEEDED
+
+
+async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothing_is_written(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    settings = settings.model_copy(update={"lease_s": 0.6})
+    late = await JobQueue.connect(settings, str(settings.redis_url))
+    try:
+        async with serving(settings, late, model, slow_engine) as worker:
+            job = await enqueue(queue, job_for(model, "", num_inference_steps=500))
+            await state_of(queue, job, JobState.RUNNING)
+            held = worker._held[job.id]
+            assert await late.hand_back(worker.id, held)
+            (taken,) = await queue.claim("another", [model.id], 1, 8)
+            assert taken.attempt == held.attempt + 1
+            while worker._held:
+                await asyncio.sleep(0.02)
+        status = await queue.status(job.id)
+        assert (status.state, status.job.attempt) == (JobState.RUNNING, taken.attempt)
+    finally:
+        await late.close()
