@@ -25,12 +25,10 @@ from darkroom.diffusion.blocks import (
     Transformer,
     Upsample,
 )
+from darkroom.diffusion.config import check_fixed, is_whole, number, positive_int, positive_ints, refusal
 from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated
-from darkroom.errors import ModelError, shorten
 
-MAX_BLOCKS = 16
 MAX_LAYERS = 64
-MAX_WIDTH = 1 << 20
 
 # What this network does in one way only: the key of the config, and the values that mean that way.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -99,24 +97,22 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
         """Read `unet/config.json`. Raises `ModelError` naming the first key that cannot be honoured."""
-        for key, accepted in FIXED.items():
-            if config.get(key, accepted[0]) not in accepted:
-                raise _refusal(config, key, " or ".join(map(repr, accepted)))
-        channels = _positive_ints(config, "block_out_channels", (320, 640, 1280, 1280))
+        check_fixed(config, FIXED)
+        channels = positive_ints(config, "block_out_channels", (320, 640, 1280, 1280))
         count = len(channels)
         down_types = _block_types(config, "down_block_types", DOWN_BLOCKS, count, "CrossAttnDownBlock2D", "DownBlock2D")
         up_types = _block_types(config, "up_block_types", UP_BLOCKS, count, "CrossAttnUpBlock2D", "UpBlock2D")
         # diffusers reads attention_head_dim as the number of heads; num_attention_heads, where given, says it outright.
         heads_key = "attention_head_dim" if config.get("num_attention_heads") is None else "num_attention_heads"
-        heads = _positive_ints(config, heads_key, 8, count)
-        layers = _positive_ints(config, "layers_per_block", 2, count, limit=MAX_LAYERS)
-        text_dims = set(_positive_ints(config, "cross_attention_dim", 1280, count))
+        heads = positive_ints(config, heads_key, 8, count)
+        layers = positive_ints(config, "layers_per_block", 2, count, limit=MAX_LAYERS)
+        text_dims = set(positive_ints(config, "cross_attention_dim", 1280, count))
         if len(text_dims) > 1:
-            raise _refusal(config, "cross_attention_dim", "one width for all blocks")
+            raise refusal(config, "cross_attention_dim", "one width for all blocks")
         cross_only = config.get("only_cross_attention", False)
         cross_only = [cross_only] * count if isinstance(cross_only, bool) else cross_only
-        if not isinstance(cross_only, Sequence) or len(cross_only) != count:
-            raise _refusal(config, "only_cross_attention", f"a boolean or {count} of them")
+        if not isinstance(cross_only, list | tuple) or len(cross_only) != count:
+            raise refusal(config, "only_cross_attention", f"a boolean or {count} of them")
         depth = _transformer_layers(config, "transformer_layers_per_block", count)
         reversed_key = "reverse_transformer_layers_per_block"
         up_depth = depth[::-1] if config.get(reversed_key) is None else _transformer_layers(config, reversed_key, count)
@@ -129,7 +125,7 @@ class UNetConfig:
                 entry, resnets = depth[place], layers[index] + extra
                 per_resnet = (entry,) * resnets if isinstance(entry, int) else tuple(entry)
                 if names[place] and len(per_resnet) < resnets:
-                    raise _refusal(config, "transformer_layers_per_block", f"{resnets} entries in block {place}")
+                    raise refusal(config, "transformer_layers_per_block", f"{resnets} entries in block {place}")
                 result.append(
                     BlockConfig(
                         channels=channels[index],
@@ -147,7 +143,7 @@ class UNetConfig:
         mid = None
         mid_type = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
         if mid_type not in ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None):
-            raise _refusal(config, "mid_block_type", "UNetMidBlock2DCrossAttn, UNetMidBlock2D or null")
+            raise refusal(config, "mid_block_type", "UNetMidBlock2DCrossAttn, UNetMidBlock2D or null")
         if mid_type is not None:
             mid = BlockConfig(
                 channels=channels[-1],
@@ -159,75 +155,36 @@ class UNetConfig:
             )
         for block in (*downs, *ups, *([mid] if mid else [])):
             if block.has_attention and block.channels % block.heads:
-                raise _refusal(config, heads_key, f"divisors of block_out_channels {list(channels)}")
+                raise refusal(config, heads_key, f"divisors of block_out_channels {list(channels)}")
 
         addition = config.get("addition_embed_type")
         if addition not in (None, "text_time"):
-            raise _refusal(config, "addition_embed_type", "text_time or null")
+            raise refusal(config, "addition_embed_type", "text_time or null")
         sample_size = config.get("sample_size")
         return cls(
-            in_channels=_positive_int(config, "in_channels", 4),
-            out_channels=_positive_int(config, "out_channels", 4),
+            in_channels=positive_int(config, "in_channels", 4),
+            out_channels=positive_int(config, "out_channels", 4),
             sample_size=sample_size if isinstance(sample_size, int) and sample_size > 0 else None,
             center_input_sample=bool(config.get("center_input_sample", False)),
             flip_sin_to_cos=bool(config.get("flip_sin_to_cos", True)),
-            freq_shift=_number(config, "freq_shift", 0.0),
+            freq_shift=number(config, "freq_shift", 0.0),
             down_blocks=downs,
             mid_block=mid,
             up_blocks=ups,
             text_dim=text_dims.pop(),
             use_linear_projection=bool(config.get("use_linear_projection", False)),
-            norm_num_groups=_positive_int(config, "norm_num_groups", 32),
-            norm_eps=_number(config, "norm_eps", 1e-5),
-            downsample_padding=_positive_int(config, "downsample_padding", 1, minimum=0, limit=1),
-            conv_in_kernel=_positive_int(config, "conv_in_kernel", 3, limit=15),
-            conv_out_kernel=_positive_int(config, "conv_out_kernel", 3, limit=15),
-            time_embedding_dim=_positive_int(config, "time_embedding_dim", channels[0] * 4),
-            time_cond_proj_dim=_positive_int(config, "time_cond_proj_dim", 0, minimum=0) or None,
-            addition_time_embed_dim=_positive_int(config, "addition_time_embed_dim", None) if addition else None,
-            addition_input_dim=_positive_int(config, "projection_class_embeddings_input_dim", None)
+            norm_num_groups=positive_int(config, "norm_num_groups", 32),
+            norm_eps=number(config, "norm_eps", 1e-5),
+            downsample_padding=positive_int(config, "downsample_padding", 1, minimum=0, limit=1),
+            conv_in_kernel=positive_int(config, "conv_in_kernel", 3, limit=15),
+            conv_out_kernel=positive_int(config, "conv_out_kernel", 3, limit=15),
+            time_embedding_dim=positive_int(config, "time_embedding_dim", channels[0] * 4),
+            time_cond_proj_dim=positive_int(config, "time_cond_proj_dim", 0, minimum=0) or None,
+            addition_time_embed_dim=positive_int(config, "addition_time_embed_dim", None) if addition else None,
+            addition_input_dim=positive_int(config, "projection_class_embeddings_input_dim", None)
             if addition
             else None,
         )
-
-
-def _refusal(config: Mapping[str, Any], key: str, accepted: str) -> ModelError:
-    return ModelError(f"{key} is {shorten(config.get(key))}, supported: {accepted}")
-
-
-def _positive_int(
-    config: Mapping[str, Any], key: str, default: int | None, *, minimum: int = 1, limit: int = MAX_WIDTH
-) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= limit:
-        raise _refusal(config, key, f"a whole number from {minimum} to {limit}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise _refusal(config, key, "a finite number")
-    return float(value)
-
-
-def _positive_ints(
-    config: Mapping[str, Any], key: str, default: int | Sequence[int], count: int | None = None, limit: int = MAX_WIDTH
-) -> tuple[int, ...]:
-    """One number for each of `count` blocks, from a list or from one number for all."""
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, int) and count is not None:
-        value = [value] * count
-    if (
-        not isinstance(value, Sequence)
-        or not 1 <= len(value) <= MAX_BLOCKS
-        or (count is not None and len(value) != count)
-        or not all(isinstance(entry, int) and 1 <= entry <= limit for entry in value)
-    ):
-        raise _refusal(config, key, f"{count or 'up to 16'} whole numbers from 1 to {limit}")
-    return tuple(value)
 
 
 def _block_types(
@@ -236,8 +193,8 @@ def _block_types(
     """Whether each block has attention. diffusers' default has none at the coarsest level."""
     default = [end, *[most] * 3] if key.startswith("up") else [*[most] * 3, end]
     names = config.get(key, default)
-    if not isinstance(names, Sequence) or len(names) != count or any(name not in known for name in names):
-        raise _refusal(config, key, f"{count} of {', '.join(known)}")
+    if not isinstance(names, list | tuple) or len(names) != count or not set(map(str, names)) <= set(known):
+        raise refusal(config, key, f"{count} of {', '.join(known)}")
     return tuple(known[name] for name in names)
 
 
@@ -246,13 +203,13 @@ def _transformer_layers(config: Mapping[str, Any], key: str, count: int) -> tupl
     value = config.get(key, 1)
     if isinstance(value, int):
         value = [value] * count
-    if not isinstance(value, Sequence) or len(value) != count:
-        raise _refusal(config, key, f"{count} entries")
+    if not isinstance(value, list | tuple) or len(value) != count:
+        raise refusal(config, key, f"{count} entries")
     result: list[int | tuple[int, ...]] = []
     for entry in value:
         numbers = [entry] if isinstance(entry, int) else entry
-        if not isinstance(numbers, Sequence) or not all(isinstance(n, int) and 1 <= n <= MAX_LAYERS for n in numbers):
-            raise _refusal(config, key, f"whole numbers from 1 to {MAX_LAYERS}")
+        if not isinstance(numbers, list | tuple) or not all(is_whole(n, 1, MAX_LAYERS) for n in numbers):
+            raise refusal(config, key, f"whole numbers from 1 to {MAX_LAYERS}")
         result.append(entry if isinstance(entry, int) else tuple(numbers))
     return tuple(result)
 
