@@ -164,7 +164,7 @@ class Engine:
                 arrived, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, set()
             self._drop(cancelled)
-            joined = self._join(arrived)
+            joined = self._join([active for active in arrived if not active.is_over])
             self._rows = {id_: row for id_, row in self._rows.items() if not row.active.is_over}
             choice = self.batcher.choose((row.candidate() for row in self._rows.values()), self._clock())
             if choice is not None:
@@ -311,7 +311,9 @@ class Engine:
             if active.is_over:
                 return
             active.is_over = True
-            self._jobs.pop(active.job.id, None)
+            # A job that was lost and claimed again may be here twice, as two attempts.
+            if self._jobs.get(active.job.id) is active:
+                del self._jobs[active.job.id]
         self._on_event(event)
 
 

@@ -49,7 +49,7 @@ class Worker:
         self._models = sorted(self._engine.models)
         self._loop = asyncio.get_running_loop()
         self._held: dict[str, Job] = {}
-        self._lost: set[str] = set()
+        self._lost: set[tuple[str, int]] = set()
         self._progress: dict[str, tuple[int, int]] = {}
         self._room = asyncio.Event()
         self._drain = asyncio.Event()
@@ -166,11 +166,12 @@ class Worker:
     async def _renew(self) -> None:
         if not self._held:
             return
-        renewal = await self._queue.renew(self.id, {job.id: job.attempt for job in self._held.values()})
+        held = {job.id: job.attempt for job in self._held.values()}
+        renewal = await self._queue.renew(self.id, held)
         for job_id in renewal.lost:
             metrics.LEASES_LOST.inc()
             log.warning("lease_lost", job_id=job_id)
-            self._lost.add(job_id)
+            self._lost.add((job_id, held[job_id]))
             self._engine.cancel(job_id)
         for job_id in renewal.cancelled:
             self._engine.cancel(job_id)
@@ -225,9 +226,9 @@ class Worker:
     async def _publish(self, event: Event) -> None:
         """Store a job's end. A refusal by the script means that somebody else holds the job: nothing to do."""
         job = event.job
-        if job.id in self._lost:
-            self._lost.discard(job.id)
-            self._held.pop(job.id, None)
+        if (job.id, job.attempt) in self._lost:
+            self._lost.discard((job.id, job.attempt))
+            self._forget(job)
             return
         if isinstance(event, Finished):
             result, images = with_queue_time(event), event.images
