@@ -102,7 +102,7 @@ class Engine:
         )
         self._wake = threading.Condition()
         self._inbox: list[ActiveJob] = []
-        self._cancelled: set[str] = set()
+        self._cancelled: list[ActiveJob] = []
         self._is_stopping = False
         self._rows: dict[int, Row] = {}
         self._jobs: dict[str, ActiveJob] = {}
@@ -131,7 +131,7 @@ class Engine:
         """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first. Unknown ids are ignored."""
         with self._wake:
             if job_id in self._jobs:
-                self._cancelled.add(job_id)
+                self._cancelled.append(self._jobs[job_id])
                 self._wake.notify()
 
     def stop(self) -> None:
@@ -162,8 +162,9 @@ class Engine:
                 if self._is_stopping:
                     break
                 arrived, self._inbox = self._inbox, []
-                cancelled, self._cancelled = self._cancelled, set()
-            self._drop(cancelled)
+                cancelled, self._cancelled = self._cancelled, []
+            for active in cancelled:
+                self._end(active, Cancelled(active.job))
             joined = self._join([active for active in arrived if not active.is_over])
             self._rows = {id_: row for id_, row in self._rows.items() if not row.active.is_over}
             choice = self.batcher.choose((row.candidate() for row in self._rows.values()), self._clock())
@@ -256,12 +257,6 @@ class Engine:
                 self._rows.update((row.id, row) for row in rows)
                 joined += len(rows)
         return joined
-
-    def _drop(self, job_ids: set[str]) -> None:
-        for job_id in job_ids:
-            active = self._jobs.get(job_id)
-            if active is not None:
-                self._end(active, Cancelled(active.job))
 
     def _developed(self, developed: Developed) -> None:
         row, active = developed.row, developed.row.active
