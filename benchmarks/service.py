@@ -95,7 +95,7 @@ def main() -> None:
             reply = client.post("/generate", json=body)
             latency_s = time.perf_counter() - started
             reply.raise_for_status()
-            timings = reply.json()["timings"]
+            timings = reply.json()["manifest"]["timings"]
             overheads.append(latency_s - timings["encode_s"] - timings["denoise_s"] - timings["decode_s"])
         after = server.info("commandstats")
         figures.append(("service, overhead per request, p50", statistics.median(overheads) * 1e3, "ms"))
