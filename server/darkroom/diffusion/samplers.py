@@ -23,7 +23,6 @@ the others keep the variance preserved, x = √ᾱ·x₀ + √(1−ᾱ)·noise.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from darkroom_kernels.step import (
     A_D,
@@ -67,7 +67,7 @@ __all__ = [
     "num_evaluations",
 ]
 
-log = logging.getLogger(__name__)
+log = structlog.get_logger("darkroom.diffusion")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
         return "dpmpp_2m_sde" if stochastic else "dpmpp_2m"
     if name in _SAMPLER_OF_CLASS:
         return _SAMPLER_OF_CLASS[name]
-    log.info("no sampler equals %s; the default sampler is dpmpp_2m", shorten(name))
+    log.info("sampler_not_offered", noise_scheduler=shorten(name), default_sampler="dpmpp_2m")
     return "dpmpp_2m"
 
 
@@ -177,6 +177,8 @@ def _compile_ancestral(sampler: str, schedule: NoiseSchedule, num_inference_step
 def _compile_lcm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
     """Jump to the consistency function's x₀, noise it to the next timestep. Source: Luo et al. 2023, Algorithm 3."""
     original_steps = schedule.original_inference_steps
+    if original_steps > schedule.num_train_timesteps:
+        raise InvalidRequest("sampler", "lcm", "another one: this checkpoint has too few training timesteps for it")
     if num_inference_steps > original_steps:
         raise InvalidRequest("num_inference_steps", num_inference_steps, f"1 to {original_steps} with sampler lcm")
     stride = schedule.num_train_timesteps // original_steps
@@ -348,7 +350,8 @@ def _unipc_correction(scale: float, log_ratio: float, step_ratio: float, order: 
 def _step_ratios(sigmas: Float64Array) -> Float64Array:
     """Each step's length in log σ over the length of the one before it, `[steps]`; the first is not meaningful."""
     lengths = np.log(sigmas[:-1] / sigmas[1:])
-    return lengths / np.append(np.inf, lengths[:-1])
+    ratios: Float64Array = lengths / np.append(np.inf, lengths[:-1])
+    return ratios
 
 
 def _network_columns(schedule: NoiseSchedule, alpha: Float64Array, sigma: Float64Array) -> Float64Array:

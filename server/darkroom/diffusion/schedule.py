@@ -144,13 +144,14 @@ class NoiseSchedule:
         signal = alphas_cumprod.sqrt().to(latents)
         return signal * latents + (1 - alphas_cumprod).sqrt().to(latents) * noise
 
-    def sigmas(self, *, finite: bool = True, plain: bool = False) -> NDArray[np.float32]:
+    def sigmas(self, *, plain: bool = False) -> NDArray[np.float32]:
         """Noise-to-signal ratio √((1−ᾱ)/ᾱ) of each training timestep, `[num_train_timesteps]` fp32, ascending.
 
-        `finite` replaces a zero ᾱ of the last timestep; `plain` leaves zero-SNR rescaling out.
+        Always finite: the zero ᾱ that zero-SNR rescaling leaves at the end is `SMALLEST_ALPHA_CUMPROD` here. `plain`
+        is the schedule before that rescaling.
         """
         values = torch.from_numpy((self.plain_alphas_cumprod if plain else self.alphas_cumprod).astype(np.float32))
-        if finite and self.rescale_betas_zero_snr and not plain:
+        if self.rescale_betas_zero_snr and not plain:
             values[-1] = SMALLEST_ALPHA_CUMPROD
         sigmas: NDArray[np.float32] = (((1 - values) / values) ** 0.5).numpy()
         return sigmas
@@ -173,6 +174,12 @@ class _Settings:
         for key, harmless in _REFUSED_UNLESS.items():
             if self.config.get(key) not in (None, harmless):
                 raise self._error(key, str(harmless))
+        if (
+            self.number("lambda_min_clipped", -math.inf) > -math.inf
+            and self.config.get("timestep_spacing") == "trailing"
+        ):
+            # There the number of timesteps would differ from the number of steps asked for.
+            raise self._error("lambda_min_clipped", "-Infinity, with trailing timestep spacing")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.config.get(key)
@@ -189,8 +196,6 @@ class _Settings:
 
     def number(self, key: str, default: float) -> float:
         value = self._get(key, default)
-        if isinstance(value, str) and value.lower() in ("-inf", "-infinity"):
-            return -math.inf
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             raise self._error(key, "a number")
         return float(value)
@@ -235,16 +240,18 @@ class _Settings:
 
 def _betas(settings: _Settings) -> Tensor:
     """Noise variances `[num_train_timesteps]` fp32."""
+    count = settings.integer("num_train_timesteps", 1000, 2)
     trained = settings.config.get("trained_betas")
     if trained is not None:
+        if not isinstance(trained, list) or not all(type(beta) in (int, float) for beta in trained):
+            raise ModelError("scheduler_config.json: trained_betas must be a list of numbers")
         betas = torch.tensor(trained, dtype=torch.float32)
-        if betas.ndim != 1 or len(betas) < 2:
-            raise ModelError("scheduler_config.json: trained_betas must be a list of at least 2 numbers")
+        if len(betas) != count:
+            raise ModelError(f"scheduler_config.json: {len(betas)} trained_betas, but num_train_timesteps={count}")
     else:
         name, start, end = settings.beta_defaults
         name = settings.choice("beta_schedule", BETA_SCHEDULES, name)
         start, end = settings.positive("beta_start", start), settings.positive("beta_end", end)
-        count = settings.integer("num_train_timesteps", 1000, 2)
         if name == "linear":
             betas = torch.linspace(start, end, count, dtype=torch.float32)
         elif name == "scaled_linear":
