@@ -81,12 +81,12 @@ class EmbeddedRedis:
         """Start the server and return when it answers."""
         try:
             self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._socket_path = _socket_path(self._dir)
             self._lock_fd = _lock(self._dir)
         except OSError as error:
             raise ConfigError(f"DARKROOM_DATA_DIR: cannot use {self._dir}: {error.strerror}") from error
         try:
             self._refuse_newer_data()
-            self._socket_path = _socket_path(self._dir)
             self._launch()
         except BaseException:
             self.stop()

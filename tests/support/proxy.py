@@ -1,0 +1,75 @@
+"""A proxy before Redis that loses the replies it is told to lose."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+
+class LossyProxy:
+    """Passes everything on, except that the next `num_replies` replies to a command that contains `marker` are dropped
+    with their connection, after the server has carried the command out."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._marker = b""
+        self._left = 0
+        self.num_dropped = 0
+        self._serving: set[asyncio.Task[None]] = set()
+
+    def lose_replies_to(self, marker: str, num_replies: int) -> None:
+        self._marker, self._left = marker.encode(), num_replies
+
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.create_task(self._serve(reader, writer)))
+
+    async def close(self) -> None:
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_unix_connection(str(self._target))
+        is_doomed = False
+
+        async def forward() -> None:
+            nonlocal is_doomed
+            while data := await reader.read(1 << 16):
+                if self._left and self._marker in data:
+                    self._left -= 1
+                    is_doomed = True
+                server_writer.write(data)
+                await server_writer.drain()
+
+        async def answer() -> None:
+            while data := await server_reader.read(1 << 16):
+                if is_doomed:
+                    self.num_dropped += 1
+                    return
+                writer.write(data)
+                await writer.drain()
+
+        tasks = [asyncio.create_task(forward()), asyncio.create_task(answer())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for stream in (writer, server_writer):
+                stream.close()
+                with contextlib.suppress(OSError):
+                    await stream.wait_closed()
+
+
+@contextlib.asynccontextmanager
+async def lossy_proxy(target: Path, path: Path) -> AsyncIterator[LossyProxy]:
+    proxy = LossyProxy(target)
+    server = await asyncio.start_unix_server(proxy.accept, str(path))
+    try:
+        yield proxy
+    finally:
+        server.close()
+        await proxy.close()

@@ -1,0 +1,838 @@
+"""The queue's promises, each against a real redis-server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+from darkroom.config import Settings
+from darkroom.errors import (
+    IdempotencyMismatch,
+    ImageNotFound,
+    JobError,
+    JobNotFinished,
+    JobNotFound,
+    QueueFull,
+    QueueUnavailable,
+    StorageFull,
+)
+from darkroom.jobs import Failure, Job, JobState, Priority, new_job_id
+from darkroom.queue import EmbeddedRedis, JobQueue
+from darkroom.queue.admission import MEMORY_SHARE, retry_after_s
+from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys
+from redis.asyncio import Redis
+
+from tests.support.jobs import MODEL, make_card, make_job, make_result
+from tests.support.proxy import lossy_proxy
+
+FAILURE = Failure(code="non_finite", message="the picture came out as noise")
+BYTES = 1000
+
+
+@pytest_asyncio.fixture
+async def redis(redis_url: str) -> AsyncIterator[Any]:
+    """A plain client, to look behind the queue's back."""
+    client = Redis.from_url(redis_url, protocol=2)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Keys:
+    return Keys(settings.shard)
+
+
+@contextlib.asynccontextmanager
+async def opened(settings: Settings, url: str, **changes: object) -> AsyncIterator[JobQueue]:
+    """Another process's view of the queue, with settings that a user could not choose where a test needs them short."""
+    queue = await JobQueue.connect(settings.model_copy(update=changes), url)
+    try:
+        yield queue
+    finally:
+        await queue.close()
+
+
+async def enqueue(queue: JobQueue, job: Job | None = None, **arguments: Any) -> Job:
+    job = job or make_job()
+    await queue.enqueue(job, **{"result_bytes": BYTES, **arguments})
+    return job
+
+
+async def enqueue_until_full(queue: JobQueue, result_bytes: int) -> list[Job]:
+    jobs = []
+    while True:
+        try:
+            jobs.append(await enqueue(queue, result_bytes=result_bytes))
+        except StorageFull:
+            return jobs
+
+
+async def claim(queue: JobQueue, worker: str = "w1", max_jobs: int = 100, max_model_rows: int = 1000) -> list[Job]:
+    return await queue.claim(worker, [MODEL], max_jobs, max_model_rows)
+
+
+async def claim_one(queue: JobQueue, worker: str = "w1") -> Job:
+    [job] = await claim(queue, worker, max_jobs=1)
+    return job
+
+
+async def succeed(queue: JobQueue, job: Job, worker: str = "w1", images: tuple[bytes, ...] = (b"picture",)) -> bool:
+    return await queue.succeed(worker, job, make_result(list(images), worker), images)
+
+
+async def lose_lease(redis: Any, keys: Keys, job: Job) -> None:
+    """Let the lease run out now, as if its time had passed."""
+    assert await redis.zadd(f"{keys.prefix}leases", {job.id: 1}, xx=True, ch=True)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    ends_at = time.monotonic() + timeout_s
+    while not await condition():
+        assert time.monotonic() < ends_at, "it never became true"
+        await asyncio.sleep(0.02)
+
+
+async def assert_reconciled(queue: JobQueue) -> None:
+    stats = await queue.stats()
+    ended = sum(count for name, count in stats.counters.items() if name != "accepted")
+    assert stats.counters["accepted"] == ended + stats.waiting + stats.in_flight
+    if stats.waiting + stats.in_flight == 0:
+        assert stats.reserved_bytes == 0
+
+
+# The life of a job
+
+
+async def test_a_job_is_queued_run_and_answered(queue: JobQueue) -> None:
+    job = make_job(num_images=2)
+    accepted = await queue.enqueue(job, result_bytes=BYTES)
+    assert (accepted.job_id, accepted.is_new, accepted.state, accepted.position) == (job.id, True, "queued", 0)
+    waiting = await queue.status(job.id)
+    assert (waiting.state, waiting.position, waiting.job.request) == ("queued", 0, job.request)
+    assert waiting.job.created_at_ms > 0
+
+    claimed = await claim_one(queue)
+    assert (claimed.id, claimed.attempt, claimed.failures, claimed.request) == (job.id, 1, 0, job.request)
+    assert claimed.claimed_at_ms >= claimed.created_at_ms == waiting.job.created_at_ms
+    await queue.progress("w1", [(job.id, 1, 3, 4)])
+    running = await queue.status(job.id)
+    assert (running.state, running.position, running.step, running.num_steps) == ("running", None, 3, 4)
+    with pytest.raises(JobNotFinished):
+        await queue.images(job.id)
+
+    images = (b"\x00first\xff", b"second\r\n")
+    assert await succeed(queue, claimed, images=images)
+    ended = await queue.status(job.id)
+    assert (ended.state, ended.step, ended.failure) == ("succeeded", 4, None)
+    assert ended.result == make_result(list(images))
+    assert ended.started_at_ms is not None
+    assert ended.finished_at_ms is not None
+    assert ended.finished_at_ms >= ended.started_at_ms >= ended.job.created_at_ms
+    assert await queue.images(job.id) == list(images)
+    assert await queue.image(job.id, 1) == images[1]
+    with pytest.raises(ImageNotFound):
+        await queue.image(job.id, 2)
+    await assert_reconciled(queue)
+
+
+async def test_an_unknown_job_is_not_found_by_any_question(queue: JobQueue) -> None:
+    unknown = new_job_id()
+    for ask in (queue.status, queue.cancel, queue.images):
+        with pytest.raises(JobNotFound):
+            await ask(unknown)
+    with pytest.raises(JobNotFound):
+        await queue.image(unknown, 0)
+    with pytest.raises(JobNotFound):
+        await queue.wait(unknown, 1)
+    with pytest.raises(JobNotFound):
+        _ = [event async for event in queue.events(unknown)]
+
+
+async def test_a_failed_job_tells_its_code_and_has_no_images(queue: JobQueue) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    assert await queue.fail("w1", job, FAILURE)
+    status = await queue.status(job.id)
+    assert (status.state, status.failure, status.result) == ("failed", FAILURE, None)
+    with pytest.raises(ImageNotFound):
+        await queue.images(job.id)
+
+
+# Twice is once
+
+
+async def test_an_enqueue_whose_reply_is_lost_does_not_double(
+    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    socket = Path(embedded_redis.url.removeprefix("unix://"))
+    path = tmp_path / "proxy.sock"
+    async with lossy_proxy(socket, path) as proxy, opened(settings, f"unix://{path}") as queue:
+        await enqueue(queue)
+        job = make_job()
+        proxy.lose_replies_to(job.id, 1)
+        accepted = await queue.enqueue(job, result_bytes=BYTES)
+        assert proxy.num_dropped == 1
+        assert (accepted.job_id, accepted.is_new) == (job.id, True)
+        stats = await queue.stats()
+        assert (stats.waiting, stats.counters["accepted"]) == (2, 2)
+        assert len(await claim(queue)) == 2
+
+
+@pytest.mark.parametrize("lost_replies", [1, 3], ids=["retried by the client", "retried by the worker"])
+async def test_a_claim_whose_reply_is_lost_does_not_strand_its_jobs(
+    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path, lost_replies: int
+) -> None:
+    socket = Path(embedded_redis.url.removeprefix("unix://"))
+    path = tmp_path / "proxy.sock"
+    async with lossy_proxy(socket, path) as proxy, opened(settings, f"unix://{path}") as queue:
+        assert await claim(queue) == []
+        jobs = {(await enqueue(queue)).id for _ in range(3)}
+        proxy.lose_replies_to("lossy-worker", lost_replies)
+        with contextlib.suppress(QueueUnavailable):
+            claimed = await claim(queue, "lossy-worker", max_jobs=3)
+            assert lost_replies == 1
+        if lost_replies > 1:
+            claimed = await claim(queue, "lossy-worker", max_jobs=3)
+        assert proxy.num_dropped == lost_replies
+        assert {job.id for job in claimed} == jobs
+        assert {job.attempt for job in claimed} == {1}
+        assert await claim(queue, "lossy-worker") == []
+
+
+async def test_a_success_whose_reply_is_lost_is_still_a_success(
+    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    socket = Path(embedded_redis.url.removeprefix("unix://"))
+    path = tmp_path / "proxy.sock"
+    async with lossy_proxy(socket, path) as proxy, opened(settings, f"unix://{path}") as queue:
+        first, second = await enqueue(queue), await enqueue(queue)
+        jobs = {job.id: job for job in await claim(queue)}
+        assert await succeed(queue, jobs[first.id])
+        proxy.lose_replies_to(second.id, 1)
+        assert await succeed(queue, jobs[second.id])
+        assert proxy.num_dropped == 1
+        assert await succeed(queue, jobs[second.id]), "publishing once more is harmless"
+        assert await queue.images(second.id) == [b"picture"]
+        assert (await queue.stats()).counters["succeeded"] == 2
+        await assert_reconciled(queue)
+
+
+async def test_a_key_seen_before_returns_the_same_job_and_refuses_another_body(queue: JobQueue) -> None:
+    first = await enqueue(queue, idempotency_key="order 1", body_hash="a")
+    again = await queue.enqueue(make_job(), result_bytes=BYTES, idempotency_key="order 1", body_hash="a")
+    assert (again.job_id, again.is_new) == (first.id, False)
+    with pytest.raises(IdempotencyMismatch):
+        await queue.enqueue(make_job(), result_bytes=BYTES, idempotency_key="order 1", body_hash="b")
+    await succeed(queue, await claim_one(queue))
+    ended = await queue.enqueue(make_job(), result_bytes=BYTES, idempotency_key="order 1", body_hash="a")
+    assert (ended.job_id, ended.is_new, ended.state) == (first.id, False, "succeeded")
+    assert (await queue.stats()).counters["accepted"] == 1
+
+
+async def test_eight_claimers_at_once_win_each_job_once(settings: Settings, redis_url: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        queues = [await stack.enter_async_context(opened(settings, redis_url)) for _ in range(8)]
+        jobs = [await enqueue(queues[0]) for _ in range(40)]
+
+        async def take(worker: int) -> list[str]:
+            won: list[str] = []
+            while claimed := await claim(queues[worker], f"w{worker}", max_jobs=2):
+                won += [job.id for job in claimed]
+            return won
+
+        won = await asyncio.gather(*map(take, range(8)))
+        assert Counter(job_id for ids in won for job_id in ids) == Counter(job.id for job in jobs)
+
+
+# Leases and fencing
+
+
+async def test_a_lost_lease_gives_the_job_to_another_and_fences_off_the_first(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    await enqueue(queue)
+    stale = await claim_one(queue, "asleep")
+    assert (await queue.reap()).requeued == [], "a live lease is left alone"
+    await lose_lease(redis, keys, stale)
+    assert (await queue.reap()).requeued == [stale.id]
+    fresh = await claim_one(queue, "awake")
+    assert (fresh.id, fresh.attempt, fresh.failures) == (stale.id, 2, 1)
+
+    assert (await queue.renew("asleep", {stale.id: stale.attempt})).lost == {stale.id}
+    await queue.progress("asleep", [(stale.id, stale.attempt, 4, 4)])
+    assert not await succeed(queue, stale, "asleep", (b"stale",))
+    assert not await queue.fail("asleep", stale, FAILURE)
+    assert not await queue.acknowledge_cancel("asleep", stale)
+    assert not await queue.hand_back("asleep", stale)
+    status = await queue.status(stale.id)
+    assert (status.state, status.step) == ("running", 0)
+
+    assert (await queue.renew("awake", {fresh.id: fresh.attempt})).lost == set()
+    assert await succeed(queue, fresh, "awake", (b"fresh",))
+    assert not await succeed(queue, stale, "asleep", (b"stale",))
+    assert await queue.images(fresh.id) == [b"fresh"]
+
+
+async def test_the_same_worker_is_fenced_by_the_attempt_alone(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    await enqueue(queue)
+    stale = await claim_one(queue)
+    await lose_lease(redis, keys, stale)
+    await queue.reap()
+    fresh = await claim_one(queue)
+    assert (await queue.renew("w1", {stale.id: stale.attempt})).lost == {stale.id}
+    assert not await succeed(queue, stale)
+    assert await succeed(queue, fresh)
+
+
+async def test_a_lease_runs_out_by_the_servers_clock_unless_renewed(settings: Settings, redis_url: str) -> None:
+    async with opened(settings, redis_url, lease_s=0.2) as queue:
+        kept, lost = await enqueue(queue), await enqueue(queue)
+        held = {job.id: job.attempt for job in await claim(queue)}
+        reaped: list[str] = []
+
+        async def one_is_reaped() -> bool:
+            renewal = await queue.renew("w1", {kept.id: held[kept.id]})
+            assert not renewal.lost
+            reaped.extend((await queue.reap()).requeued)
+            return bool(reaped)
+
+        await eventually(one_is_reaped)
+        assert reaped == [lost.id]
+
+
+async def test_a_job_that_loses_its_third_worker_is_a_dead_letter(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    job = await enqueue(queue)
+    for failures in range(3):
+        claimed = await claim_one(queue, f"victim-{failures}")
+        assert (claimed.attempt, claimed.failures) == (failures + 1, failures)
+        await lose_lease(redis, keys, claimed)
+        reaped = await queue.reap()
+    assert (reaped.requeued, reaped.dead) == ([], [job.id])
+    assert await claim(queue) == []
+    status = await queue.status(job.id)
+    assert status.state == "failed"
+    assert status.failure is not None
+    assert status.failure.code == "dead_letter"
+    [(_, letter)] = await redis.xrange(keys.dead)
+    assert (letter[b"job"], letter[b"failures"], letter[b"worker"]) == (job.id.encode(), b"3", b"victim-2")
+    await assert_reconciled(queue)
+
+
+async def test_handing_back_counts_no_failure_and_keeps_the_place(queue: JobQueue) -> None:
+    first = await enqueue(queue)
+    await enqueue(queue)
+    for attempt in range(1, 6):
+        claimed = await claim_one(queue)
+        assert (claimed.id, claimed.attempt, claimed.failures) == (first.id, attempt, 0)
+        assert await queue.hand_back("w1", claimed)
+        assert await queue.hand_back("w1", claimed), "handing back once more is harmless"
+    assert (await queue.stats()).waiting == 2
+
+
+async def test_a_wiped_server_takes_the_lease_and_the_worker_learns_it(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    await queue.register("w1", [make_card()])
+    await enqueue(queue)
+    job = await claim_one(queue)
+    await redis.script_flush()
+    await redis.delete(*await redis.keys(f"{keys.prefix}*"))
+    assert (await queue.renew("w1", {job.id: job.attempt})).lost == {job.id}
+    assert not await succeed(queue, job)
+    with pytest.raises(JobNotFound):
+        await queue.status(job.id)
+    await queue.heartbeat("w1")
+    assert [worker.id for worker in await queue.live_workers()] == ["w1"]
+    again = await enqueue(queue)
+    assert (await claim_one(queue)).id == again.id
+
+
+# Cancelling and deadlines
+
+
+async def test_a_waiting_job_is_cancelled_at_once(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    assert (await queue.cancel(job.id)).state == "cancelled"
+    assert await claim(queue) == []
+    assert (await queue.cancel(job.id)).state == "cancelled"
+    assert (await queue.stats()).counters["cancelled"] == 1
+    await assert_reconciled(queue)
+
+
+async def test_a_running_job_is_cancelled_by_its_worker(queue: JobQueue, settings: Settings, redis_url: str) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    async with opened(settings, redis_url) as other:
+        heard = asyncio.ensure_future(anext(aiter(queue.cancellations())))
+        await eventually(lambda: _is_subscribed(other, "cancel"))
+        assert (await other.cancel(job.id)).state == "running"
+        assert await asyncio.wait_for(heard, 2) == job.id
+    renewal = await queue.renew("w1", {job.id: job.attempt})
+    assert (renewal.cancelled, renewal.lost) == ({job.id}, set())
+    assert await queue.acknowledge_cancel("w1", job)
+    assert await queue.acknowledge_cancel("w1", job)
+    assert (await queue.status(job.id)).state == "cancelled"
+    await assert_reconciled(queue)
+
+
+async def _is_subscribed(queue: JobQueue, channel: str) -> bool:
+    name = queue._connection.keys.channel(channel)
+    return bool((await queue._connection.command("PUBSUB", "NUMSUB", name))[0][1])
+
+
+async def test_cancelling_an_ended_job_changes_nothing(queue: JobQueue) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    await succeed(queue, job)
+    assert (await queue.cancel(job.id)).state == "succeeded"
+    assert await queue.images(job.id) == [b"picture"]
+
+
+async def test_a_cancelled_job_whose_worker_is_lost_is_not_run_again(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    await queue.cancel(job.id)
+    await lose_lease(redis, keys, job)
+    assert (await queue.reap()).cancelled == [job.id]
+    assert (await queue.status(job.id)).state == "cancelled"
+
+
+async def test_a_job_past_its_deadline_expires_before_it_costs_anything(queue: JobQueue) -> None:
+    late = await enqueue(queue, deadline_s=0)
+    in_time = await enqueue(queue, deadline_s=60)
+    [job] = await claim(queue)
+    assert job.id == in_time.id
+    assert job.deadline_at_ms == job.created_at_ms + 60_000
+    assert (await queue.status(late.id)).state == "expired"
+    await succeed(queue, job)
+    await assert_reconciled(queue)
+
+
+async def test_a_job_past_its_deadline_expires_without_any_worker(queue: JobQueue) -> None:
+    job = await enqueue(queue, deadline_s=0)
+    assert (await queue.reap()).expired == [job.id]
+    assert (await queue.status(job.id)).state == "expired"
+    await assert_reconciled(queue)
+
+
+# Order and shares
+
+
+async def test_an_urgent_class_goes_first_and_each_class_keeps_its_order(queue: JobQueue) -> None:
+    order = [Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.LOW, Priority.NORMAL, Priority.HIGH]
+    jobs = [await enqueue(queue, make_job(priority=priority)) for priority in order]
+    expected = [jobs[index].id for index in (2, 5, 1, 4, 0, 3)]
+    assert [(await queue.status(job_id)).position for job_id in expected] == [0, 1, 2, 3, 4, 5]
+    assert [job.id for job in await claim(queue)] == expected
+
+
+async def test_a_class_is_a_head_start_so_nobody_starves(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    """A low job that came 21 minutes ago goes before a high one of now; one of 19 minutes ago does not."""
+    old, newer = (
+        await enqueue(queue, make_job(priority=Priority.LOW)),
+        await enqueue(queue, make_job(priority=Priority.LOW)),
+    )
+    for job, minutes in ((old, 21), (newer, 19)):
+        await redis.zincrby(f"{keys.prefix}ready:{Priority.LOW.rank}:{MODEL}", -minutes * 60e6, job.id)
+    urgent = await enqueue(queue, make_job(priority=Priority.HIGH))
+    assert [job.id for job in await claim(queue)] == [old.id, urgent.id, newer.id]
+
+
+async def test_a_full_worker_is_offered_only_more_urgent_classes(queue: JobQueue) -> None:
+    normal = await enqueue(queue)
+    urgent = await enqueue(queue, make_job(priority=Priority.HIGH))
+    assert [job.id for job in await queue.claim("w1", [MODEL], 5, 5, min_rank=Priority.HIGH.rank)] == [urgent.id]
+    assert await queue.claim("w1", [MODEL], 5, 5, min_rank=Priority.HIGH.rank) == []
+    assert [job.id for job in await claim(queue)] == [normal.id]
+
+
+async def test_a_claim_stops_at_its_rows_but_never_starves_a_large_job(queue: JobQueue) -> None:
+    small, large, last = make_job(), make_job(num_images=4, guidance_scale=7.0), make_job()
+    for job in (small, large, last):
+        await enqueue(queue, job)
+    assert [job.id for job in await claim(queue, max_model_rows=4)] == [small.id]
+    assert [job.id for job in await claim(queue, max_model_rows=4)] == [large.id]
+    assert await claim(queue, max_model_rows=0) == []
+    assert [job.id for job in await claim(queue, max_model_rows=4)] == [last.id]
+
+
+async def test_a_worker_takes_no_more_than_its_share_of_the_backlog(queue: JobQueue) -> None:
+    for worker in ("w1", "w2", "w3"):
+        await queue.register(worker, [make_card()])
+    for _ in range(8):
+        await enqueue(queue)
+    assert len(await claim(queue, "w1")) == 3
+    await queue.unregister("w2")
+    await queue.unregister("w3")
+    assert len(await claim(queue, "w1")) == 5
+    assert [worker.id for worker in await queue.live_workers()] == ["w1"]
+
+
+async def test_a_worker_claims_only_its_models(queue: JobQueue) -> None:
+    other = await enqueue(queue, make_job(model="other"))
+    mine = await enqueue(queue)
+    assert [job.id for job in await claim(queue)] == [mine.id]
+    assert [job.id for job in await queue.claim("w2", [MODEL, "other"], 9, 9)] == [other.id]
+
+
+async def test_workers_and_cards_are_known_after_they_register(queue: JobQueue, settings: Settings) -> None:
+    assert await queue.cards() == {}
+    await queue.register("w1", [make_card("b"), make_card("a")])
+    [worker] = await queue.live_workers()
+    assert (worker.id, worker.models) == ("w1", ["a", "b"])
+    async with opened(settings, settings.redis_url or "") as other:
+        assert await other.cards() == {"a": make_card("a"), "b": make_card("b")}
+        await queue.unregister("w1")
+        assert await other.live_workers() == []
+        assert set(await other.cards()) == {"a", "b"}, "a model that was offered once stays known"
+
+
+# Waking and waiting
+
+
+async def test_an_idle_worker_wakes_at_once(queue: JobQueue, settings: Settings, redis_url: str) -> None:
+    async with opened(settings, redis_url) as worker:
+        waiting = asyncio.ensure_future(worker.wait_for_work([MODEL, "other"], 30))
+        await eventually(lambda: _has_blocked_client(queue))
+        started_at = time.monotonic()
+        await enqueue(queue)
+        assert await asyncio.wait_for(waiting, 1)
+        assert time.monotonic() - started_at < 0.5
+        assert not await worker.wait_for_work(["other"], 0.05)
+
+
+async def _has_blocked_client(queue: JobQueue) -> bool:
+    return bool((await queue._connection.command("INFO", "clients"))["blocked_clients"])
+
+
+async def test_a_worker_that_waits_longer_than_the_socket_allows_is_not_disturbed(queue: JobQueue) -> None:
+    """A blocking pop longer than the socket timeout once failed after a minute of retries; ours is cut in pieces."""
+    assert not await queue.wait_for_work([MODEL], 2.2)
+
+
+async def test_waiters_wake_together_and_a_late_one_returns_at_once(queue: JobQueue) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    waiters = [asyncio.ensure_future(queue.wait(job.id, 30)) for _ in range(2)]
+    await eventually(lambda: _is_subscribed(queue, "ended"))
+    started_at = time.monotonic()
+    await succeed(queue, job)
+    assert [status.state for status in await asyncio.gather(*waiters)] == ["succeeded"] * 2
+    assert (await queue.wait(job.id, 30)).state == "succeeded"
+    assert time.monotonic() - started_at < 1
+    assert queue.num_waiters == 0
+
+
+async def test_a_wait_ends_at_its_time_and_leaves_nothing_behind(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    assert (await queue.wait(job.id, 0.05)).state == "queued"
+    left = asyncio.ensure_future(queue.wait(job.id, 30))
+    await eventually(lambda: _is(queue.num_waiters == 1))
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    assert queue.num_waiters == 0
+
+
+async def _is(value: bool) -> bool:
+    return value
+
+
+async def test_five_hundred_waiters_share_a_few_connections(queue: JobQueue, redis: Any) -> None:
+    jobs = [await enqueue(queue) for _ in range(50)]
+    before = len(await redis.client_list())
+    waiters = [asyncio.ensure_future(queue.wait(job.id, 30)) for job in jobs for _ in range(10)]
+    await eventually(lambda: _is(queue.num_waiters == 500))
+    for job in await claim(queue):
+        await succeed(queue, job)
+    assert {status.state for status in await asyncio.gather(*waiters)} == {JobState.SUCCEEDED}
+    assert len(await redis.client_list()) - before <= 32
+
+
+async def test_events_tell_the_whole_life_and_resume_anywhere(queue: JobQueue) -> None:
+    job = await enqueue(queue)
+    seen = asyncio.ensure_future(_collect(queue, job.id))
+    claimed = await claim_one(queue)
+    for step in (1, 2, 2):
+        await queue.progress("w1", [(job.id, claimed.attempt, step, 4)])
+    await succeed(queue, claimed)
+    events = await asyncio.wait_for(seen, 5)
+    assert [(event.kind, event.step) for event in events] == [
+        ("queued", 0),
+        ("running", 0),
+        ("progress", 1),
+        ("progress", 2),
+        ("succeeded", 4),
+    ]
+    assert [event.kind for event in await _collect(queue, job.id, events[2].id)] == ["progress", "succeeded"]
+    assert await _collect(queue, job.id, events[-1].id) == []
+    assert len(await _collect(queue, job.id, "nonsense")) == 5
+    assert queue.num_waiters == 0
+
+
+async def _collect(queue: JobQueue, job_id: str, after: str | None = None) -> list[Any]:
+    return [event async for event in queue.events(job_id, after)]
+
+
+async def test_an_event_stream_is_capped_and_its_end_survives_it(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    for step in range(1, 400):
+        await queue.progress("w1", [(job.id, job.attempt, step, 400)])
+    assert await redis.xlen(keys.events(job.id)) == 256
+    await succeed(queue, job)
+    await redis.delete(keys.events(job.id))
+    assert [(event.id, event.kind) for event in await _collect(queue, job.id)] == [("", "succeeded")]
+
+
+# Damage
+
+
+async def test_a_damaged_record_fails_its_job_and_is_not_looped(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    garbage, pickled, wrong_type, gone, numbers = [await enqueue(queue) for _ in range(5)]
+    healthy = await enqueue(queue)
+    await redis.hset(keys.job(garbage.id), "payload", b"\x00\xff\xfe garbage")
+    await redis.hset(keys.job(pickled.id), "payload", pickle.dumps({"id": pickled.id}))
+    await redis.delete(keys.job(wrong_type.id), keys.job(gone.id))
+    await redis.set(keys.job(wrong_type.id), "a string")
+    await redis.hset(keys.job(numbers.id), "attempt", b"\xffmany")
+    assert [job.id for job in await claim(queue)] == [healthy.id]
+    for job in (garbage, pickled, wrong_type, gone, numbers):
+        with pytest.raises(JobError) as caught:
+            await queue.status(job.id)
+        assert caught.value.code == "bad_message"
+        stored = await redis.hmget(keys.job(job.id), "state", "error_code")
+        assert stored == [b"failed", b"bad_message"]
+    assert await claim(queue) == []
+    assert (await queue.reap()).requeued == []
+    stats = await queue.stats()
+    assert (stats.counters["failed"], stats.in_flight, stats.waiting) == (5, 1, 0)
+
+
+async def test_a_payload_of_a_newer_release_is_failed_and_says_so(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    job = await enqueue(queue)
+    await redis.hset(keys.job(job.id), "payload", msgspec.msgpack.encode({**msgspec.to_builtins(job), "version": 99}))
+    assert await claim(queue) == []
+    assert (await redis.hmget(keys.job(job.id), "state", "error_code")) == [b"failed", b"bad_message"]
+
+
+# Limits
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(settings: Settings, redis_url: str) -> None:
+    async with opened(settings, redis_url, max_queue_jobs=2) as queue:
+        first = await enqueue(queue)
+        await enqueue(queue, idempotency_key="second")
+        with pytest.raises(QueueFull) as caught:
+            await enqueue(queue)
+        assert 1 <= caught.value.retry_after_s <= 60
+        again = await queue.enqueue(make_job(), result_bytes=BYTES, idempotency_key="second")
+        assert not again.is_new, "a repeated request is not a new one"
+        await queue.cancel(first.id)
+        await enqueue(queue)
+
+
+def test_the_time_to_come_back_follows_the_pace_of_the_queue() -> None:
+    assert retry_after_s(100, None) == 5
+    assert retry_after_s(100, 200.0) == 1
+    assert retry_after_s(1000, 200.0) == 10
+    assert retry_after_s(1000, 60_000.0) == 60
+
+
+async def test_results_are_counted_before_they_exist_so_memory_never_runs_out(
+    settings: Settings, tmp_path: Path
+) -> None:
+    megabyte = 1 << 20
+    limited = settings.model_copy(update={"data_dir": tmp_path, "redis_maxmemory_bytes": 24 * megabyte})
+    with EmbeddedRedis(limited) as server:
+        async with opened(limited, server.url) as queue:
+            accepted = await enqueue_until_full(queue, megabyte)
+            assert 12 <= len(accepted) <= 24 * MEMORY_SHARE
+            for job in await claim(queue):
+                assert await succeed(queue, job, images=(b"x" * (megabyte - 1000),))
+            assert len(await enqueue_until_full(queue, megabyte)) < 24 * MEMORY_SHARE - len(accepted)
+            memory = await queue._connection.command("INFO", "memory")
+            assert memory["used_memory"] < 24 * megabyte
+            assert len(await queue.images(accepted[0].id)) == 1
+
+
+async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(settings: Settings, tmp_path: Path) -> None:
+    """Redis refuses a script whose first write may grow memory; the scripts that end jobs get through."""
+    limited = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(limited) as server:
+        async with opened(limited, server.url) as queue:
+            first, second, third = [await enqueue(queue) for _ in range(3)]
+            [job] = await claim(queue, max_jobs=1)
+            await queue._connection.command("CONFIG", "SET", "maxmemory", "1mb")
+            with pytest.raises(QueueUnavailable, match="memory is full"):
+                await enqueue(queue)
+            assert not (await queue.renew("w1", {job.id: job.attempt})).lost
+            await queue.progress("w1", [(job.id, job.attempt, 1, 4)])
+            assert await succeed(queue, job)
+            assert (await queue.cancel(third.id)).state == "cancelled"
+            other = await claim_one(queue)
+            assert await queue.hand_back("w1", other)
+            assert await succeed(queue, await claim_one(queue))
+            await queue.reap()
+            assert await queue.images(first.id) == [b"picture"]
+            assert (await queue.status(second.id)).state == "succeeded"
+            await queue._connection.command("CONFIG", "SET", "maxmemory", "100mb")
+            await asyncio.sleep(1.1)  # the age of a memory sample
+            await enqueue(queue)
+
+
+async def test_nothing_is_left_when_everything_has_expired(settings: Settings, redis_url: str, redis: Any) -> None:
+    pattern = f"{Keys(settings.shard).prefix}*"
+    permanent = {"counters", "models", "pace"}
+    async with opened(settings, redis_url, result_ttl_s=0.2, job_ttl_s=0.3) as queue:
+        done, cancelled, expired, failed = [await enqueue(queue, idempotency_key=str(i)) for i in range(4)]
+        await queue.cancel(cancelled.id)
+        for job in await claim(queue):
+            if job.id == failed.id:
+                await queue.fail("w1", job, FAILURE)
+            else:
+                await succeed(queue, job)
+        assert await queue.images(done.id) == [b"picture"]
+        await enqueue(queue, deadline_s=0)
+        await queue.reap()
+
+        async def is_clean() -> bool:
+            left = {key.decode().split("}:")[1] for key in await redis.keys(pattern)}
+            return {name for name in left if name.split(":")[0] not in ("notify", "claim")} <= permanent
+
+        await eventually(is_clean)
+        with pytest.raises(JobNotFound):
+            await queue.status(expired.id)
+        for key in await redis.keys(pattern):
+            if key.decode().split("}:")[1] not in ("counters", "models"):
+                assert await redis.pttl(key) > 0, f"{key!r} never expires"
+
+
+async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    before = set(await redis.keys("*"))
+    await queue.register("w1", [make_card()])
+    for index in range(3):
+        await enqueue(queue, idempotency_key=str(index))
+    done, poison = await claim(queue, max_jobs=2)
+    await succeed(queue, done)
+    for _ in range(3):
+        await lose_lease(redis, keys, poison)
+        await queue.reap()
+        await claim(queue)
+
+    assert set(CHANNEL_TABLE) == {"ended", "progress", "cancel"}
+    written = {key.decode() for key in set(await redis.keys("*")) - before}
+    assert all(key.startswith(keys.prefix) for key in written)
+    kinds = {key: key.removeprefix(keys.prefix).split(":")[0] for key in written}
+    # The last claim emptied the queue, and so the wake-up list and the waiting jobs.
+    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify"}
+    for key, kind in kinds.items():
+        assert (await redis.type(key)).decode() == KEY_TABLE[kind][0]
+
+
+async def test_a_job_costs_few_round_trips(queue: JobQueue, redis: Any) -> None:
+    """Enqueue, sleep, claim, renew, three progress reports, publish, wait and fetch."""
+
+    async def live() -> None:
+        job = make_job()
+        woken = asyncio.ensure_future(queue.wait_for_work([MODEL], 5))
+        await queue.enqueue(job, result_bytes=BYTES)
+        ended = asyncio.ensure_future(queue.wait(job.id, 5))
+        await woken
+        claimed = await claim_one(queue)
+        await queue.renew("w1", {job.id: claimed.attempt})
+        for step in range(1, 4):
+            await queue.progress("w1", [(job.id, claimed.attempt, step, 4)])
+        await succeed(queue, claimed)
+        await ended
+        await queue.image(job.id, 0)
+
+    await live()  # scripts are loaded and the subscription stands, as in any process but a new one
+    sent: list[str] = []
+    async with redis.monitor() as monitor:
+        await live()
+        await queue._connection.command("ECHO", "the end")
+        while "the end" not in (seen := await monitor.next_command())["command"]:
+            if seen["client_type"] != "lua":
+                sent.append(seen["command"].split()[0])
+    assert len(sent) <= 12, sent
+
+
+# Redis comes and goes
+
+
+async def test_jobs_and_waiters_survive_a_killed_server(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(own) as server:
+        async with opened(own, server.url) as queue:
+            done, waiting = await enqueue(queue), await enqueue(queue)
+            job = await claim_one(queue)
+            waiter = asyncio.ensure_future(queue.wait(done.id, 30))
+            stream = asyncio.ensure_future(_collect(queue, done.id))
+            await eventually(lambda: _is_subscribed(queue, "progress"))
+            os.kill(server.server_pid, signal.SIGKILL)
+            await eventually(lambda: _is(server.poll() is not None))
+            with pytest.raises(QueueUnavailable) as caught:
+                await queue.enqueue(make_job(), result_bytes=BYTES)
+            assert caught.value.retry_after_s > 0
+            assert not waiter.done()
+            server.restart()
+            assert (await queue.status(waiting.id)).state == "queued"
+            assert await succeed(queue, job)
+            started_at = time.monotonic()
+            assert (await waiter).state == "succeeded"
+            assert (await asyncio.wait_for(stream, 10))[-1].kind == "succeeded"
+            assert time.monotonic() - started_at < 4, "woken by the new subscription, not by the slow poll"
+            assert (await claim_one(queue)).id == waiting.id
+            await assert_reconciled(queue)
+
+
+async def test_a_server_that_was_flushed_is_used_again_without_a_restart(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(own) as server:
+        async with opened(own, server.url) as queue:
+            lost = await enqueue(queue)
+            waiter = asyncio.ensure_future(queue.wait(lost.id, 0.5))
+            await eventually(lambda: _is_subscribed(queue, "ended"))
+            await queue._connection.command("FLUSHALL")
+            await queue._connection.command("SCRIPT", "FLUSH")
+            job = await enqueue(queue)
+            assert await succeed(queue, await claim_one(queue))
+            assert (await queue.wait(job.id, 1)).state == "succeeded"
+            with pytest.raises(JobNotFound):
+                await asyncio.wait_for(waiter, 10)
+
+
+async def test_a_read_only_or_absent_server_is_named_as_such(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"data_dir": tmp_path})
+    with pytest.raises(QueueUnavailable, match="cannot be reached"):
+        await JobQueue.connect(own, f"unix://{tmp_path}/nothing.sock")
+    with EmbeddedRedis(own) as server:
+        async with opened(own, server.url) as queue:
+            await queue._connection.command("REPLICAOF", "127.0.0.1", "1")
+            with pytest.raises(QueueUnavailable, match="read-only"):
+                await enqueue(queue)
+            await queue._connection.command("REPLICAOF", "NO", "ONE")
+            await enqueue(queue)
+
+
+async def test_a_cancelled_call_does_not_poison_the_next_one(queue: JobQueue) -> None:
+    """A reply that arrives after its caller has left must not be read as the answer to another question."""
+    job = await enqueue(queue)
+    for _ in range(40):
+        call = asyncio.ensure_future(queue.status(job.id))
+        await asyncio.sleep(0)
+        call.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await call
+        await queue.ping()
+        assert (await queue.status(job.id)).state == "queued"
