@@ -4,6 +4,7 @@ A cheap denoiser with a nonlinearity stands in for the UNet; both sides draw ini
 of the same seed. Every table runs through `darkroom_kernels.step`.
 """
 
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -256,7 +257,7 @@ def test_a_batch_of_strangers_equals_each_alone():
 def test_needs_noise_says_where_diffusers_draws(monkeypatch):
     config = STABLE_DIFFUSION | {"timestep_spacing": "leading", "steps_offset": 0}
     for sampler in SAMPLERS:
-        module = __import__(f"diffusers.schedulers.{_module_of(sampler)}", fromlist=["randn_tensor"])
+        module = importlib.import_module(getattr(diffusers, ORACLES[sampler][0]).__module__)
         draws: list[int] = []
         if hasattr(module, "randn_tensor"):
             monkeypatch.setattr(module, "randn_tensor", _counting(module.randn_tensor, draws))
@@ -264,10 +265,6 @@ def test_needs_noise_says_where_diffusers_draws(monkeypatch):
         table = compile_sampler(sampler, NoiseSchedule.from_config(config), 6)
         assert sum(table.needs_noise) == len(draws), sampler
         assert any(table.needs_noise) == sampler_info(sampler).draws_noise
-
-
-def _module_of(sampler: str) -> str:
-    return getattr(diffusers, ORACLES[sampler][0]).__module__.rsplit(".", 1)[-1]
 
 
 def _counting(function: Callable[..., Tensor], draws: list[int]) -> Callable[..., Tensor]:

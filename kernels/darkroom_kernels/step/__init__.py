@@ -1,6 +1,7 @@
 """The tick's last operation: guidance, network output → denoised, and each row's solver update."""
 
-from darkroom_kernels.step.api import (
+from darkroom_kernels.step.api import StepImplementation, StepUnavailable, step
+from darkroom_kernels.step.columns import (
     A_D,
     A_D1,
     A_D2,
@@ -11,9 +12,6 @@ from darkroom_kernels.step.api import (
     CLAMP,
     INPUT_SCALE,
     NUM_COLUMNS,
-    StepImplementation,
-    StepUnavailable,
-    step,
 )
 
 __all__ = [

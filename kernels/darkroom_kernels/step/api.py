@@ -16,25 +16,8 @@ from darkroom_kernels.step.columns import (
     C_OUT,
     C_SKIP,
     CLAMP,
-    INPUT_SCALE,
     NUM_COLUMNS,
 )
-
-__all__ = [
-    "A_D",
-    "A_D1",
-    "A_D2",
-    "A_NOISE",
-    "A_X",
-    "CLAMP",
-    "C_OUT",
-    "C_SKIP",
-    "INPUT_SCALE",
-    "NUM_COLUMNS",
-    "StepImplementation",
-    "StepUnavailable",
-    "step",
-]
 
 
 class StepImplementation(str, Enum):

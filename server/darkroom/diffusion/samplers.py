@@ -19,6 +19,12 @@ lcm           LCMScheduler                      none
 `sigma_schedule` karras and exponential are `use_karras_sigmas=True` and `use_exponential_sigmas=True`; simple passes
 neither, so the file decides. euler, euler_a and heun keep latents as x = x₀ + σ·noise and scale the network's input;
 the others keep the variance preserved, x = √ᾱ·x₀ + √(1−ᾱ)·noise.
+
+On purpose not as there: N steps are always N steps (trailing spacing yields one more there for some N, at timestep −1);
+equal neighbouring timesteps do not confuse the step count; betas that a file leaves out are its own class's, never
+the sampler's; what would come out as NaN is refused by name; euler_a takes prediction_type sample.
+As there, though odd: heun knows no zero-SNR rescaling; ddim strides evenly whatever the spacing; dpmpp_2m and unipc
+truncate exponential sigmas' timesteps; clip_sample left out means clipping for ddpm and ddim, and only for them.
 """
 
 from __future__ import annotations
