@@ -58,12 +58,14 @@ def generate_here(fields: Mapping[str, Any], model_path: Path, settings: Setting
     from darkroom.api.body import parse_fields
     from darkroom.api.resolve import accepted_values, check_cost, check_limits, complete, cost_of
     from darkroom.api.schema import GenerateRequest
-    from darkroom.engine.local import generate_images
-    from darkroom.worker.main import load_models
 
     accepted = accepted_values(settings)
     body = parse_fields(GenerateRequest, dict(fields), accepted)
     check_limits(body, settings, accepted)
+    # torch takes seconds to import, and a refused request none.
+    from darkroom.engine.local import generate_images
+    from darkroom.worker.main import load_models
+
     (model,) = load_models(settings, [model_path]).values()
     request = complete(body, model.card, str(fields["output_format"]))
     check_cost(cost_of(request, model.card), settings)
