@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import pickle
+import random
 import signal
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
+import structlog
 from darkroom.config import Settings
 from darkroom.errors import (
     IdempotencyMismatch,
@@ -672,7 +674,7 @@ async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(sett
         async with opened(limited, server.url) as queue:
             first, second, third = [await enqueue(queue) for _ in range(3)]
             [job] = await claim(queue, max_jobs=1)
-            await queue._connection.command("CONFIG", "SET", "maxmemory", "1mb")
+            await queue._connection.command("CONFIG", "SET", "maxmemory", "1")
             with pytest.raises(QueueUnavailable, match="memory is full"):
                 await enqueue(queue)
             assert not (await queue.renew("w1", {job.id: job.attempt})).lost
@@ -810,6 +812,102 @@ async def test_a_server_that_was_flushed_is_used_again_without_a_restart(setting
             assert (await queue.wait(job.id, 1)).state == "succeeded"
             with pytest.raises(JobNotFound):
                 await asyncio.wait_for(waiter, 10)
+
+
+async def test_a_link_that_falls_silent_is_noticed_and_replaced(
+    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, queue: JobQueue
+) -> None:
+    monkeypatch.setattr("darkroom.queue.connection.SOCKET_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("darkroom.queue.notices.SOCKET_TIMEOUT_S", 0.1)
+    socket = Path(embedded_redis.url.removeprefix("unix://"))
+    path = tmp_path / "proxy.sock"
+    async with lossy_proxy(socket, path) as proxy, opened(settings, f"unix://{path}") as far:
+        first, second = await enqueue(queue), await enqueue(queue)
+        jobs = {job.id: job for job in await claim(queue)}
+        waiter = asyncio.ensure_future(far.wait(first.id, 30))
+        await eventually(lambda: _is_subscribed(queue, "ended"))
+        await asyncio.sleep(0.5)  # several silences, each answered with a ping
+        assert await succeed(queue, jobs[first.id])
+        assert (await asyncio.wait_for(waiter, 1)).state == "succeeded"
+
+        waiter = asyncio.ensure_future(far.wait(second.id, 30))
+        await eventually(lambda: _is(far.num_waiters == 1))
+        proxy.freeze()
+        assert await succeed(queue, jobs[second.id])
+        assert (await asyncio.wait_for(waiter, 4)).state == "succeeded"
+
+
+async def test_the_promise_of_a_servers_settings_is_logged(settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(own) as server:
+        async with opened(own, server.url) as queue:
+
+            async def promise(*config: str) -> list[Any]:
+                await queue._connection.command("CONFIG", "SET", *config)
+                with structlog.testing.capture_logs() as logs:
+                    async with opened(own, server.url):
+                        return logs
+
+            [log] = await promise("appendfsync", "always")
+            assert "any crash, the server's and the machine's included" in log["promise"]
+            [log] = await promise("appendfsync", "everysec")
+            assert "may lose the last second" in log["promise"]
+            [log] = await promise("appendonly", "no")
+            assert "appendonly is off" in log["promise"]
+            [_, warning] = await promise("maxmemory-policy", "allkeys-lru")
+            assert warning["log_level"] == "warning"
+            assert "deletes accepted jobs" in warning["risk"]
+            await queue._connection.command("ACL", "SETUSER", "default", "-config")
+            with structlog.testing.capture_logs() as logs:
+                async with opened(own, server.url) as other:
+                    await enqueue(other)
+            assert "does not show its settings" in logs[0]["promise"]
+
+
+async def test_any_mixture_of_accidents_ends_every_job_once(settings: Settings, redis_url: str) -> None:
+    """Workers vanish, come back late, hand back, and clients cancel; each accepted job still ends exactly once."""
+    dice = random.Random(20)
+    stored: Counter[str] = Counter()
+    late: list[tuple[str, Job]] = []
+
+    async def publish(queue: JobQueue, job: Job, owner: str) -> None:
+        if await succeed(queue, job, owner):
+            stored[job.id] += 1
+
+    async def work(name: str, queue: JobQueue) -> None:
+        while (stats := await queue.stats()).waiting + stats.in_flight:
+            await queue.reap()
+            for job in await claim(queue, name, max_jobs=3):
+                fate = dice.random()
+                if fate < 0.15:
+                    late.append((name, job))
+                elif fate < 0.3:
+                    await queue.hand_back(name, job)
+                elif fate < 0.4:
+                    await queue.fail(name, job, FAILURE)
+                else:
+                    await publish(queue, job, name)
+            if late and dice.random() < 0.3:
+                owner, job = late.pop(0)
+                await publish(queue, job, owner)
+            await asyncio.sleep(0.005)
+
+    async with contextlib.AsyncExitStack() as stack:
+        queues = [
+            await stack.enter_async_context(opened(settings, redis_url, lease_s=0.05, max_failures=2)) for _ in range(3)
+        ]
+        jobs = [await enqueue(queues[0], make_job(priority=dice.choice(list(Priority)))) for _ in range(60)]
+        workers = [asyncio.ensure_future(work(f"w{index}", queue)) for index, queue in enumerate(queues)]
+        for job in dice.sample(jobs, 10):
+            await queues[0].cancel(job.id)
+        await asyncio.wait_for(asyncio.gather(*workers), 20)
+
+        states = Counter([(await queues[0].status(job.id)).state.value for job in jobs])
+        counters = (await queues[0].stats()).counters
+        assert counters.pop("accepted") == 60 == sum(states.values())
+        assert {name: count for name, count in counters.items() if count} == dict(states)
+        assert sum(stored.values()) == states["succeeded"] == len(stored)
+        await assert_reconciled(queues[0])
 
 
 async def test_a_read_only_or_absent_server_is_named_as_such(settings: Settings, tmp_path: Path) -> None:

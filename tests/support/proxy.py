@@ -17,18 +17,25 @@ class LossyProxy:
         self._marker = b""
         self._left = 0
         self.num_dropped = 0
+        self._frozen: set[asyncio.StreamWriter] = set()
+        self._open: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
 
     def lose_replies_to(self, marker: str, num_replies: int) -> None:
         self._marker, self._left = marker.encode(), num_replies
 
+    def freeze(self) -> None:
+        """Answer no more on the connections that are open now, without closing them: a half-open link."""
+        self._frozen |= self._open
+
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
         self._serving.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def close(self) -> None:
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        for writer in self._open:
+            writer.close()
+        await asyncio.gather(*self._serving)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_unix_connection(str(self._target))
@@ -48,20 +55,21 @@ class LossyProxy:
                 if is_doomed:
                     self.num_dropped += 1
                     return
-                writer.write(data)
-                await writer.drain()
+                if writer not in self._frozen:
+                    writer.write(data)
+                    await writer.drain()
 
         tasks = [asyncio.create_task(forward()), asyncio.create_task(answer())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._open.discard(writer)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for stream in (writer, server_writer):
-                stream.close()
-                with contextlib.suppress(OSError):
-                    await stream.wait_closed()
+            writer.close()
+            server_writer.close()
+            await asyncio.gather(writer.wait_closed(), server_writer.wait_closed(), return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

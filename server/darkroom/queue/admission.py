@@ -30,17 +30,18 @@ class MemoryGauge:
 
     def __init__(self, connection: RedisConnection) -> None:
         self._connection = connection
-        self._sample = MemorySample(0, 0)
+        self._sample: MemorySample | None = None
         self._taken_at = float("-inf")
 
     async def sample(self) -> MemorySample:
-        if time.monotonic() - self._taken_at > SAMPLE_AGE_S:
+        if self._sample is None or time.monotonic() - self._taken_at > SAMPLE_AGE_S:
+            # Callers that come meanwhile use the old sample.
+            self._taken_at = time.monotonic()
             info, stored = await self._connection.transaction(
                 ("INFO", "memory"), ("HGET", self._connection.keys.counters, "stored_bytes")
             )
             limit = int(info.get("maxmemory", 0) * MEMORY_SHARE)
             self._sample = MemorySample(int(info["used_memory"]) - int(stored or 0), limit)
-            self._taken_at = time.monotonic()
         return self._sample
 
 

@@ -121,7 +121,7 @@ class ClientSide:
         """
         ends_at = time.monotonic() + timeout_s
         with self._notices.watch(job_id) as woken:
-            await self._notices.subscribe("ended")
+            await self._notices.subscribe("ended", timeout_s=min(timeout_s, 1.0))
             while True:
                 woken.clear()
                 left_s = ends_at - time.monotonic()

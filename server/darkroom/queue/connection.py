@@ -49,12 +49,8 @@ def redis_errors() -> Iterator[None]:
     """Turn whatever Redis or its client raises into `QueueUnavailable`, with a sentence that is safe to show."""
     try:
         yield
-    except exceptions.OutOfMemoryError as error:
-        raise QueueUnavailable("the queue's memory is full", retry_after_s=5.0) from error
     except exceptions.BusyLoadingError as error:
         raise QueueUnavailable("the queue is starting and still loads its data", retry_after_s=2.0) from error
-    except exceptions.ReadOnlyError as error:
-        raise QueueUnavailable("the queue's server is a read-only replica; a failover may be under way") from error
     except exceptions.AuthenticationError as error:
         raise QueueUnavailable("the queue refuses our credentials", retry_after_s=10.0) from error
     except (exceptions.TimeoutError, TimeoutError, asyncio.TimeoutError) as error:
@@ -62,9 +58,20 @@ def redis_errors() -> Iterator[None]:
     except (exceptions.ConnectionError, OSError) as error:
         raise QueueUnavailable("the queue cannot be reached") from error
     except exceptions.RedisError as error:
-        # -MISCONF, -MASTERDOWN, -NOREPLICAS, -BUSY ... and faults of our own, so the text is logged.
-        log.warning("queue_error", error=shorten(str(error), 300))
-        raise QueueUnavailable("the queue refuses the command") from error
+        message, retry_after_s = _refusal(error)
+        raise QueueUnavailable(message, retry_after_s=retry_after_s) from error
+
+
+def _refusal(error: exceptions.RedisError) -> tuple[str, float]:
+    """A safe sentence for an error reply. Redis 6 wraps a script's error into a text, so both forms are looked for."""
+    text = str(error)
+    if isinstance(error, exceptions.OutOfMemoryError) or "-OOM " in text:
+        return "the queue's memory is full", 5.0
+    if isinstance(error, exceptions.ReadOnlyError) or "-READONLY " in text:
+        return "the queue's server is a read-only replica; a failover may be under way", 1.0
+    # -MISCONF, -MASTERDOWN, -NOREPLICAS, -BUSY ... and faults of our own, so the text is logged.
+    log.warning("queue_error", error=shorten(text, 300))
+    return "the queue refuses the command", 1.0
 
 
 class RedisConnection:
@@ -136,8 +143,10 @@ class RedisConnection:
             promise = "an accepted job survives any crash but the server's own: appendonly is off"
         elif found.get("appendfsync") == "always":
             promise = "an accepted job survives any crash, the server's and the machine's included"
-        else:
+        elif found.get("appendfsync") == "everysec":
             promise = "an accepted job survives any process's crash; a machine's crash may lose the last second"
+        else:
+            promise = "an accepted job survives any process's crash; a machine's crash may lose the last half minute"
         log.info("queue_promise", promise=promise, **{key.replace("-", "_"): value for key, value in found.items()})
         policy = found.get("maxmemory-policy", "noeviction")
         if policy != "noeviction":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from redis import exceptions
@@ -17,11 +16,6 @@ from darkroom.queue.connection import SOCKET_TIMEOUT_S, RedisConnection
 log = structlog.get_logger(__name__)
 
 _RECONNECT_S = 0.25
-
-
-class Listener(Protocol):
-    def __call__(self, job_id: str | None) -> None:
-        """Take one notice; None means that notices may have been missed and everything must be looked at again."""
 
 
 class Notices:
@@ -35,7 +29,7 @@ class Notices:
         self._connection = connection
         self._channels: dict[bytes, str] = {}
         self._acknowledged: dict[str, asyncio.Event] = {}
-        self._listeners: dict[str, set[Listener]] = defaultdict(set)
+        self._listeners: dict[str, set[Callable[[str], None]]] = defaultdict(set)
         self._waiters: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._pubsub: Any = None
         self._task: asyncio.Task[None] | None = None
@@ -74,7 +68,7 @@ class Notices:
                 del self._waiters[job_id]
 
     @contextmanager
-    def listen(self, channel: str, listener: Listener) -> Iterator[None]:
+    def listen(self, channel: str, listener: Callable[[str], None]) -> Iterator[None]:
         """Call `listener` with each job id of a channel, for as long as the block lasts."""
         self._listeners[channel].add(listener)
         try:
@@ -91,16 +85,21 @@ class Notices:
 
     async def _listen(self) -> None:
         while True:
-            self._pubsub = self._connection.pubsub()
+            pubsub: Any = self._connection.pubsub()
             try:
-                await self._pubsub.subscribe(*(self._connection.keys.channel(name) for name in self._channels.values()))
-                await self._read(self._pubsub)
+                subscribed: set[bytes] = set()
+                while missing := self._channels.keys() - subscribed:
+                    await pubsub.subscribe(*missing)
+                    subscribed |= missing
+                # Only from here on may other tasks add channels to it: two first commands would open two connections.
+                self._pubsub = pubsub
+                await self._read(pubsub)
             except (exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
                 log.info("queue_notices_lost", error=type(error).__name__)
             finally:
                 for event in self._acknowledged.values():
                     event.clear()
-                pubsub, self._pubsub = self._pubsub, None
+                self._pubsub = None
                 with suppress(exceptions.RedisError, OSError):
                     await pubsub.aclose()
             await asyncio.sleep(_RECONNECT_S)
@@ -134,15 +133,12 @@ class Notices:
         for events in self._waiters.values():
             for woken in events:
                 woken.set()
-        for listeners in self._listeners.values():
-            for listener in listeners:
-                listener(None)
 
 
 async def wait_for(woken: asyncio.Event, timeout_s: float) -> bool:
     """Wait for a notice. False when `timeout_s` passed first."""
     try:
-        await asyncio.wait_for(woken.wait(), None if math.isinf(timeout_s) else max(0.0, timeout_s))
+        await asyncio.wait_for(woken.wait(), timeout_s)
     except asyncio.TimeoutError:
         return False
     return True

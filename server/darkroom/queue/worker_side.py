@@ -134,11 +134,7 @@ class WorkerSide:
         """Ids of running jobs as they are cancelled, of any worker. A hint: `renew` names those that were missed."""
         job_ids: asyncio.Queue[str] = asyncio.Queue()
 
-        def take(job_id: str | None) -> None:
-            if job_id is not None:
-                job_ids.put_nowait(job_id)
-
-        with self._notices.listen("cancel", take):
+        with self._notices.listen("cancel", job_ids.put_nowait):
             await self._notices.subscribe("cancel")
             while True:
                 yield await job_ids.get()
