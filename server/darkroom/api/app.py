@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -37,16 +36,9 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = app.state.service
-        await service.look()
-        watching = asyncio.ensure_future(service.watch())
-        try:
+        service: Service = app.state.service
+        async with service.watching():
             yield
-        finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-            await service.close()
 
     app = FastAPI(
         title="Darkroom",
@@ -140,8 +132,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
     request = schema.GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     document["components"] = {"schemas": {"GenerateRequest": request, **components}}
+    examples = schema.examples()
     for operations in document["paths"].values():
         for operation in operations.values():
+            for reply in operation["responses"].values():
+                content = reply.get("content", {}).get("application/json", {})
+                name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+                if name in examples:
+                    content["example"] = examples[name]
             # FastAPI adds its own 422 to routes with parameters; ours are strings that cannot fail there.
             reply = operation["responses"].get("422", {})
             if "application/json" in reply.get("content", {}):

@@ -103,8 +103,8 @@ _IMAGE_HEADERS = {
         **documented(
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
             "unsupported_media_type", "invalid_request", "idempotency_mismatch", "queue_full", "internal", "job_failed",
-            "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable", "draining", "expired",
-            "out_of_memory",
+            "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable", "draining",
+            "expired", "out_of_memory",
         ),
     },
 )  # fmt: skip
@@ -210,10 +210,10 @@ def raise_unless_succeeded(status: JobStatus) -> None:
 
 
 async def json_reply(service: Service, status: JobStatus) -> Response:
-    contents = await service.queue.images(status.job.id)
-    manifest = manifest_of(status)
-    if manifest is None:
+    if status.result is None:
         raise JobError("the job has no result")
+    contents = await service.queue.images(status.job.id)
+    manifest = manifest_of(status, status.result)
     reply = Generated(job_id=status.job.id, images=image_views(status, contents), manifest=manifest)
     return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
 

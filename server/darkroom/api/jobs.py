@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from darkroom.api.body import describe
 from darkroom.api.problems import documented
-from darkroom.api.schema import job_view
+from darkroom.api.schema import EXAMPLE_JOB_ID, job_view
 from darkroom.api.service import Service, service_of
 from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFound
 from darkroom.jobs import JobState, JobStatus
@@ -27,8 +27,7 @@ router = APIRouter()
 
 _JOB_ID = re.compile(r"[0-9a-f]{26}")
 _EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
-_EXAMPLE_ID = "8f14e45fceea167a5a36dedd4b"
-JobId = Annotated[str, Path(description="The job's id.", examples=[_EXAMPLE_ID])]
+JobId = Annotated[str, Path(description="The job's id.", examples=[EXAMPLE_JOB_ID])]
 
 _VIEW: dict[int | str, dict[str, Any]] = {
     200: {

@@ -64,6 +64,10 @@ def check_limits(body: GenerateRequest, settings: Settings, accepted: Mapping[st
 
 
 def _is_bad_text(text: str, settings: Settings) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write but UTF-8 cannot
+        return True
     return len(text) > settings.max_prompt_chars or "\0" in text
 
 

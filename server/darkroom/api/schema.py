@@ -13,7 +13,9 @@ import msgspec
 from msgspec import Meta
 from pydantic import BaseModel, ConfigDict, Field
 
-from darkroom.jobs import JobState, JobStatus, ModelCard, Timings
+from darkroom import __version__
+from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, JobStatus, ModelCard, Result, Timings
+from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
@@ -21,6 +23,7 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 50.0
 MAX_DEADLINE_S = 7 * 86400.0
 
+EXAMPLE_JOB_ID = "8f14e45fceea167a5a36dedd4b"
 EXAMPLE_REQUEST: dict[str, Any] = {
     "prompt": "a red fox in the snow",
     "num_inference_steps": 20,
@@ -81,7 +84,7 @@ class ImageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     width: int
     height: int
     num_bytes: int
-    url: Annotated[str, Meta(examples=["/jobs/8f14e45fceea167a5a36dedd4b/images/0"])]
+    url: Annotated[str, Meta(examples=[f"/jobs/{EXAMPLE_JOB_ID}/images/0"])]
     base64: bytes | None = None
 
 
@@ -200,11 +203,9 @@ def image_views(status: JobStatus, contents: list[bytes] | None = None) -> list[
     ]
 
 
-def manifest_of(status: JobStatus) -> Manifest | None:
-    """The manifest of a succeeded job, else None."""
-    result, request = status.result, status.job.request
-    if result is None:
-        return None
+def manifest_of(status: JobStatus, result: Result) -> Manifest:
+    """The manifest of a job that ended with `result`."""
+    request = status.job.request
     total_ms = (status.finished_at_ms or status.job.created_at_ms) - status.job.created_at_ms
     return Manifest(
         job_id=status.job.id,
@@ -249,10 +250,71 @@ def job_view(status: JobStatus) -> JobView:
         deadline_at=_moment(job.deadline_at_ms),
         timings=status.result.timings if status.result else None,
         images=image_views(status),
-        manifest=manifest_of(status),
+        manifest=manifest_of(status, status.result) if status.result else None,
         failure=FailureView(code=failure.code, message=failure.message) if failure else None,
     )
 
 
 def _moment(milliseconds: int | None) -> datetime | None:
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, timezone.utc)
+
+
+def examples() -> dict[str, Any]:
+    """One example of each reply by the name of its struct, for the OpenAPI document."""
+    card = ModelCard(
+        id="emoji-world",
+        family="sd",
+        weights_hash="9b2f6c1d0e7a4c35",
+        width=64,
+        height=64,
+        num_inference_steps=20,
+        guidance_scale=5.0,
+        sampler="dpmpp_2m",
+        sigma_schedule="simple",
+        samplers=list(SAMPLERS),
+        sigma_schedules=list(SIGMA_SCHEDULES),
+        size_multiple=16,
+        vae_scale_factor=4,
+        max_width=128,
+        max_height=128,
+        example_prompts=["a red fox in the snow"],
+    )
+    request = GenerationRequest(
+        prompt="a red fox in the snow",
+        model=card.id,
+        width=64,
+        height=64,
+        num_inference_steps=20,
+        guidance_scale=5.0,
+        seed=7,
+        sampler="dpmpp_2m",
+        sigma_schedule="simple",
+    )
+    result = Result(
+        images=[ImageInfo(index=0, seed=7, format="png", width=64, height=64, num_bytes=6893)],
+        timings=Timings(queue_s=0.002, encode_s=0.004, denoise_s=0.31, decode_s=0.01, image_encode_s=0.001),
+        weights_hash=card.weights_hash,
+        worker="gpu-0-4711",
+        max_batch_rows=8,
+    )
+    status = JobStatus(
+        job=Job(id=EXAMPLE_JOB_ID, request=request, created_at_ms=1795446000000, attempt=1),
+        state=JobState.SUCCEEDED,
+        step=20,
+        num_steps=20,
+        started_at_ms=1795446000002,
+        finished_at_ms=1795446000331,
+        result=result,
+    )
+    url = f"/jobs/{EXAMPLE_JOB_ID}"
+    replies: list[msgspec.Struct] = [
+        Generated(
+            job_id=EXAMPLE_JOB_ID, images=image_views(status, [b"\x89PNG..."]), manifest=manifest_of(status, result)
+        ),
+        Accepted(job_id=EXAMPLE_JOB_ID, state=JobState.QUEUED, url=url, events_url=f"{url}/events", seed=7, position=0),
+        job_view(status),
+        Models([card]),
+        Ready(health="ready", workers=1, queue_depth=0, in_flight=1),
+        Live(health="live", version=__version__),
+    ]
+    return {type(reply).__name__: msgspec.json.decode(msgspec.json.encode(reply)) for reply in replies}

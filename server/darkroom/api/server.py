@@ -64,7 +64,7 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
 def bind(host: str, port: int) -> socket.socket:
     """A listening TCP socket. Raises `ConfigError` naming the address when it is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol left out asyncio would not know this for TCP and would leave Nagle's algorithm on: 40 ms a reply.
+    # With the protocol left out asyncio would not know this for TCP and leave Nagle's algorithm on: 40 ms a reply.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
 import structlog
@@ -70,13 +70,28 @@ class Service:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
 
-    async def watch(self) -> None:
-        """Connect, stay connected, keep the gauges fresh. Runs until cancelled."""
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Connect, stay connected, keep the gauges fresh, for as long as the context lasts."""
+        await self.look()
+        watch = asyncio.ensure_future(self._watch())
+        try:
+            yield
+        finally:
+            while not watch.done():
+                # Again and again: a cancellation can get lost where the Redis client times out at the same moment.
+                watch.cancel()
+                await asyncio.wait((watch,), timeout=0.1)
+            if self._queue is not None and self._owns_queue:
+                await self._queue.close()
+
+    async def _watch(self) -> None:
         while True:
-            await self.look()
             await asyncio.sleep(_WATCH_INTERVAL_S)
+            await self.look()
 
     async def look(self) -> None:
+        """One look at the queue, the first that reaches it included. Raises `ConfigError` for an unusable URL."""
         try:
             if self._queue is None:
                 self._queue = await JobQueue.connect(self.settings, self.settings.redis_url or "")
@@ -94,10 +109,6 @@ class Service:
         metrics.QUEUE_DEPTH.set(stats.waiting)
         metrics.QUEUE_IN_FLIGHT.set(stats.in_flight)
         metrics.LIVE_WORKERS.set(stats.live_workers)
-
-    async def close(self) -> None:
-        if self._queue is not None and self._owns_queue:
-            await self._queue.close()
 
 
 def service_of(connection: HTTPConnection) -> Service:
