@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import zlib
 from typing import TextIO
 
 import structlog
@@ -83,7 +84,7 @@ def _console(process: str, stream: TextIO) -> list[Processor]:
     colours = "NO_COLOR" not in os.environ
     label = f"{process:<9}"
     if colours:
-        label = f"{_LABEL_COLOURS[sum(process.encode()) % len(_LABEL_COLOURS)]}{label}{_RESET}"
+        label = f"{_LABEL_COLOURS[zlib.crc32(process.encode()) % len(_LABEL_COLOURS)]}{label}{_RESET}"
     renderer = structlog.dev.ConsoleRenderer(
         colors=colours, pad_event_to=0, pad_level=False, exception_formatter=structlog.dev.plain_traceback
     )

@@ -171,7 +171,8 @@ async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | 
             raise ModelError(f"--model {path}: no such directory")
     port = free_port(settings.host, settings.port)
     gpus = gpus_to_use(settings.device)
-    workers = plan_workers(settings, models or [BUILTIN_MODEL], num_workers, gpus, len(os.sched_getaffinity(0)))
+    models = models or [BUILTIN_MODEL]
+    workers = plan_workers(settings, models, num_workers, gpus, os.cpu_count() or 1)
     children = [Child("api", ("api",), _metrics_port(settings, 0)), *workers]
     common = {
         **os.environ,
@@ -191,6 +192,7 @@ async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | 
             answering.cancel()
         if not supervisor.is_stopping:
             common["DARKROOM_REDIS_URL"] = redis.url if redis is not None else str(settings.redis_url)
+            log.info("starting", workers=len(workers), gpus=len(gpus), models=[str(path) for path in models])
             for child in children:
                 supervisor.add(_service(child, spawner, common))
             announcing = asyncio.ensure_future(
