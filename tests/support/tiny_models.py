@@ -9,6 +9,7 @@ test passes because a bias was zero.
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +85,13 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
+def fresh_seed() -> int:
+    """A new seed each run, printed so that a failure can be repeated."""
+    seed = secrets.randbelow(1 << 31)
+    print(f"seed {seed}")
+    return seed
+
+
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Give every parameter of `module` a random value of the size a trained one has, and return it in eval mode."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +116,7 @@ def tiny_vae(seed: int, **overrides: Any) -> AutoencoderKL:
 
 
 def tiny_tokenizer(directory: Path, *, max_tokens: int = 77) -> CLIPTokenizer:
-    """A byte-level tokenizer in CLIP's form: every byte, every byte at a word's end, a few merges, two special tokens."""
+    """A byte-level tokenizer in CLIP's form: each byte, each byte at a word's end, a few merges, two special tokens."""
     visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = [chr(code) for code in visible] + [chr(256 + index) for index in range(256 - len(visible))]
     tokens = alphabet + [f"{token}</w>" for token in alphabet] + [left + right for left, right in MERGES]

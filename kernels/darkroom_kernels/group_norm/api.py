@@ -25,14 +25,21 @@ def group_norm(
     """
     if x.ndim != 4 or x.shape[1] % num_groups:
         raise ValueError(f"expected x [B, C, H, W] with C divisible by {num_groups}, got {list(x.shape)}")
-    if shift is not None:
-        if shift.shape != x.shape[:2]:
-            raise ValueError(f"expected shift {list(x.shape[:2])}, got {list(shift.shape)}")
-        x = x + shift[:, :, None, None]
+    if shift is not None and shift.shape != x.shape[:2]:
+        raise ValueError(f"expected shift {list(x.shape[:2])}, got {list(shift.shape)}")
     if x.device.type == "cpu" and x.dtype is not torch.float32:
         # PyTorch's channels-last kernel is several times slower in half precision than the two casts around fp32.
-        y = F.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)
-        return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+        return group_norm(
+            x.float(),
+            num_groups,
+            weight.float(),
+            bias.float(),
+            eps,
+            silu=silu,
+            shift=None if shift is None else shift.float(),
+        ).to(x.dtype)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
     y = F.group_norm(x, num_groups, weight, bias, eps)
     if x.is_contiguous(memory_format=torch.channels_last):
         # The CUDA kernel answers in NCHW; the convolution that follows wants what came in.

@@ -1,0 +1,97 @@
+"""Every attention implementation that runs here agrees with the fp32 reference, and none falls back in silence."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from darkroom_kernels import attention
+from darkroom_kernels.attention import api
+from darkroom_kernels.attention.reference import reference_attention
+
+IMPLEMENTATIONS = ["auto", "sdpa", "reference"]
+
+
+def inputs(batch: int = 3, heads: int = 2, queries: int = 5, keys: int = 7, dim: int = 8) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, length, dim) for length in (queries, keys, keys))
+    return q, k, v
+
+
+def test_the_reference_is_softmax_attention() -> None:
+    q, k, v = inputs()
+    expected = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 8**0.5, -1) @ v.double()
+    torch.testing.assert_close(reference_attention(q, k, v).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(5, 7, 8), (1, 1, 3), (64, 77, 40), (33, 129, 64)])
+def test_sizes_need_not_be_round(implementation: str, queries: int, keys: int, dim: int) -> None:
+    q, k, v = inputs(queries=queries, keys=keys, dim=dim)
+    got = attention(q, k, v, implementation=implementation)
+    torch.testing.assert_close(got, reference_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masked_keys_take_no_part_and_a_row_without_keys_gives_zeros(implementation: str) -> None:
+    q, k, v = inputs()
+    lengths = torch.tensor([7, 3, 0], dtype=torch.int32)
+    k[1, :, 3:], v[1, :, 3:] = 1e4, 1e4
+    got = attention(q, k, v, key_lengths=lengths, implementation=implementation)
+    short = attention(q[1:2], k[1:2, :, :3], v[1:2, :, :3], implementation=implementation)
+    torch.testing.assert_close(got[1:2], short, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got[2], torch.zeros_like(got[2]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_strided_views_of_one_projection_give_the_same(implementation: str) -> None:
+    torch.manual_seed(0)
+    fused = torch.randn(2, 9, 3, 4, 8)
+    q, k, v = fused.permute(2, 0, 3, 1, 4).unbind(0)
+    got = attention(q, k, v, implementation=implementation)
+    expected = reference_attention(q.contiguous(), k.contiguous(), v.contiguous())
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_given_scale_replaces_the_usual_one(implementation: str) -> None:
+    q, k, v = inputs()
+    got = attention(q, k, v, scale=0.7, implementation=implementation)
+    torch.testing.assert_close(got, reference_attention(q * 0.7 * 8**0.5, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_loses_no_more_than_pytorch_does() -> None:
+    q, k, v = (value.bfloat16() for value in inputs(queries=64, keys=77, dim=64))
+    exact = reference_attention(q.float(), k.float(), v.float())
+    budget = (F.scaled_dot_product_attention(q, k, v).float() - exact).abs().max()
+    assert (attention(q, k, v).float() - exact).abs().max() <= budget * 1.01
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="'flash'"):
+        attention(*inputs(), implementation="flash")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may be there")
+@pytest.mark.parametrize("implementation", ["triton", "xformers"])
+def test_a_named_choice_that_cannot_run_says_why(implementation: str) -> None:
+    with pytest.raises(RuntimeError, match=f"'{implementation}' is unavailable: .+"):
+        attention(*inputs(), implementation=implementation)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"\[3, 2, 5, 8\]"):
+        attention(q, k[..., :4], v)
+    with pytest.raises(ValueError, match=r"key_lengths \[3\]"):
+        attention(q, k, v, key_lengths=torch.ones(2, dtype=torch.int32))
+
+
+def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
+    api.choose.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            attention(*inputs())
+    assert [record.getMessage() for record in caplog.records] == ["attention on cpu: sdpa"]

@@ -1,0 +1,235 @@
+"""Our UNet computes what diffusers' does, at any size, and rows of one batch know nothing of each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from darkroom.diffusion.unet import UNet, UNetConfig
+from darkroom.errors import ModelError
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from support.tiny_models import FAMILIES, POOLED_WIDTH, UNET_CONFIGS, Family, fresh_seed, tiny_unet
+from torch import Tensor
+
+TOLERANCE = 1e-4
+TIME_IDS = torch.tensor([64.0, 72.0, 0.0, 0.0, 64.0, 72.0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def ours(theirs: UNet2DConditionModel, dtype: torch.dtype = torch.float32, **options: Any) -> UNet:
+    """Our network with the oracle's weights."""
+    with torch.device("meta"):
+        unet = UNet(dict(theirs.config), **options)
+    values = {name: value.to(dtype, copy=True) for name, value in theirs.state_dict().items()}
+    unet.load_state_dict(values, assign=True)
+    return unet.fuse()
+
+
+def difference(expected: Tensor, got: Tensor) -> float:
+    return ((expected - got.float()).abs().max() / expected.abs().max()).item()
+
+
+class Inputs:
+    """Random inputs of a batch, in both networks' terms."""
+
+    def __init__(self, theirs: UNet2DConditionModel, batch: int, height: int, width: int, length: int = 7):
+        config = theirs.config
+        self.latents = torch.randn(batch, config.in_channels, height, width)
+        self.timesteps = torch.rand(batch) * 999
+        self.text = torch.randn(batch, length, config.cross_attention_dim)
+        self.pooled = torch.randn(batch, POOLED_WIDTH) if config.addition_embed_type else None
+
+    def oracle(self, theirs: UNet2DConditionModel, row: int, length: int | None = None, **extra: Any) -> Tensor:
+        """diffusers, run for one row alone."""
+        if self.pooled is not None:
+            extra["added_cond_kwargs"] = {"text_embeds": self.pooled[row : row + 1], "time_ids": TIME_IDS[None]}
+        with torch.no_grad():
+            return theirs(
+                self.latents[row : row + 1], self.timesteps[row], self.text[row : row + 1, :length], **extra
+            ).sample
+
+    def time(self, unet: UNet, **extra: Any) -> Tensor:
+        """One line of time projection per row, each computed as its request would."""
+        lines = []
+        for row, timestep in enumerate(self.timesteps):
+            if self.pooled is not None:
+                extra |= {"pooled_prompt_embeds": self.pooled[row], "time_ids": TIME_IDS}
+            lines.append(unet.time_projection(timestep[None], **extra))
+        return torch.cat(lines)
+
+    def run(self, unet: UNet, lengths: Tensor | None = None) -> Tensor:
+        return unet(self.latents, self.time(unet), unet.text_kv(self.text), lengths)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 5), (7, 16)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_equals_diffusers_run_alone_at_its_own_timestep(family: Family, size: tuple[int, int]) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet(family, seed)
+    inputs = Inputs(theirs, 3, *size)
+    got = inputs.run(ours(theirs))
+    assert got.shape == inputs.latents.shape
+    for row in range(3):
+        assert difference(inputs.oracle(theirs, row), got[row : row + 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_latent_pixel_works(family: Family) -> None:
+    """A loose bound: a norm over two values turns rounding into a visible difference, in diffusers as here."""
+    theirs = tiny_unet(family, 5)
+    torch.manual_seed(5)
+    inputs = Inputs(theirs, 1, 1, 1)
+    assert difference(inputs.oracle(theirs, 0), inputs.run(ours(theirs))) < 0.01
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nine input channels": {"in_channels": 9},
+    "centred input": {"center_input_sample": True},
+    "only cross-attention": {"only_cross_attention": [True, False, False]},
+    "plain middle": {"mid_block_type": "UNetMidBlock2D"},
+    "no middle": {"mid_block_type": None},
+    "layers per block differ": {"layers_per_block": [1, 2, 1]},
+    "deep transformers": {"transformer_layers_per_block": [1, 2, 1]},
+    "transformers per residual block": {
+        "transformer_layers_per_block": [[2, 1], [1, 2], 1],
+        "reverse_transformer_layers_per_block": [1, [1, 2, 1], [1, 1, 2]],
+    },
+    "linear projections": {"use_linear_projection": True},
+    "wide and narrow convolutions": {"conv_in_kernel": 5, "conv_out_kernel": 1},
+    "sines first": {"flip_sin_to_cos": False, "freq_shift": 1},
+    "unpadded downsampling": {"downsample_padding": 0},
+    "time embedding of its own width": {"time_embedding_dim": 24},
+    "odd base width": {
+        "block_out_channels": [15, 30],
+        "norm_num_groups": 5,
+        "attention_head_dim": [3, 5],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_of_the_config_equals_diffusers(name: str) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet("sd1", seed, **VARIANTS[name])
+    inputs = Inputs(theirs, 2, 6, 7)
+    got = inputs.run(ours(theirs))
+    for row in range(2):
+        assert difference(inputs.oracle(theirs, row), got[row : row + 1]) < TOLERANCE
+
+
+def test_a_consistency_model_embeds_its_guidance_scale() -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet("sd1", seed, time_cond_proj_dim=18)
+    inputs = Inputs(theirs, 1, 8, 8)
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    guidance = embed(None, torch.tensor([8.5 - 1.0]), embedding_dim=18)
+    unet = ours(theirs)
+    time = inputs.time(unet, guidance_embedding_scale=8.5)
+    got = unet(inputs.latents, time, unet.text_kv(inputs.text))
+    assert difference(inputs.oracle(theirs, 0, timestep_cond=guidance), got) < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_of_different_lengths_share_a_call(family: Family, attention: str) -> None:
+    """A shorter text is padded; its row equals diffusers given the short text alone, whatever the padding holds."""
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet(family, seed)
+    inputs = Inputs(theirs, 3, 6, 8, length=11)
+    lengths = [4, 11, 1]
+    for row, length in enumerate(lengths):
+        inputs.text[row, length:] = 1e4
+    got = inputs.run(ours(theirs, attention=attention), torch.tensor(lengths, dtype=torch.int32))
+    for row, length in enumerate(lengths):
+        assert difference(inputs.oracle(theirs, row, length), got[row : row + 1]) < TOLERANCE
+
+
+def test_all_steps_are_projected_at_once() -> None:
+    theirs = tiny_unet("sdxl", 1)
+    unet = ours(theirs)
+    timesteps = torch.tensor([999.0, 500.25, 0.0])
+    request = {"pooled_prompt_embeds": torch.randn(POOLED_WIDTH), "time_ids": TIME_IDS}
+    together = unet.time_projection(timesteps, **request)
+    assert together.shape == (3, unet.time_width)
+    for line, timestep in zip(together, timesteps, strict=True):
+        torch.testing.assert_close(line, unet.time_projection(timestep[None], **request)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_stays_near_fp32(family: Family) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet(family, seed)
+    inputs = Inputs(theirs, 2, 8, 8)
+    got = inputs.run(ours(theirs, torch.bfloat16))
+    assert got.dtype is torch.bfloat16
+    with torch.no_grad():
+        half = tiny_unet(family, seed).to(torch.bfloat16)
+        cast = Inputs.__new__(Inputs)
+        cast.__dict__ = {k: v if k == "timesteps" or v is None else v.bfloat16() for k, v in vars(inputs).items()}
+    for row in range(2):
+        exact = inputs.oracle(theirs, row)
+        budget = difference(exact, cast.oracle(half, row))
+        assert difference(exact, got[row : row + 1]) < max(2 * budget, 0.02)
+
+
+def test_channels_stay_last_from_end_to_end() -> None:
+    theirs = tiny_unet("sd1", 0)
+    got = Inputs(theirs, 2, 8, 8).run(ours(theirs))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("down_block_types", ["SimpleCrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]),
+        ("up_block_types", ["KUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),
+        ("up_block_types", [["UpBlock2D"], "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]),
+        ("down_block_types", ["DownBlock2D"]),
+        ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("dual_cross_attention", True),
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+        ("encoder_hid_dim", 64),
+        ("addition_embed_type", "image"),
+        ("attention_type", "gated"),
+        ("act_fn", "gelu"),
+        ("time_embedding_type", "fourier"),
+        ("cross_attention_dim", [32, 64, 32]),
+        ("attention_head_dim", 7),
+        ("attention_head_dim", "8"),
+        ("num_attention_heads", [2, 3, 2]),
+        ("layers_per_block", 10**9),
+        ("layers_per_block", True),
+        ("block_out_channels", [16, -32, 32]),
+        ("block_out_channels", {"0": 16}),
+        ("norm_num_groups", 7),
+        ("norm_eps", float("nan")),
+        ("transformer_layers_per_block", [1, [2], 1]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_name(key: str, value: object) -> None:
+    with torch.device("meta"), pytest.raises(ModelError, match=key):
+        UNet({**UNET_CONFIGS["sd1"], key: value})
+
+
+def test_num_attention_heads_says_outright_what_attention_head_dim_says_wrongly() -> None:
+    named = UNetConfig.from_dict({**UNET_CONFIGS["sd1"], "num_attention_heads": 4, "attention_head_dim": 8})
+    assert {block.heads for block in named.down_blocks} == {4}
+
+
+def test_sdxl_without_its_pooled_text_is_refused() -> None:
+    unet = ours(tiny_unet("sdxl", 0))
+    with pytest.raises(ValueError, match="pooled_prompt_embeds"):
+        unet.time_projection(torch.tensor([1.0]))

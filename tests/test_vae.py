@@ -1,0 +1,93 @@
+"""Our autoencoder computes what diffusers' does, in both directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from darkroom.diffusion.vae import VAE
+from darkroom.errors import ModelError
+from support.tiny_models import VAE_CONFIG, fresh_seed, tiny_vae
+
+TOLERANCE = 1e-4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stable diffusion": {},
+    "shifted, without quant convolutions": {
+        "shift_factor": 0.1,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "latent_channels": 16,
+    },
+    "no attention, four pixels per latent": {
+        "mid_block_add_attention": False,
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 2,
+    },
+}
+
+
+def pair(name: str, seed: int) -> tuple[Any, VAE]:
+    theirs = tiny_vae(seed, **VARIANTS[name])
+    with torch.device("meta"):
+        vae = VAE(dict(theirs.config))
+    vae.load_state_dict({key: value.clone() for key, value in theirs.state_dict().items()}, assign=True)
+    return theirs, vae.fuse()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs, vae = pair(name, seed)
+    latents = torch.randn(2, vae.config.latent_channels, *size)
+    with torch.no_grad():
+        expected = theirs.decode(latents / theirs.config.scaling_factor + (theirs.config.shift_factor or 0.0)).sample
+    got = vae.decode(latents)
+    scale = vae.config.scale_factor
+    assert got.shape == (2, 3, scale * size[0], scale * size[1])
+    assert (expected.clamp(-1, 1) - got).abs().max() < TOLERANCE
+    # Clamping must not be what makes them equal.
+    assert (expected.abs() < 1).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_encoding_equals_diffusers_in_the_denoisers_space(name: str) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs, vae = pair(name, seed)
+    pixels = torch.rand(2, 3, 40, 72) * 2 - 1
+    with torch.no_grad():
+        posterior = theirs.encode(pixels).latent_dist
+    scale, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0.0
+    mean, std = vae.encode(pixels)
+    assert ((posterior.mean - shift) * scale - mean).abs().max() < TOLERANCE * mean.abs().max()
+    assert (posterior.std * scale - std).abs().max() < TOLERANCE * std.abs().max()
+
+
+def test_decoding_what_was_encoded_keeps_the_size() -> None:
+    _, vae = pair("stable diffusion", 0)
+    mean, _ = vae.encode(torch.zeros(1, 3, 24, 56))
+    assert mean.shape == (1, 4, 3, 7)
+    assert vae.decode(mean).shape == (1, 3, 24, 56)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("latents_mean", [0.0] * 4),
+        ("latents_std", [1.0] * 4),
+        ("act_fn", "relu"),
+        ("down_block_types", ["AttnDownEncoderBlock2D"] * 4),
+        ("up_block_types", ["UpDecoderBlock2D"] * 3),
+        ("scaling_factor", 0),
+        ("scaling_factor", "0.18"),
+        ("norm_num_groups", 3),
+        ("block_out_channels", []),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused_by_name(key: str, value: object) -> None:
+    with torch.device("meta"), pytest.raises(ModelError, match=key):
+        VAE({**VAE_CONFIG, key: value})
