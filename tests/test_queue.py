@@ -32,6 +32,7 @@ from darkroom.errors import (
 from darkroom.jobs import Failure, Job, JobState, Priority, new_job_id
 from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.queue.admission import MEMORY_SHARE, retry_after_s
+from darkroom.queue.embedded import find_redis_server
 from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys
 from redis.asyncio import Redis
 
@@ -326,7 +327,7 @@ async def test_a_job_that_loses_its_third_worker_is_a_dead_letter(queue: JobQueu
     assert status.state == "failed"
     assert status.failure is not None
     assert status.failure.code == "dead_letter"
-    [(_, letter)] = await redis.xrange(keys.dead)
+    [(_, letter)] = await redis.xrange(f"{keys.prefix}dead")
     assert (letter[b"job"], letter[b"failures"], letter[b"worker"]) == (job.id.encode(), b"3", b"victim-2")
     await assert_reconciled(queue)
 
@@ -767,6 +768,43 @@ async def test_a_job_costs_few_round_trips(queue: JobQueue, redis: Any) -> None:
             if seen["client_type"] != "lua":
                 sent.append(seen["command"].split()[0])
     assert len(sent) <= 12, sent
+
+
+async def test_one_queue_lives_in_one_slot_of_a_cluster(settings: Settings, tmp_path: Path) -> None:
+    """Redis refuses, in cluster mode, a command or script whose keys lie in different slots."""
+    path = tmp_path / "redis.sock"
+    node = await asyncio.create_subprocess_exec(
+        find_redis_server(),
+        *("--port", "0", "--unixsocket", str(path), "--dir", str(tmp_path), "--save", "", "--cluster-enabled", "yes"),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        await eventually(lambda: _is(path.exists()))
+        async with Redis(unix_socket_path=str(path), protocol=2) as redis:
+            await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+
+            async def is_whole() -> bool:
+                return "cluster_state:ok" in str(await redis.execute_command("CLUSTER", "INFO"))
+
+            await eventually(is_whole)
+        async with opened(settings, f"unix://{path}") as queue:
+            await queue.register("w1", [make_card(), make_card("other")])
+            job = await enqueue(queue, make_job(num_images=2), idempotency_key="one")
+            other = await enqueue(queue, make_job(model="other"))
+            assert await queue.wait_for_work([MODEL, "other"], 5)
+            claimed = {found.id: found for found in await queue.claim("w1", [MODEL, "other"], 9, 9)}
+            await queue.renew("w1", {job.id: 1, other.id: 1})
+            await queue.progress("w1", [(job.id, 1, 1, 4), (other.id, 1, 1, 4)])
+            assert await succeed(queue, claimed[job.id], images=(b"a", b"b"))
+            assert await queue.hand_back("w1", claimed[other.id])
+            await queue.cancel(other.id)
+            await queue.reap()
+            assert await queue.images(job.id) == [b"a", b"b"]
+            assert (await _collect(queue, job.id))[-1].kind == "succeeded"
+            await assert_reconciled(queue)
+    finally:
+        node.kill()
+        await node.wait()
 
 
 # Redis comes and goes

@@ -80,10 +80,6 @@ class Keys:
     def cards(self) -> str:
         return f"{self.prefix}cards"
 
-    @property
-    def dead(self) -> str:
-        return f"{self.prefix}dead"
-
     def channel(self, name: str) -> str:
         return f"{self.prefix}{name}"
 
