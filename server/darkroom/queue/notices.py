@@ -46,8 +46,11 @@ class Notices:
                 self._acknowledged[channel] = asyncio.Event()
                 self._channels[self._connection.keys.channel(channel).encode()] = channel
                 if self._pubsub is not None:
-                    with suppress(exceptions.RedisError, OSError):
+                    try:
                         await self._pubsub.subscribe(self._connection.keys.channel(channel))
+                    except (exceptions.RedisError, OSError):
+                        # A connection that the client mends by itself would lack this channel: begin afresh.
+                        await self.close()
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen(), name="queue-notices")
         missing = [event.wait() for channel in channels if not (event := self._acknowledged[channel]).is_set()]
@@ -95,7 +98,8 @@ class Notices:
                 self._pubsub = pubsub
                 await self._read(pubsub)
             except (exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
-                log.info("queue_notices_lost", error=type(error).__name__)
+                if self._pubsub is not None:
+                    log.info("queue_notices_lost", error=type(error).__name__)
             finally:
                 for event in self._acknowledged.values():
                     event.clear()
