@@ -122,6 +122,10 @@ def load_model(
     prefer_fp16 = dtype is torch.float16
     directory = _directory(path, prefer_fp16=prefer_fp16)
     classes = _components(directory)
+    scheduler_file = directory / "scheduler" / "scheduler_config.json"
+    scheduler_config = read_json(scheduler_file)
+    with _blaming(scheduler_file):
+        schedule = NoiseSchedule.from_config(scheduler_config)
     reader = _Reader(directory, place, prefer_fp16)
 
     unet_config = reader.config("unet")
@@ -137,10 +141,6 @@ def load_model(
     with _blaming(directory):
         text = TextEncoders(encoders, zero_empty_negative=zero_empty)
         _check_that_parts_fit(unet, vae, text)
-    scheduler_file = directory / "scheduler" / "scheduler_config.json"
-    scheduler_config = read_json(scheduler_file)
-    with _blaming(scheduler_file):
-        schedule = NoiseSchedule.from_config(scheduler_config)
     card = _card(directory, str(path), unet, vae, text, scheduler_config, content_hash(reader.files))
     return DiffusionModel(
         id=card.id,

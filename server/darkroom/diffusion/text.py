@@ -55,7 +55,7 @@ def build_text_model(config: Mapping[str, Any], class_name: str) -> nn.Module:
         model: nn.Module = getattr(transformers, class_name)(parsed)
     except Exception as error:
         # The config classes raise their own kinds of error, which derive from Exception alone.
-        raise ModelError(f"not a usable {class_name} config: {_first_line(error)}") from error
+        raise ModelError(f"not a usable {class_name} config: {_one_line(error)}") from error
     return model
 
 
@@ -67,11 +67,11 @@ def load_tokenizer(directory: Path) -> Any:
         return _transformers().CLIPTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         # A damaged vocabulary surfaces as whatever its reader stumbles over, from OSError to a Rust panic's wrapper.
-        raise ModelError(f"{directory}: not a usable CLIP tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{directory}: not a usable CLIP tokenizer: {_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def clean_text(prompt: str) -> str:
