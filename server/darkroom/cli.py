@@ -35,8 +35,12 @@ app = typer.Typer(
 )
 
 ModelPaths = Annotated[
-    list[Path] | None,
-    typer.Option("--model", metavar="PATH", help="Model directory; may be given again. (default: the built-in model)"),
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        help="Model directory, or org/name on the Hugging Face hub; may be given again. (default: the built-in model)",
+    ),
 ]
 RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use. (default: DARKROOM_REDIS_URL)")]
 Host = Annotated[str | None, typer.Option(help="Address to bind to. (default: DARKROOM_HOST or 127.0.0.1)")]
@@ -143,7 +147,7 @@ def generate(
         Format | None, typer.Option("--format", help="File format. (default: as the file is called)")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Model directory, or with --url the id of a served model.")
+        str | None, typer.Option(metavar="PATH", help="As for `up`, or with --url the id of a served model.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="Server to ask. (default: draw in this process)")] = None,
 ) -> None:
@@ -177,7 +181,7 @@ def generate(
             if url is not None:
                 pictures = generate_there(fields, url, on_progress)
             else:
-                pictures = generate_here(fields, Path(model or BUILTIN_MODEL), settings, on_progress)
+                pictures = generate_here(fields, model or BUILTIN_MODEL, settings, on_progress)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     paths = paths_of(out, len(pictures.contents))
@@ -190,7 +194,7 @@ def generate(
 @app.command()
 def models(
     path: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH...", help="Model directories to list as well.")
+        list[str] | None, typer.Argument(metavar="PATH...", help="Model directories to list as well.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="List the models of this server instead.")] = None,
 ) -> None:
@@ -208,10 +212,11 @@ def models(
         from darkroom.config import BUILTIN_MODEL
         from darkroom.worker.main import load_models
 
-        loaded = load_models(
-            settings.model_copy(update={"device": "cpu", "dtype": "fp32"}), [BUILTIN_MODEL, *(path or [])]
-        )
-        cards = [msgspec.to_builtins(model.card) for model in loaded.values()]
+        on_cpu = settings.model_copy(update={"device": "cpu"})
+        cards = []
+        # One after the other: together they may not fit into memory.
+        for source in (str(BUILTIN_MODEL), *(path or [])):
+            cards += [msgspec.to_builtins(model.card) for model in load_models(on_cpu, [source]).values()]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE"):
         table.add_column(title)

@@ -50,7 +50,9 @@ def paths_of(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
 
 
-def generate_here(fields: Mapping[str, Any], model_path: Path, settings: Settings, on_progress: OnProgress) -> Pictures:
+def generate_here(
+    fields: Mapping[str, Any], model_source: str | Path, settings: Settings, on_progress: OnProgress
+) -> Pictures:
     """Load the model and draw, with no server and no Redis. `fields` are those of `POST /generate`.
 
     Raises `RequestError`, `ModelError`, `ConfigError` or `JobError`.
@@ -66,7 +68,7 @@ def generate_here(fields: Mapping[str, Any], model_path: Path, settings: Setting
     from darkroom.engine.local import generate_images
     from darkroom.worker.main import load_models
 
-    (model,) = load_models(settings, [model_path]).values()
+    (model,) = load_models(settings, [model_source]).values()
     request = complete(body, model.card, str(fields["output_format"]))
     check_cost(cost_of(request, model.card), settings)
     contents, result = generate_images(model, request, settings, on_progress)

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import httpx
 import msgspec
@@ -31,7 +30,7 @@ from rich.text import Text
 
 from darkroom import __version__
 from darkroom.config import BUILTIN_MODEL, Settings
-from darkroom.errors import ConfigError, ModelError
+from darkroom.errors import ConfigError
 from darkroom.jobs import ModelCard
 from darkroom.queue import EmbeddedRedis
 from darkroom.supervisor import Service, Spawner, Supervisor, first_of
@@ -78,7 +77,7 @@ def gpus_to_use(device: str) -> list[str]:
 
 
 def plan_workers(
-    settings: Settings, models: Sequence[Path], num_workers: int | None, gpus: Sequence[str], num_cores: int
+    settings: Settings, models: Sequence[str], num_workers: int | None, gpus: Sequence[str], num_cores: int
 ) -> list[Child]:
     """Which worker serves what: by default one for each GPU with all models, or without a GPU one for each model.
 
@@ -94,12 +93,12 @@ def plan_workers(
         elif count > 1 and not settings.num_threads:
             env["DARKROOM_NUM_THREADS"] = str(max(1, num_cores // count))
         served = [models[index]] if each_its_own else models
-        arguments = ["worker", *(argument for path in served for argument in ("--model", str(path)))]
+        arguments = ["worker", *(argument for model in served for argument in ("--model", model))]
         workers.append(Child(f"worker-{index}", tuple(arguments), _metrics_port(settings, 1 + index), env))
     return workers
 
 
-def free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int, *, setting: str) -> int:
     """`port` itself, or a free one for 0. Raises `ConfigError` when it is taken or the address is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -107,14 +106,14 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; --port chooses another") from error
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; {setting} chooses another") from error
         return int(probe.getsockname()[1])
 
 
 def _metrics_port(settings: Settings, offset: int) -> int:
     """Processes on one machine need ports of their own: the setting's and those after it, or free ones."""
     port = settings.metrics_port
-    return free_port(settings.metrics_host, port + offset if port else 0)
+    return free_port(settings.metrics_host, port + offset if port else 0, setting="DARKROOM_METRICS_PORT")
 
 
 def _base_url(host: str, port: int) -> str:
@@ -158,7 +157,7 @@ class _PrivateRedis:
             os.kill(self._redis.server_pid, number)
 
 
-async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | None) -> int:
+async def run_up(settings: Settings, models: Sequence[str], num_workers: int | None) -> int:
     """Run everything until SIGINT or SIGTERM. Returns the exit code.
 
     Raises `ConfigError` and `ModelError` where a start is refused before any child could say so itself.
@@ -166,12 +165,9 @@ async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | 
     began = time.monotonic()
     supervisor = Supervisor()
     supervisor.handle_signals()
-    for path in models:
-        if not path.is_dir():
-            raise ModelError(f"--model {path}: no such directory")
-    port = free_port(settings.host, settings.port)
+    port = free_port(settings.host, settings.port, setting="--port")
     gpus = gpus_to_use(settings.device)
-    models = models or [BUILTIN_MODEL]
+    models = models or [str(BUILTIN_MODEL)]
     workers = plan_workers(settings, models, num_workers, gpus, os.cpu_count() or 1)
     children = [Child("api", ("api",), _metrics_port(settings, 0)), *workers]
     common = {
@@ -192,7 +188,7 @@ async def run_up(settings: Settings, models: Sequence[Path], num_workers: int | 
             answering.cancel()
         if not supervisor.is_stopping:
             common["DARKROOM_REDIS_URL"] = redis.url if redis is not None else str(settings.redis_url)
-            log.info("starting", workers=len(workers), gpus=len(gpus), models=[str(path) for path in models])
+            log.info("starting", workers=len(workers), gpus=len(gpus), models=list(models))
             for child in children:
                 supervisor.add(_service(child, spawner, common))
             announcing = asyncio.ensure_future(
