@@ -84,6 +84,7 @@ class InstantWorker:
                 task = asyncio.ensure_future(self._settle(job))
                 self._held.add(task)
                 task.add_done_callback(self._held.discard)
+            await self.queue.heartbeat(self.worker_id)
             await self.queue.wait_for_work(models, 0.5)
 
     async def _settle(self, job: Job) -> None:

@@ -37,10 +37,13 @@ function showCurl() {
   $("curl").textContent = `curl ${location.origin}/generate \\\n  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n  -d '${quoted}' -o picture.png`;
 }
 
-function showCard() {
+// Fill the form in from the model's card. What was typed before the first card arrived stays.
+function showCard(overwrite) {
   const chosen = card();
   if (!chosen) return;
-  for (const name of ["num_inference_steps", "guidance_scale", "width", "height"]) $(name).value = chosen[name];
+  for (const name of ["num_inference_steps", "guidance_scale", "width", "height"]) {
+    if (overwrite || !$(name).value) $(name).value = chosen[name];
+  }
   for (const name of ["width", "height"]) {
     Object.assign($(name), { step: chosen.size_multiple, min: chosen.size_multiple, max: chosen[`max_${name}`] });
   }
@@ -56,7 +59,7 @@ async function loadModels() {
   cards = (await reply.json()).models;
   $("model").replaceChildren(...cards.map((one) => element("option", { value: one.id, textContent: one.id })));
   $("model-field").hidden = cards.length < 2;
-  showCard();
+  showCard(false);
 }
 
 async function watchHealth() {
@@ -203,6 +206,7 @@ async function submit(event) {
     }
     $("status").textContent = answer.position ? `${answer.position} ahead in the queue` : "In the queue…";
     showLatent(body);
+    $("tray").scrollIntoView({ block: "nearest" });
     follow(answer.job_id);
   } catch {
     setBusy(false);
@@ -212,7 +216,7 @@ async function submit(event) {
 
 $("form").addEventListener("submit", submit);
 $("form").addEventListener("input", showCurl);
-$("model").addEventListener("change", showCard);
+$("model").addEventListener("change", () => showCard(true));
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
 });
