@@ -11,7 +11,7 @@ import sys
 import time
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -118,6 +118,7 @@ def api(redis_url: RedisUrl = None, host: Host = None, port: Port = None) -> Non
     from darkroom.api.server import serve
 
     serve(settings, queue_url)
+    _leave()
 
 
 @app.command()
@@ -128,6 +129,7 @@ def worker(model: ModelPaths = None, redis_url: RedisUrl = None) -> None:
     from darkroom.worker.main import run_worker
 
     run_worker(settings, queue_url, model or [])
+    _leave()
 
 
 @app.command()
@@ -231,6 +233,12 @@ def models(
             card["license"] or "-",
         )
     Console().print(table)
+
+
+def _leave() -> NoReturn:
+    """End a service that has nothing left to do. The interpreter's teardown takes long once torch is loaded."""
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _settings(process: str, **overrides: object) -> Settings:

@@ -10,7 +10,8 @@ import logging
 import os
 import sys
 import zlib
-from typing import TextIO
+from contextlib import suppress
+from typing import TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -20,9 +21,24 @@ _LABEL_COLOURS = ("\x1b[36m", "\x1b[35m", "\x1b[34m", "\x1b[33m", "\x1b[32m")
 _RESET = "\x1b[0m"
 
 
+class _Output:
+    """stderr, except that a terminal or pipe that has gone never stops the process that logs."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+
 class _NamedLogger(structlog.WriteLogger):
-    def __init__(self, file: TextIO, name: str) -> None:
-        super().__init__(file)
+    def __init__(self, output: _Output, name: str) -> None:
+        super().__init__(cast(TextIO, output))
         self.name = name
 
 
@@ -31,7 +47,7 @@ def configure(level: str, *, process: str) -> None:
 
     `level` is the least severe one written; `process` labels every line. May be called again.
     """
-    stream = sys.stderr
+    output = _Output(sys.stderr)
     threshold = logging.getLevelName(level.upper())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -39,14 +55,14 @@ def configure(level: str, *, process: str) -> None:
         structlog.processors.add_log_level,
         _without_prompts,
     ]
-    render = _console(process, stream) if stream.isatty() else _json(process)
+    render = _console(process) if sys.stderr.isatty() else _json(process)
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=lambda name="darkroom": _NamedLogger(stream, name),
+        logger_factory=lambda name="darkroom": _NamedLogger(output, name),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.PositionalArgumentsFormatter()],
@@ -79,7 +95,7 @@ def _json(process: str) -> list[Processor]:
     ]
 
 
-def _console(process: str, stream: TextIO) -> list[Processor]:
+def _console(process: str) -> list[Processor]:
     """Lines behind a label whose colour stays the same for a process."""
     colours = "NO_COLOR" not in os.environ
     label = f"{process:<9}"

@@ -83,8 +83,10 @@ class Supervisor:
     def handle_signals(self) -> None:
         """Let SIGINT, SIGTERM and SIGHUP stop everything; a second one kills what is left at once."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            loop.add_signal_handler(signal.SIGHUP, self.stop)
 
     def add(self, service: Service) -> None:
         """Start a service and keep it running."""

@@ -182,7 +182,7 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
     try:
         if redis is not None:
             service = _PrivateRedis(redis, supervisor)
-            supervisor.add(Service("redis", service.start, stop_rank=2, stop_timeout_s=0.8))
+            supervisor.add(Service("redis", service.start, stop_rank=2, stop_timeout_s=0.7))
             answering = asyncio.ensure_future(service.answers.wait())
             await first_of(answering, supervisor.wait_stop())
             answering.cancel()
@@ -212,7 +212,7 @@ def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Servi
         "DARKROOM_PROCESS": child.name,
     }
     start = functools.partial(spawner.spawn, [sys.executable, "-m", "darkroom", *child.arguments], env)
-    rank, timeout_s = (0, 2.0) if child.name == "api" else (1, 1.8)
+    rank, timeout_s = (0, 1.8) if child.name == "api" else (1, 1.5)
     return Service(child.name, start, rank, timeout_s)
 
 
