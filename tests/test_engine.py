@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_a_failing_image_fails_its_whole_job_once(model: DiffusionModel, monkeyp
 def test_a_job_for_a_model_that_is_not_here_is_refused_at_the_door(model: DiffusionModel) -> None:
     engine = Engine({model.id: model}, settings_with(), on_event=lambda _: None)
     with pytest.raises(ValueError, match="model: got 'other'"):
-        engine.submit(Job(id="x", request=request_for(model, model="other")))
+        engine.submit(Job(id="x", request=msgspec.structs.replace(request_for(model), model="other")))
     engine.stop()
     engine.run()
 

@@ -156,7 +156,8 @@ async def test_a_full_worker_still_takes_an_urgent_job(
 async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothing_is_written(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
-    settings = settings.model_copy(update={"lease_s": 0.6})
+    # Full with this one job, so that the worker does not claim it back itself.
+    settings = settings.model_copy(update={"lease_s": 0.6, "max_rows": 2})
     late = await JobQueue.connect(settings, str(settings.redis_url))
     try:
         async with serving(settings, late, model, slow_engine) as worker:

@@ -245,6 +245,11 @@ class Worker:
         log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
         self._forget(job)
 
+    def _forget(self, job: Job) -> None:
+        """Stop holding this attempt; a later attempt at the same job may be held by now."""
+        if (held := self._held.get(job.id)) is not None and held.attempt == job.attempt:
+            del self._held[job.id]
+
     async def _every(self, interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
         while True:
             try:
