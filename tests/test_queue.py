@@ -589,8 +589,7 @@ async def _collect(queue: JobQueue, job_id: str, after: str | None = None) -> li
 async def test_an_event_stream_is_capped_and_its_end_survives_it(queue: JobQueue, redis: Any, keys: Keys) -> None:
     await enqueue(queue)
     job = await claim_one(queue)
-    for step in range(1, 400):
-        await queue.progress("w1", [(job.id, job.attempt, step, 400)])
+    await queue.progress("w1", [(job.id, job.attempt, step, 400) for step in range(1, 400)])
     assert await redis.xlen(keys.events(job.id)) == 256
     await succeed(queue, job)
     await redis.delete(keys.events(job.id))
