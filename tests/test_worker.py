@@ -128,7 +128,7 @@ async def test_a_drained_worker_hands_its_job_back_and_the_next_one_finishes_it(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     async with serving(settings, queue, model, slow_engine):
-        job = await enqueue(queue, job_for(model, "", num_inference_steps=300))
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=60))
         await state_of(queue, job, JobState.RUNNING)
     status = await queue.status(job.id)
     assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
