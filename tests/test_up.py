@@ -66,7 +66,7 @@ class Up:
                     lines.append(line.rstrip("\n"))
                     self._changed.notify_all()
 
-    def wait_for(self, found: Callable[[], Any], timeout_s: float = 40.0) -> Any:
+    def wait_for(self, found: Callable[[], Any], timeout_s: float = 100.0) -> Any:
         """Wait until the output makes `found` true."""
         with self._changed:
             value = self._changed.wait_for(found, timeout_s)
@@ -143,7 +143,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
 
 def wait_ready_again(url: str) -> None:
     """Wait until the API answers that it is ready."""
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
             if httpx.get(f"{url}health/ready", timeout=5).status_code == 200:
@@ -162,7 +162,7 @@ def picture(url: str, seed: int) -> bytes:
     return reply.content
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], model: Path, tmp_path: Path) -> None:
     up = start("--model", str(model))
     url = up.wait_ready()
@@ -196,7 +196,7 @@ def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], 
 
     # A second one on the same directory is refused in one line.
     other = start()
-    other.process.wait(20)
+    other.process.wait(60)
     assert other.end() == 2
     (refusal,) = (line for line in other.err if not line.startswith("{"))
     assert f"in use by another Darkroom (process {up.process.pid})" in refusal
@@ -207,7 +207,7 @@ def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], 
     assert stopped == ["api_stopped", "worker_stopped", "all_stopped"]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_kill_takes_everything_along_and_the_next_start_takes_over(start: Callable[..., Up], model: Path) -> None:
     up = start("--model", str(model))
     url = up.wait_ready()
@@ -238,7 +238,7 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(start: Cal
     empty = tmp_path / "empty"
     empty.mkdir()
     up = start("--model", str(empty))
-    up.process.wait(40)
+    up.process.wait(100)
     assert up.end() == 2
     (line,) = (line for line in up.err if not line.startswith("{"))
     assert line.startswith("darkroom: ")
