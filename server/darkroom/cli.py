@@ -179,7 +179,7 @@ def generate(
     if not out.parent.is_dir():
         raise InvalidRequest("-o", str(out), "a file in a directory that exists")
     try:
-        with progress_bar() as on_progress:
+        with progress_bar("waiting" if url is not None else "loading the model") as on_progress:
             if url is not None:
                 pictures = generate_there(fields, url, on_progress)
             else:
@@ -188,7 +188,10 @@ def generate(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     paths = paths_of(out, len(pictures.contents))
     for path, content in zip(paths, pictures.contents, strict=True):
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise DarkroomError(f"cannot write {path}: {error.strerror}") from error
     for line in report(paths, pictures, time.monotonic() - began):
         typer.echo(line)
 

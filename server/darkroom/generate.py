@@ -190,8 +190,8 @@ def read_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[OnProgress]:
-    """A bar on stderr, gone once done; the callback may come from any thread."""
+def progress_bar(first: str) -> Iterator[OnProgress]:
+    """A bar on stderr, gone once done. It says `first` until the first step; the callback may come from any thread."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -203,7 +203,7 @@ def progress_bar() -> Iterator[OnProgress]:
         disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task("loading", total=None)
+        task = bar.add_task(first, total=None)
 
         def on_progress(step: int, num_steps: int) -> None:
             bar.update(task, description="drawing", completed=step, total=num_steps)
