@@ -179,7 +179,7 @@ async def test_an_unknown_model_is_answered_with_the_known_ones(client: httpx.As
     reply = await client.post("/generate", json={**FOX, "model": "sd15<b>\0"})
     assert reply.status_code == 404
     assert reply.json()["code"] == "unknown_model"
-    assert "test-world" in reply.json()["detail"]
+    assert reply.json()["errors"] == [{"field": "model", "value": "'sd15<b>\\x00'", "accepted": "one of test-world"}]
 
 
 @pytest.mark.parametrize(

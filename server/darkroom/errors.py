@@ -5,7 +5,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 ├── ModelError                  a model directory cannot be served as it is; start-up stops, exit code 2
 ├── RequestError                the caller's request cannot be served as written
 │   ├── InvalidRequest          a field is wrong: names field, value and accepted range
-│   ├── UnknownModel            no worker has ever offered that model
+│   │   └── UnknownModel        no worker has ever offered that model
 │   ├── JobNotFound             no such job, or its record has expired
 │   ├── ImageNotFound           the job has no such image, or it has expired
 │   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
@@ -65,7 +65,7 @@ class InvalidRequest(RequestError):
         super().__init__(f"{field}: got {self.value}, expected {accepted}")
 
 
-class UnknownModel(RequestError):
+class UnknownModel(InvalidRequest):
     code = "unknown_model"
 
 

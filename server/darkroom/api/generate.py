@@ -26,7 +26,7 @@ from darkroom.api.schema import (
 )
 from darkroom.api.service import Service, service_of
 from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, JobError
-from darkroom.jobs import Job, JobState, JobStatus, Priority, new_job_id
+from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
@@ -154,10 +154,10 @@ async def generate(request: Request) -> Response:
             return accepted_reply(job_id, status.state, status.job.request.seed, status.position)
         metrics.JOBS_ANSWERED.labels(status.state.value).inc()
         log.info("job_answered", job_id=job_id, state=status.state.value)
-        raise_unless_succeeded(status)
+        result = result_of(status)
         if wants_image:
-            return await image_reply(service, status)
-        return await json_reply(service, status)
+            return await image_reply(service, status.job)
+        return await json_reply(service, status, result)
     except DarkroomError as error:
         # The job exists: whatever went wrong afterwards, its id is what the client can ask with.
         error.job_id = job_id
@@ -195,10 +195,10 @@ async def _client_leaves(request: Request) -> None:
         pass
 
 
-def raise_unless_succeeded(status: JobStatus) -> None:
-    """Raise the job's end as the error that a waiting client gets."""
-    if status.state is JobState.SUCCEEDED:
-        return
+def result_of(status: JobStatus) -> Result:
+    """The result of a job that has ended. Raises any other end as the error that a waiting client gets."""
+    if status.result is not None:
+        return status.result
     if status.failure is not None:
         code = status.failure.code if status.failure.code in HTTP_STATUS else "job_failed"
         raise JobError(status.failure.message, code=code)
@@ -209,17 +209,14 @@ def raise_unless_succeeded(status: JobStatus) -> None:
     raise JobError("the job failed")
 
 
-async def json_reply(service: Service, status: JobStatus) -> Response:
-    if status.result is None:
-        raise JobError("the job has no result")
+async def json_reply(service: Service, status: JobStatus, result: Result) -> Response:
     contents = await service.queue.images(status.job.id)
-    manifest = manifest_of(status, status.result)
+    manifest = manifest_of(status, result)
     reply = Generated(job_id=status.job.id, images=image_views(status, contents), manifest=manifest)
     return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
-async def image_reply(service: Service, status: JobStatus) -> Response:
-    job = status.job
+async def image_reply(service: Service, job: Job) -> Response:
     content = await service.queue.image(job.id, 0)
     headers = {
         "Darkroom-Job-Id": job.id,

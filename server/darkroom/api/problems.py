@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, RequestError, Unavailable
+from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, RequestError, Unavailable, UnknownModel
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -129,9 +129,9 @@ def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-_EXAMPLE_ERRORS = {
+_EXAMPLE_ERRORS: dict[str, Sequence[InvalidRequest]] = {
     "invalid_request": [InvalidRequest("num_inference_steps", 0, "an integer from 1 to 200")],
-    "unknown_model": [InvalidRequest("model", "sd15", "one of emoji-world")],
+    "unknown_model": [UnknownModel("model", "sd15", "one of emoji-world")],
 }
 _EXAMPLE_DETAILS = {
     "invalid_request": "num_inference_steps: got 0, expected an integer from 1 to 200",

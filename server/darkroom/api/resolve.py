@@ -84,10 +84,7 @@ def choose_card(model: str | None, cards: Mapping[str, ModelCard]) -> ModelCard:
         return next(iter(cards.values()))
     card = cards.get(model)
     if card is None:
-        known = ", ".join(sorted(cards))
-        raise UnknownModel(
-            f"model: got {InvalidRequest('model', describe(model), known).value}, expected one of {known}"
-        )
+        raise UnknownModel("model", describe(model), f"one of {', '.join(sorted(cards))}")
     return card
 
 
