@@ -210,9 +210,11 @@ def result_of(status: JobStatus) -> Result:
 
 
 async def json_reply(service: Service, status: JobStatus, result: Result) -> Response:
-    contents = await service.queue.images(status.job.id)
+    queue, job_id = service.queue, status.job.id
+    # One picture is the usual case, and one round trip.
+    contents = [await queue.image(job_id, 0)] if len(result.images) == 1 else await queue.images(job_id)
     manifest = manifest_of(status, result)
-    reply = Generated(job_id=status.job.id, images=image_views(status, contents), manifest=manifest)
+    reply = Generated(job_id=job_id, images=image_views(status, contents), manifest=manifest)
     return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
