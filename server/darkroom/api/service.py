@@ -98,7 +98,12 @@ class Service:
             stats = await self._queue.stats()
         except QueueUnavailable as error:
             if self._reached is not False:
-                log.error("queue_unavailable", redis=_without_password(self.settings.redis_url), reason=str(error))
+                log.error(
+                    "queue_unavailable",
+                    redis=_without_password(self.settings.redis_url),
+                    reason=str(error),
+                    meanwhile="work is answered 503; the connection is tried again every second",
+                )
             self._reached = False
             metrics.QUEUE_REACHABLE.set(0)
             return
