@@ -48,5 +48,19 @@ format: $(VENV)/.dev
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
 
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.single_image --record
+	$(BIN)/python -m benchmarks.concurrent --record
+	$(BIN)/python -m benchmarks.service --record
+
+bench-gpu: $(VENV)/.dev
+	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.single_image --record
+	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.concurrent --record
+
+train-model: $(VENV)/.dev
+	$(BIN)/python -m training.train_vae --out runs/vae
+	$(BIN)/python -m training.train_unet --vae runs/vae/vae --out runs/unet
+	$(BIN)/python -m training.export --run runs/unet
+
 clean:
 	rm -rf $(VENV) build dist

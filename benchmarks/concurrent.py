@@ -86,7 +86,10 @@ def main() -> None:
     settings = load_settings()
     model = next(iter(load_models(settings, []).values()))
     requests = mixed_requests(model, arguments.requests)
-    plain, tuned = Peer(torch.float32, is_channels_last=False), Peer(model.dtype, is_channels_last=True)
+    plain, tuned = (
+        Peer(model.device, torch.float32, is_channels_last=False),
+        Peer(model.device, model.dtype, is_channels_last=True),
+    )
     sides = {
         "diffusers fp32": lambda: serve_one_by_one(plain, requests),
         f"diffusers {str(model.dtype).removeprefix('torch.')} channels-last": lambda: serve_one_by_one(tuned, requests),

@@ -19,13 +19,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Peer:
-    """A StableDiffusionPipeline with the built-in weights in `dtype`, optionally channels-last."""
+    """A StableDiffusionPipeline with the built-in weights on `device` in `dtype`, optionally channels-last."""
 
-    def __init__(self, dtype: torch.dtype, *, is_channels_last: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, is_channels_last: bool) -> None:
         diffusers.logging.set_verbosity_error()
         self.pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             BUILTIN_MODEL, torch_dtype=dtype, safety_checker=None, feature_extractor=None
         )
+        self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         if is_channels_last:
             self.pipeline.unet.to(memory_format=torch.channels_last)

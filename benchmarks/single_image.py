@@ -40,8 +40,8 @@ def main() -> None:
         sampler="dpmpp_2m",
         sigma_schedule="simple",
     )
-    plain = Peer(torch.float32, is_channels_last=False)
-    tuned = Peer(model.dtype, is_channels_last=True)
+    plain = Peer(model.device, torch.float32, is_channels_last=False)
+    tuned = Peer(model.device, model.dtype, is_channels_last=True)
     sides: dict[str, Callable[[], object]] = {
         "diffusers fp32": lambda: plain.draw(request),
         f"diffusers {str(model.dtype).removeprefix('torch.')} channels-last": lambda: tuned.draw(request),
