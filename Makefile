@@ -58,9 +58,9 @@ bench-gpu: $(VENV)/.dev
 	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.concurrent --record
 
 train-model: $(VENV)/.dev
-	$(BIN)/python -m training.train_vae --out runs/vae
-	$(BIN)/python -m training.train_unet --vae runs/vae/vae --out runs/unet
-	$(BIN)/python -m training.export --run runs/unet
+	$(BIN)/python -m training.train_vae --out runs/vae --minutes 13
+	$(BIN)/python -m training.train_unet --out runs/unet --vae runs/vae/vae --minutes 68
+	$(BIN)/python -m training.export --vae runs/vae --unet runs/unet
 
 clean:
 	rm -rf $(VENV) build dist
