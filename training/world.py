@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ FONT_PATH = Path(os.environ.get("EMOJI_FONT", "/usr/share/fonts/truetype/noto/No
 # The font stores one bitmap per glyph, so this is the only size it can be opened at.
 FONT_PX = 109
 
-# name -> (glyph, noun phrases without an article; "" as article in the tuple means the phrase stands alone)
+# name -> (glyph, noun phrases without an article)
 OBJECTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "astronaut": ("\U0001f9d1\u200d\U0001f680", ("astronaut", "astronaut", "spaceman")),
     "horse": ("\U0001f40e", ("horse", "horse", "brown horse", "pony")),
@@ -106,9 +106,10 @@ def sample_scene(rng: random.Random, single_share: float = 0.5) -> Scene:
     if relation == "riding":
         mount = rng.choice(MOUNTS)
         rider = rng.choice([name for name in RIDERS if name != mount])
-        size = rng.uniform(0.54, 0.62)
-        below = _within(rng, mount, 0.5, 0.68, size, 0.03)
-        above = Placed(rider, below.x + 0.02, below.y - 0.36 * size - 0.2, rng.uniform(0.4, 0.46))
+        mount_size, rider_size = rng.uniform(0.54, 0.62), rng.uniform(0.4, 0.46)
+        below = _within(rng, mount, 0.5, 0.68, mount_size, 0.03)
+        back = below.y - mount_size * _height_share(mount) / 2 + 0.09
+        above = Placed(rider, below.x + 0.02, back - rider_size * _height_share(rider) / 2, rider_size)
         return Scene((above, below), background, relation, "", background_seed)
     first, second = rng.sample(tuple(OBJECTS), 2)
     if relation == "left":
@@ -133,17 +134,22 @@ def _within(rng: random.Random, name: str, x: float, y: float, size: float, jitt
     return Placed(name, x, y, size)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_PATH), FONT_PX)
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(name: str) -> Image.Image:
     """Return the object's glyph as RGBA, cropped to its ink, at the font's own size."""
     canvas = Image.new("RGBA", (320, 160), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((8, 8), OBJECTS[name][0], font=_font(), embedded_color=True)
     return canvas.crop(canvas.getchannel("A").getbbox())
+
+
+def _height_share(name: str) -> float:
+    """Return the glyph's height over its longer side."""
+    return glyph(name).height / max(glyph(name).size)
 
 
 @lru_cache(maxsize=4096)
@@ -278,8 +284,9 @@ def _sea(brush: _Brush, rng: random.Random) -> None:
         for offset in (-0.03, 0.03):
             tip = rng.uniform(0.56, 0.7)
             base = x + offset
-            brush.polygon([(base - 0.025, 0.92), (base + rng.uniform(-0.03, 0.03), tip), (base + 0.025, 0.92)],
-                          (30, 120, 84))
+            brush.polygon(
+                [(base - 0.025, 0.92), (base + rng.uniform(-0.03, 0.03), tip), (base + 0.025, 0.92)], (30, 120, 84)
+            )
     brush.disc(0.5, 1.06, 0.8, 0.18, (190, 176, 120))
 
 

@@ -1,0 +1,173 @@
+"""What both training runs share: the clock behind the schedule, weight averaging, checkpoints, logs and grids."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass
+class Progress:
+    """How far a run is. Ends after `minutes` of training time or `updates`, whichever is set."""
+
+    minutes: float | None
+    updates: int | None
+    done_updates: int = 0
+    earlier_minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.updates is None):
+            raise ValueError("Give exactly one of --minutes and --updates.")
+        self._started_s = time.monotonic()
+
+    @property
+    def elapsed_minutes(self) -> float:
+        """Training time, runs that this one resumed included."""
+        return self.earlier_minutes + (time.monotonic() - self._started_s) / 60
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]."""
+        done = self.done_updates / self.updates if self.updates else self.elapsed_minutes / (self.minutes or 1)
+        return min(done, 1.0)
+
+    @property
+    def finished(self) -> bool:
+        return self.fraction >= 1.0
+
+
+def learning_rate(progress: Progress, peak: float, warmup_updates: int = 100, floor: float = 0.01) -> float:
+    """Cosine decay over the run's fraction, so that it ends decayed whatever the speed; linear warm-up by updates."""
+    decayed = peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress.fraction)))
+    return decayed * min(1.0, (progress.done_updates + 1) / warmup_updates)
+
+
+class Ema:
+    """Exponential moving average of a module's parameters, in fp32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+        self._live = dict(module.named_parameters())
+
+    @torch.no_grad()
+    def update(self, num_updates: int) -> None:
+        """Move towards the live weights; early on the average is short, so the initial weights are forgotten."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self._live.values()], 1 - decay)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take the averages from a checkpoint, whatever the order of its names."""
+        self.shadow = {name: tensors[name].to(parameter.device) for name, parameter in self._live.items()}
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange live and averaged weights; a second call undoes the first."""
+        for name, parameter in self._live.items():
+            parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+
+
+def follow_cpu_share() -> None:
+    """Use as many threads as the process may now use cores: more only wait for each other. Cheap enough per update."""
+    num_cores = len(os.sched_getaffinity(0))
+    if num_cores != torch.get_num_threads():
+        torch.set_num_threads(num_cores)
+
+
+def device_name(device: torch.device) -> str:
+    """Return words for the hardware, for the model card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} shared CPU cores, bf16"
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    batch_size: int,
+    device: str,
+) -> None:
+    """Write the weights, the optimizer state and the figures. Each file is replaced whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = optimizer.state_dict()["state"]
+    flat = {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+    for name, content in (("weights", tensors), ("optimizer", flat)):
+        temporary = folder / f"{name}.tmp"
+        save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, temporary)
+        os.replace(temporary, folder / f"{name}.safetensors")
+    record = {
+        "updates": progress.done_updates,
+        "minutes": round(progress.elapsed_minutes, 2),
+        "batch": batch_size,
+        "device": device,
+    }
+    (folder / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Tensor] | None:
+    """Restore the optimizer and the progress; return the weights, or None where there is no checkpoint."""
+    if not (folder / "progress.json").exists():
+        return None
+    record = json.loads((folder / "progress.json").read_text())
+    progress.done_updates, progress.earlier_minutes = record["updates"], record["minutes"]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return load_file(folder / "weights.safetensors")
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start so, without the prefix."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+class CsvLog:
+    """Appends rows to a CSV file; the first row's keys are the header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, **row: float | int) -> None:
+        is_new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if is_new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` fp32 in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """`[N, 3, H, W]` in [-1, 1] to `[N, H, W, 3]` uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(path: Path, pixels: Iterable[np.ndarray], columns: int, zoom: int = 2) -> None:
+    """Write `[H, W, 3]` uint8 pictures as one sheet, row by row."""
+    tiles = [Image.fromarray(tile) for tile in pixels]
+    width, height = tiles[0].size
+    sheet = Image.new("RGB", (columns * (width + 2), math.ceil(len(tiles) / columns) * (height + 2)))
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, ((index % columns) * (width + 2), (index // columns) * (height + 2)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)

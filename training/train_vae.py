@@ -1,0 +1,154 @@
+"""Train the autoencoder on drawn scenes: `python -m training.train_vae --out RUN --minutes 22`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from tqdm import tqdm
+
+from training import common, world
+from training.fastnorm import use_fast_group_norm
+
+VAE_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 16,
+    "sample_size": world.IMAGE_PX,
+    "mid_block_add_attention": False,
+}
+KL_WEIGHT = 1e-6
+GRADIENT_WEIGHT = 0.5
+HELD_OUT_SEED = 1_000_003
+
+
+def build_vae() -> AutoencoderKL:
+    vae = AutoencoderKL.from_config(VAE_CONFIG)
+    # Start nearly without sampling noise: at unit noise the decoder learns to ignore the latents and stays there.
+    with torch.no_grad():
+        vae.quant_conv.weight[VAE_CONFIG["latent_channels"] :] = 0
+        vae.quant_conv.bias[VAE_CONFIG["latent_channels"] :] = -7
+    return vae
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """L1 plus L1 of the neighbour differences, which keeps edges sharp. Both `[B, 3, H, W]`."""
+    loss = F.l1_loss(output, target)
+    for dim in (2, 3):
+        loss = loss + GRADIENT_WEIGHT * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+def step_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Loss of one batch, `[B, 3, H, W]` in [-1, 1]."""
+    with torch.autocast(images.device.type, torch.bfloat16):
+        posterior = vae.encode(images).latent_dist
+        output = vae.decode(posterior.sample()).sample
+    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
+    return reconstruction_loss(output.float(), images) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Encode to the posterior's mean and decode, `[B, 3, H, W]`."""
+    return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.float() for part in images.split(64)])
+
+
+def psnr_db(output: Tensor, target: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, for values in [-1, 1]."""
+    error = (output.clamp(-1, 1) - target).square().mean(dim=(1, 2, 3))
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+@torch.no_grad()
+def latent_std(vae: AutoencoderKL, images: Tensor) -> float:
+    """Standard deviation of the latents over pictures, channels and places."""
+    return float(torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)]).std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
+    parser.add_argument("--minutes", type=float, help="length of the run in training time")
+    parser.add_argument("--updates", type=int, help="length of the run in updates")
+    parser.add_argument("--scenes", type=int, default=16_000, help="pictures drawn for training")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--ema", type=float, default=0.995)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows, grids and checkpoints")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    pixels = world.scene_pixels(args.seed, args.scenes, single_share=0.4)
+    held_out = common.to_tensor(world.scene_pixels(HELD_OUT_SEED, 64)).to(device)
+    vae = build_vae().to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        use_fast_group_norm(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    progress = common.Progress(args.minutes, args.updates)
+    weights = common.load_checkpoint(args.out, optimizer, progress)
+    ema = common.Ema(vae, args.ema)
+    if weights:
+        vae.load_state_dict(common.with_prefix(weights, "live."))
+        ema.restore(common.with_prefix(weights, "ema."))
+    log = common.CsvLog(args.out / "log.csv")
+
+    def report(loss: float) -> None:
+        ema.swap()
+        output = reconstruct(vae, held_out)
+        score = psnr_db(output, held_out)
+        ema.swap()
+        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss, psnr_db=score)
+        pairs = torch.stack([held_out[:32], output[:32]], dim=1).flatten(0, 1)
+        common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16)
+        tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
+        tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
+        common.save_checkpoint(args.out, tensors, optimizer, progress, args.batch_size, common.device_name(device))
+        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
+
+    generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
+    running: list[Tensor] = []
+    bar = tqdm(total=args.updates, initial=progress.done_updates, desc="vae", mininterval=10)
+    while not progress.finished:
+        common.follow_cpu_share()
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(progress, args.lr)
+        picks = torch.randint(len(pixels), (args.batch_size,), generator=generator)
+        images = common.to_tensor(pixels[picks.numpy()]).to(device, memory_format=torch.channels_last)
+        loss = step_loss(vae, images)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        progress.done_updates += 1
+        ema.update(progress.done_updates)
+        running.append(loss.detach())
+        bar.update()
+        if progress.done_updates % args.report_every == 0 or progress.finished:
+            report(float(torch.stack(running).mean()))
+            running.clear()
+    bar.close()
+
+    ema.swap()
+    scale = 1 / latent_std(vae, common.to_tensor(pixels[:1024]).to(device))
+    vae.register_to_config(scaling_factor=round(scale, 5))
+    vae.save_pretrained(args.out / "vae")
+
+
+if __name__ == "__main__":
+    main()
