@@ -224,7 +224,7 @@ def models(
             cards += [msgspec.to_builtins(model.card) for model in load_models(on_cpu, [source]).values()]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE"):
-        table.add_column(title)
+        table.add_column(title, no_wrap=True)
     for card in cards:
         table.add_row(
             card["id"],
