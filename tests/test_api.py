@@ -173,6 +173,11 @@ async def test_the_servers_own_limit_caps_the_wait(settings: Settings, queue: Jo
     assert reply.status_code == 202
 
 
+async def test_a_job_past_its_deadline_expires_also_where_no_worker_is_left(idle_client: httpx.AsyncClient) -> None:
+    reply = await idle_client.post("/generate", json={**FOX, "deadline_s": 0.1, "wait_timeout_s": 10})
+    assert (reply.status_code, reply.json()["code"]) == (504, "expired")
+
+
 async def test_waiting_jobs_know_their_place_in_the_queue(idle_client: httpx.AsyncClient) -> None:
     calls = [await idle_client.post("/generate", json={**FOX, "mode": "async"}) for _ in range(3)]
     assert [call.json()["position"] for call in calls] == [0, 1, 2]

@@ -53,8 +53,9 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError("the body must not be compressed (Content-Encoding)", code="unsupported_media_type")
     try:
-        body = await asyncio.wait_for(_read(request, max_bytes), _BODY_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            body = await _read(request, max_bytes)
+    except TimeoutError as error:
         raise RequestError(
             f"the body did not arrive within {_BODY_TIMEOUT_S:g} seconds", code="request_timeout"
         ) from error

@@ -67,8 +67,9 @@ class Service:
 
     async def all_answered(self, timeout_s: float) -> None:
         """Return when no call waits for its job any more, or after `timeout_s`."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -95,6 +96,8 @@ class Service:
         try:
             if self._queue is None:
                 self._queue = await JobQueue.connect(self.settings, self.settings.redis_url or "")
+            # Workers do it too; this one ends overdue jobs also where no worker is left.
+            await self._queue.reap()
             stats = await self._queue.stats()
         except QueueUnavailable as error:
             if self._reached is not False:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ def redis_errors() -> Iterator[None]:
         raise QueueUnavailable("the queue is starting and still loads its data", retry_after_s=2.0) from error
     except exceptions.AuthenticationError as error:
         raise QueueUnavailable("the queue refuses our credentials", retry_after_s=10.0) from error
-    except (exceptions.TimeoutError, TimeoutError, asyncio.TimeoutError) as error:
+    except (exceptions.TimeoutError, TimeoutError) as error:
         raise QueueUnavailable("the queue does not answer in time") from error
     except (exceptions.ConnectionError, OSError) as error:
         raise QueueUnavailable("the queue cannot be reached") from error

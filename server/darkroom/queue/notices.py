@@ -55,8 +55,9 @@ class Notices:
             self._task = asyncio.create_task(self._listen(), name="queue-notices")
         missing = [event.wait() for channel in channels if not (event := self._acknowledged[channel]).is_set()]
         if missing:
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*missing), timeout_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.gather(*missing)
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[asyncio.Event]:
@@ -97,7 +98,7 @@ class Notices:
                 # Only from here on may other tasks add channels to it: two first commands would open two connections.
                 self._pubsub = pubsub
                 await self._read(pubsub)
-            except (exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
+            except (TimeoutError, exceptions.RedisError, OSError) as error:
                 if self._pubsub is not None:
                     log.info("queue_notices_lost", error=type(error).__name__)
             finally:
@@ -142,7 +143,8 @@ class Notices:
 async def wait_for(woken: asyncio.Event, timeout_s: float) -> bool:
     """Wait for a notice. False when `timeout_s` passed first."""
     try:
-        await asyncio.wait_for(woken.wait(), timeout_s)
-    except asyncio.TimeoutError:
+        async with asyncio.timeout(timeout_s):
+            await woken.wait()
+    except TimeoutError:
         return False
     return True

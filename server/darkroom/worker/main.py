@@ -45,11 +45,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return _DTYPES[name]
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if torch.backends.mkldnn.is_available() and _has_bf16_units() else torch.float32
-
-
-def _has_bf16_units() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    # The same question that torch itself asks before it picks bf16 kernels.
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, DiffusionModel]:
@@ -60,7 +57,7 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     dtype = choose_dtype(settings.dtype, device)
     models: dict[str, DiffusionModel] = {}
     for path in paths or [BUILTIN_MODEL]:
-        model = load_model(path, device=device, dtype=dtype, attention=settings.attention)
+        model = load_model(path, device=str(device), dtype=dtype, attention=settings.attention)
         if model.id in models:
             raise ConfigError(f"--model: two models are called {model.id!r}: {models[model.id].path} and {model.path}")
         models[model.id] = model

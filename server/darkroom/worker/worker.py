@@ -31,6 +31,7 @@ WAKE_TIMEOUT_S = 2.0
 FULL_POLL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
 DRAIN_TIMEOUT_S = 2.0
+CANCEL_AGAIN_S = 0.2
 
 
 def worker_id() -> str:
@@ -91,9 +92,11 @@ class Worker:
             await self._stop([drained, *tasks], thread)
 
     async def _stop(self, tasks: list[asyncio.Task[Any]], thread: threading.Thread) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Again and again: a cancellation that meets a command's last byte may get lost in the client library.
+        while tasks := [task for task in tasks if not task.done()]:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         self._engine.stop()
         await asyncio.to_thread(thread.join)
         # Callbacks that the engine's threads scheduled before they ended run now.
@@ -117,8 +120,9 @@ class Worker:
                     continue
                 if room <= 0:
                     # Woken early by a row that leaves; an urgent class is noticed by asking again.
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._room.wait(), FULL_POLL_S)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(FULL_POLL_S):
+                            await self._room.wait()
                     continue
                 wake = wake or asyncio.create_task(self._wait_for_work())
                 left = asyncio.create_task(self._room.wait())
