@@ -205,8 +205,6 @@ def models(
 ) -> None:
     """List the built-in model, given directories, or the models of a server."""
     import msgspec
-    from rich.console import Console
-    from rich.table import Table
 
     settings = _settings("models", log_level="warning")
     if url is not None:
@@ -222,20 +220,14 @@ def models(
         # One after the other: together they may not fit into memory.
         for source in (str(BUILTIN_MODEL), *(path or [])):
             cards += [msgspec.to_builtins(model.card) for model in load_models(on_cpu, [source]).values()]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE"):
-        table.add_column(title, no_wrap=True)
+    rows = [("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE")]
     for card in cards:
-        table.add_row(
-            card["id"],
-            card["family"],
-            f"{card['width']}x{card['height']}",
-            str(card["num_inference_steps"]),
-            card["sampler"],
-            card["weights_hash"].rpartition(":")[2][:12],
-            card["license"] or "-",
-        )
-    Console().print(table)
+        size, digest = f"{card['width']}x{card['height']}", card["weights_hash"].rpartition(":")[2][:12]
+        steps, licence = str(card["num_inference_steps"]), card["license"] or "-"
+        rows.append((card["id"], card["family"], size, steps, card["sampler"], digest, licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _leave() -> NoReturn:
