@@ -26,7 +26,7 @@ from darkroom.diffusion.blocks import (
     Upsample,
 )
 from darkroom.diffusion.config import check_fixed, is_whole, number, positive_int, positive_ints, refusal
-from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated
+from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated, prepare
 
 MAX_LAYERS = 64
 
@@ -327,7 +327,7 @@ class UNet(nn.Module):
         time_width = text_width = 0
         for module in self.modules():
             if isinstance(module, ResnetBlock) and module.time_emb_proj is not None:
-                width = module.time_emb_proj.weight.shape[0]
+                width = module.time_emb_proj.out_features
                 module.time_columns = slice(time_width, time_width + width)
                 time_layers.append(module.time_emb_proj)
                 module.time_emb_proj = None
@@ -341,24 +341,23 @@ class UNet(nn.Module):
                 module.fuse()
         self._time_layers = concatenated(time_layers)
         self._text_layers = concatenated(text_layers) if text_layers else None
-        for module in self.modules():
-            if isinstance(module, Conv2d):
-                module.prepare()
-        return self.requires_grad_(False)
+        prepare(self)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.conv_in.weight.dtype
+        """What activations and weights are held in."""
+        return self.conv_in.bias.dtype
 
     @property
     def time_width(self) -> int:
-        """Columns of `time_projection`."""
-        return sum(m.conv1.weight.shape[0] for m in self.modules() if isinstance(m, ResnetBlock))
+        """Columns of `time_projection`, known after `fuse()`."""
+        return 0 if self._time_layers is None else self._time_layers.out_features
 
     @property
     def text_kv_width(self) -> int:
-        """Columns of `text_kv`."""
-        return sum(2 * module.width for module in self.modules() if isinstance(module, CrossAttention))
+        """Columns of `text_kv`, known after `fuse()`."""
+        return 0 if self._text_layers is None else self._text_layers.out_features
 
     @torch.inference_mode()
     def text_kv(self, prompt_embeds: Tensor) -> Tensor:
@@ -392,7 +391,7 @@ class UNet(nn.Module):
         if self._time_layers is None:
             raise RuntimeError("fuse() comes before the first call")
         x = sinusoidal_embedding(
-            timesteps, self.conv_in.weight.shape[0], flip_sin_to_cos=config.flip_sin_to_cos, shift=config.freq_shift
+            timesteps, config.down_blocks[0].channels, flip_sin_to_cos=config.flip_sin_to_cos, shift=config.freq_shift
         ).to(self.dtype)
         if self.time_embedding.cond_proj is not None and guidance_embedding_scale is not None:
             assert config.time_cond_proj_dim is not None  # noqa: S101

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from darkroom.diffusion.blocks import Downsample, ResnetBlock, Upsample
 from darkroom.diffusion.config import check_fixed, number, positive_int, positive_ints, refusal
-from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated, picture_of, tokens_of
+from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated, picture_of, prepare, tokens_of
 
 NORM_EPS = 1e-6
 # What this autoencoder does in one way only: the key of the config, and the values that mean that way.
@@ -214,17 +214,16 @@ class VAE(nn.Module):
         self.post_quant_conv = Conv2d(latents, latents, 1, padding=0) if config.use_post_quant_conv else None
 
     def fuse(self) -> VAE:
-        """Join queries, keys and values, and lay weights out for channels-last. Call it once, on loaded weights."""
+        """Join queries, keys and values, and lay weights out for speed. Call it once, on loaded weights."""
         for module in self.modules():
             if isinstance(module, PictureAttention):
                 module.fuse()
-            elif isinstance(module, Conv2d):
-                module.prepare()
-        return self.requires_grad_(False)
+        prepare(self)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.weight.dtype
+        return self.decoder.conv_in.bias.dtype
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
