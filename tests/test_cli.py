@@ -196,10 +196,14 @@ def plan(num_workers: int | None, gpus: list[str], num_threads: int = 0) -> list
     return [([a for a in worker.arguments if a.startswith("/")], dict(worker.env)) for worker in workers]
 
 
-def test_without_a_gpu_each_model_has_a_worker_and_its_share_of_the_cores() -> None:
-    threads = {"DARKROOM_NUM_THREADS": "4"}
-    assert plan(None, []) == [(["/models/a"], threads), (["/models/b"], threads)]
-    assert plan(None, [], num_threads=3) == [(["/models/a"], {}), (["/models/b"], {})]
+def test_without_a_gpu_one_worker_has_every_model_and_all_cores() -> None:
+    assert plan(None, []) == [(["/models/a", "/models/b"], {})]
+
+
+def test_workers_that_share_a_cpu_share_its_cores() -> None:
+    both, threads = ["/models/a", "/models/b"], {"DARKROOM_NUM_THREADS": "4"}
+    assert plan(2, []) == [(both, threads), (both, threads)]
+    assert plan(2, [], num_threads=3) == [(both, {}), (both, {})]
 
 
 def test_each_gpu_has_a_worker_with_every_model() -> None:
@@ -223,7 +227,7 @@ def test_the_usual_variable_says_which_gpus_are_visible(
 
 def test_processes_take_the_metrics_ports_from_the_setting_upwards() -> None:
     base = free_port("127.0.0.1", 0, setting="--port")
-    workers = plan_workers(Settings(metrics_port=base), MODELS, None, [], num_cores=2)
+    workers = plan_workers(Settings(metrics_port=base), MODELS, 2, [], num_cores=2)
     assert [worker.metrics_port for worker in workers] == [base + 1, base + 2]
 
 

@@ -98,7 +98,7 @@ def up(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Worker processes. (default: one for each GPU, else one for each model)"),
+        typer.Option(min=1, help="Worker processes. (default: one for each GPU, else one)"),
     ] = None,
 ) -> None:
     """Start everything on this machine and keep it running."""

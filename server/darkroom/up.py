@@ -79,12 +79,11 @@ def gpus_to_use(device: str) -> list[str]:
 def plan_workers(
     settings: Settings, models: Sequence[str], num_workers: int | None, gpus: Sequence[str], num_cores: int
 ) -> list[Child]:
-    """Which worker serves what: by default one for each GPU with all models, or without a GPU one for each model.
+    """The workers to start: one for each GPU, or one for the CPU, unless the caller says how many.
 
-    A `num_workers` of the caller's gives that many, each with all models. Workers that share a CPU share its cores.
+    Each serves all models. Workers that share a CPU share its cores.
     """
-    each_its_own = num_workers is None and not gpus
-    count = num_workers or (len(gpus) or len(models))
+    count = num_workers or len(gpus) or 1
     workers = []
     for index in range(count):
         env: dict[str, str] = {}
@@ -92,8 +91,7 @@ def plan_workers(
             env["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         elif count > 1 and not settings.num_threads:
             env["DARKROOM_NUM_THREADS"] = str(max(1, num_cores // count))
-        served = [models[index]] if each_its_own else models
-        arguments = ["worker", *(argument for model in served for argument in ("--model", model))]
+        arguments = ["worker", *(argument for model in models for argument in ("--model", model))]
         workers.append(Child(f"worker-{index}", tuple(arguments), _metrics_port(settings, 1 + index), env))
     return workers
 
