@@ -125,6 +125,11 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_channels))
         self.num_groups, self.eps = num_groups, eps
 
+    def prepare(self) -> None:
+        """On a CPU norms compute in fp32 whatever the activations are, so their parameters are cast once, here."""
+        if self.weight.device.type == "cpu":
+            self.weight.data, self.bias.data = self.weight.data.float(), self.bias.data.float()
+
     def forward(self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
         return darkroom_kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, shift=shift)
 
@@ -181,7 +186,7 @@ def concatenated(layers: Sequence[Linear]) -> Linear:
 def prepare(network: nn.Module) -> None:
     """Lay all weights of a loaded and fused network out for speed."""
     # The gate's own product is within a module that prepares it whole, so that one comes first.
-    for kind in (GEGLU, Conv2d, Linear):
+    for kind in (GEGLU, Conv2d, Linear, GroupNorm):
         for module in network.modules():
             if isinstance(module, kind):
                 module.prepare()
