@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import threading
 import time
 
 import torch
@@ -64,11 +63,9 @@ def serve_together(model: DiffusionModel, settings: Settings, requests: list[Gen
             engine.stop()
 
     engine = Engine({model.id: model}, settings, on_event=on_event)
-    thread = threading.Thread(target=engine.run)
-    thread.start()
     for i, request in enumerate(requests):
         engine.submit(Job(id=str(i), request=request))
-    thread.join()
+    engine.run()
     return latencies
 
 

@@ -173,3 +173,22 @@ async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothin
         assert (status.state, status.job.attempt) == (JobState.RUNNING, taken.attempt)
     finally:
         await late.close()
+
+
+async def test_a_worker_whose_engine_breaks_says_so_and_keeps_no_job(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    def broken_engine(*arguments: object, **keywords: object) -> Engine:
+        engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+
+        def breaks(*_: object) -> None:
+            raise MemoryError("the batcher is out of its mind")
+
+        engine.batcher.choose = breaks  # type: ignore[method-assign, assignment]
+        return engine
+
+    job = await enqueue(queue, job_for(model, ""))
+    worker = Worker(settings, queue, functools.partial(broken_engine, {model.id: model}, settings))
+    with pytest.raises(MemoryError):
+        await asyncio.wait_for(worker.run(), 20)
+    assert (await queue.status(job.id)).state is JobState.QUEUED

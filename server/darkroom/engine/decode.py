@@ -38,12 +38,9 @@ class Decoder:
     `max_batch` is how many latents of one shape share a VAE call.
     """
 
-    def __init__(
-        self, on_developed: Callable[[Developed], None], *, max_batch: int, encode_threads: int, num_threads: int
-    ) -> None:
+    def __init__(self, on_developed: Callable[[Developed], None], *, max_batch: int, encode_threads: int) -> None:
         self._on_developed = on_developed
         self._max_batch = max_batch
-        self._num_threads = num_threads
         self._waiting: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode")
         self._thread = threading.Thread(target=self._run, name="vae-decode", daemon=True)
@@ -59,8 +56,8 @@ class Decoder:
         self._pool.shutdown()
 
     def _run(self) -> None:
-        if self._num_threads:
-            torch.set_num_threads(self._num_threads)
+        # One CPU thread: the others belong to the ticks.
+        torch.set_num_threads(1)
         is_open = True
         while is_open:
             rows = [self._waiting.get()]

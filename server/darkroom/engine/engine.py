@@ -6,6 +6,7 @@ The engine knows nothing of Redis or HTTP. Jobs come in through `submit`, events
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -98,8 +99,8 @@ class Engine:
             self._developed,
             max_batch=1 if is_reproducible else 8,
             encode_threads=settings.encode_threads,
-            num_threads=settings.num_threads,
         )
+        self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._wake = threading.Condition()
         self._inbox: list[ActiveJob] = []
         self._cancelled: list[ActiveJob] = []
@@ -154,13 +155,24 @@ class Engine:
             return [active.job for active in self._jobs.values()]
 
     def run(self) -> None:
-        """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them."""
+        """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
+
+        The thread that runs it should be the only one in its process that gives torch several CPU threads: with a
+        second team of threads, OpenMP puts idle ones to sleep at once, and every operation waits for a wake-up.
+        """
+        torch.set_num_threads(self._num_threads)
+        try:
+            self._loop()
+        finally:
+            self._decoder.close()
+
+    def _loop(self) -> None:
         while True:
             with self._wake:
                 while not (self._rows or self._inbox or self._cancelled or self._is_stopping):
                     self._wake.wait()
                 if self._is_stopping:
-                    break
+                    return
                 arrived, self._inbox = self._inbox, []
                 cancelled, self._cancelled = self._cancelled, []
             for active in cancelled:
@@ -170,7 +182,6 @@ class Engine:
             choice = self.batcher.choose((row.candidate() for row in self._rows.values()), self._clock())
             if choice is not None:
                 self._tick(choice, joined)
-        self._decoder.close()
 
     def _tick(self, choice: Choice, joined: int) -> None:
         started_s = self._clock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from darkroom.config import Settings
@@ -20,7 +19,7 @@ def generate_images(
 ) -> tuple[list[bytes], Result]:
     """Draw a request and return its encoded images and manifest.
 
-    `on_progress(step, num_steps)` is called on the engine's thread. Raises `JobError` when the job fails.
+    Ticks run on the calling thread, and so does `on_progress(step, num_steps)`. Raises `JobError` when the job fails.
     """
     ended: list[Event] = []
 
@@ -34,13 +33,8 @@ def generate_images(
                 on_progress(step, num_steps)
 
     engine = Engine({model.id: model}, settings, on_event=on_event, on_tick=on_tick)
-    thread = threading.Thread(target=engine.run, name="engine", daemon=True)
-    thread.start()
-    try:
-        engine.submit(Job(id=new_job_id(), request=request))
-        thread.join()
-    finally:
-        engine.stop()
+    engine.submit(Job(id=new_job_id(), request=request))
+    engine.run()
     event = ended[0]
     if isinstance(event, Finished):
         return event.images, event.result

@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -51,8 +52,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, DiffusionModel]:
     """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     models: dict[str, DiffusionModel] = {}
@@ -92,9 +91,12 @@ def run_worker(
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
+    # Only the engine's thread computes with several; see `Engine.run`.
+    torch.set_num_threads(1)
     models = load_models(settings, model_paths)
-    for model in models.values():
-        warm_up(model, settings)
+    with ThreadPoolExecutor(1) as other_thread:
+        for model in models.values():
+            other_thread.submit(warm_up, model, settings).result()
     metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
 

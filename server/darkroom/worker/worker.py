@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -65,9 +64,8 @@ class Worker:
         self._drain.set()
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve until `drain`. Every held job is then settled or handed back."""
-        thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
-        thread.start()
+        """Serve until `drain`. Every held job is then settled or handed back. Raises what broke the engine."""
+        engine = asyncio.create_task(asyncio.to_thread(self._engine.run))
         await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
         tasks = [
             asyncio.create_task(loop)
@@ -85,20 +83,20 @@ class Worker:
             on_ready()
         drained = asyncio.create_task(self._drain.wait())
         try:
-            done, _ = await asyncio.wait([drained, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([drained, engine, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done - {drained}:
                 task.result()
         finally:
-            await self._stop([drained, *tasks], thread)
+            await self._stop([drained, *tasks], engine)
 
-    async def _stop(self, tasks: list[asyncio.Task[Any]], thread: threading.Thread) -> None:
+    async def _stop(self, tasks: list[asyncio.Task[Any]], engine: asyncio.Task[None]) -> None:
         # Again and again: a cancellation that meets a command's last byte may get lost in the client library.
         while tasks := [task for task in tasks if not task.done()]:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         self._engine.stop()
-        await asyncio.to_thread(thread.join)
+        await asyncio.wait([engine])
         # Callbacks that the engine's threads scheduled before they ended run now.
         await asyncio.sleep(0)
         if self._publishing:
