@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +28,7 @@ import redis
 
 from benchmarks.record import record
 
-# Redis counts the commands that scripts call as well; a client's round trips are what is left without them.
-SCRIPT_CALLS = ("evalsha", "eval", "fcall")
+IDLE_S = 5.0
 
 
 def free_port() -> int:
@@ -73,6 +73,33 @@ def rss_mib(process: psutil.Process) -> dict[str, float]:
     return sizes
 
 
+def count_commands(server: redis.Redis, action: Callable[[], object]) -> int:
+    """Commands that clients sent to `server` during `action`; those that scripts call inside it do not count."""
+    count, is_over = 0, threading.Event()
+    with server.monitor() as monitor:
+
+        def listen() -> None:
+            nonlocal count
+            while not is_over.is_set():
+                command = monitor.next_command()
+                count += command["client_type"] != "lua"
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        action()
+        is_over.set()
+        server.ping()
+        listener.join()
+    return count - 1
+
+
+def soak(client: httpx.Client, body: dict[str, object], count: int) -> None:
+    """`count` requests with seeds of their own, sixteen at a time."""
+    with ThreadPoolExecutor(16) as pool:
+        codes = list(pool.map(lambda i: client.post("/generate", json={**body, "seed": i}).status_code, range(count)))
+    assert set(codes) == {200}, set(codes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200)
@@ -86,9 +113,7 @@ def main() -> None:
         body = {"prompt": "a duck in a forest", "num_inference_steps": 20, "seed": 1}
         for _ in range(5):
             client.post("/generate", json=body).raise_for_status()
-        sockets = list(data_dir.rglob("*.sock"))
-        server = redis.Redis(unix_socket_path=str(sockets[0]))
-        before = server.info("commandstats")
+        server = redis.Redis(unix_socket_path=str(next(data_dir.rglob("*.sock"))))
         overheads = []
         for _ in range(arguments.requests):
             started = time.perf_counter()
@@ -97,30 +122,24 @@ def main() -> None:
             reply.raise_for_status()
             timings = reply.json()["manifest"]["timings"]
             overheads.append(latency_s - timings["encode_s"] - timings["denoise_s"] - timings["decode_s"])
-        after = server.info("commandstats")
         figures.append(("service, overhead per request, p50", statistics.median(overheads) * 1e3, "ms"))
         figures.append(("service, overhead per request, p95", statistics.quantiles(overheads, n=20)[-1] * 1e3, "ms"))
-        calls = {
-            name.removeprefix("cmdstat_"): (stats["calls"] - before.get(name, {"calls": 0})["calls"])
-            for name, stats in after.items()
-        }
-        scripts = sum(calls.get(name, 0) for name in SCRIPT_CALLS)
-        figures.append(("service, scripts per job (progress and idle included)", scripts / arguments.requests, "calls"))
-        print({name: round(count / arguments.requests, 2) for name, count in calls.items() if count})
+        idle_per_s = count_commands(server, lambda: time.sleep(IDLE_S)) / IDLE_S
+        busy_s = -time.perf_counter()
+        commands = count_commands(server, lambda: [client.post("/generate", json=body) for _ in range(30)])
+        busy_s += time.perf_counter()
+        per_job = (commands - idle_per_s * busy_s) / 30
+        figures.append(("service, Redis round trips per 20-step job, progress included", per_job, "commands"))
+        figures.append(("service, Redis round trips while idle", idle_per_s, "commands/s"))
 
-        at_start = rss_mib(process)
         quick = {**body, "num_inference_steps": 2}
-        with ThreadPoolExecutor(16) as pool:
-            codes = list(
-                pool.map(
-                    lambda i: client.post("/generate", json={**quick, "seed": i}).status_code, range(arguments.soak)
-                )
-            )
-        assert set(codes) == {200}, set(codes)
+        soak(client, quick, 200)
+        at_start = rss_mib(process)
+        soak(client, quick, arguments.soak)
         at_end = rss_mib(process)
         for role in ("api", "worker"):
-            figures.append((f"service, {role} RSS", at_start[role], "MiB"))
-            figures.append((f"service, {role} RSS after {arguments.soak} requests", at_end[role], "MiB"))
+            figures.append((f"service, {role} RSS after warm-up", at_start[role], "MiB"))
+            figures.append((f"service, {role} RSS after {arguments.soak} more requests", at_end[role], "MiB"))
 
     for figure, value, unit in figures:
         print(f"{figure:64s} {value:10.2f} {unit}")
