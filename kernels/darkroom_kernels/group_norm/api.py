@@ -49,8 +49,10 @@ def _on_cpu(
     """In fp32 whatever the dtype: two casts cost less than PyTorch's channels-last kernel loses in half precision."""
     dtype = x.dtype
     if dtype is not torch.float32:
-        x, weight, bias = x.float(), weight.float(), bias.float()
+        x = x.float()
         shift = None if shift is None else shift.float()
+    if weight.dtype is not torch.float32:
+        weight, bias = weight.float(), bias.float()
     least, most = NARROW_GROUP_NUMEL
     if (
         x.shape[1] <= NARROW_GROUP * num_groups
@@ -59,7 +61,7 @@ def _on_cpu(
     ):
         y = _by_moments(x, num_groups, weight, bias, eps, shift)
     else:
-        y = F.group_norm(x if shift is None else x + shift[:, :, None, None], num_groups, weight, bias, eps)
+        y = torch.group_norm(x if shift is None else x + shift[:, :, None, None], num_groups, weight, bias, eps)
     if silu:
         F.silu(y, inplace=True)
     return y if dtype is torch.float32 else y.to(dtype)

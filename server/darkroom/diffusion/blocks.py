@@ -5,6 +5,7 @@ Source of the structure: diffusers `models/unets/unet_2d_blocks.py`, `models/res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import darkroom_kernels
@@ -15,6 +16,7 @@ from darkroom.diffusion.layers import (
     GEGLU,
     Conv2d,
     GroupNorm,
+    Layer,
     LayerNorm,
     Linear,
     concatenated,
@@ -25,18 +27,18 @@ from darkroom.diffusion.layers import (
 
 @dataclass
 class Conditioning:
-    """What a UNet call knows besides the picture.
+    """What a UNet call knows besides the picture; a layer picks its own by index.
 
-    `time` `[B, time_width]`, `text_kv` `[B, L, text_kv_width]`: every layer reads its own columns; `text_lengths` `[B]`
-    int32 or None when no row is padded.
+    `time_shifts`: one `[B, C]` per residual block. `text`: keys, then values, each `[B, L, C]`, of one cross-attention
+    after the other. `text_lengths`: `[B]` int32, or None when no row is padded.
     """
 
-    time: Tensor
-    text_kv: Tensor
+    time_shifts: Sequence[Tensor]
+    text: Sequence[Tensor]
     text_lengths: Tensor | None
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Layer):
     """Two convolutions with a skip; the time embedding shifts the middle."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int | None, groups: int, eps: float):
@@ -47,18 +49,18 @@ class ResnetBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv2 = Conv2d(out_channels, out_channels)
         self.conv_shortcut = Linear(in_channels, out_channels, as_conv=True) if in_channels != out_channels else None
-        self.time_columns = slice(0)
+        self.time_index = 0
 
     def forward(self, x: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))
-        shift = None if conditioning is None else conditioning.time[:, self.time_columns]
+        shift = None if conditioning is None else conditioning.time_shifts[self.time_index]
         h = self.norm2(h, silu=True, shift=shift)
         if self.conv_shortcut is not None:
             x = picture_of(self.conv_shortcut(tokens_of(x)), x)
         return self.conv2(h, x)  # type: ignore[no-any-return]
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Layer):
     """Attention of tokens to each other; `fuse` makes its three input matrices one."""
 
     def __init__(self, width: int, heads: int, attention: str, *, bias: bool = False):
@@ -83,7 +85,7 @@ class SelfAttention(nn.Module):
         return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Layer):
     """Attention of tokens to the text; keys and values come ready from `UNet.text_kv`."""
 
     def __init__(self, width: int, text_dim: int, heads: int, attention: str):
@@ -93,18 +95,19 @@ class CrossAttention(nn.Module):
         self.to_v: Linear | None = Linear(text_dim, width, bias=False)
         self.to_out = nn.ModuleList([Linear(width, width)])
         self.width, self.heads, self.attention = width, heads, attention
-        self.text_columns = slice(0)
+        self.text_index = 0
 
     def forward(self, x: Tensor, residual: Tensor, conditioning: Conditioning) -> Tensor:
         batch, length, width = x.shape
-        q = self.to_q(x).view(batch, length, self.heads, -1).transpose(1, 2)
-        kv = conditioning.text_kv[:, :, self.text_columns]
-        k, v = kv.view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = darkroom_kernels.attention(q, k, v, key_lengths=conditioning.text_lengths, implementation=self.attention)
+        sources = (self.to_q(x), conditioning.text[self.text_index], conditioning.text[self.text_index + 1])
+        shape = (batch, -1, self.heads, width // self.heads)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in sources)
+        lengths = conditioning.text_lengths
+        out = darkroom_kernels.attention(q, k, v, key_lengths=lengths, implementation=self.attention)
         return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Layer):
     """GEGLU and a matrix back; four times as wide inside."""
 
     def __init__(self, width: int):
@@ -116,7 +119,7 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x), residual)  # type: ignore[no-any-return]
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Layer):
     """Self-attention (or a second cross-attention), cross-attention and feed-forward, each behind a layer norm."""
 
     def __init__(self, width: int, text_dim: int, heads: int, attention: str, *, only_cross_attention: bool):
@@ -141,7 +144,7 @@ class TransformerBlock(nn.Module):
         return self.ff(self.norm3(x), x)  # type: ignore[no-any-return]
 
 
-class Transformer(nn.Module):
+class Transformer(Layer):
     """Transformer blocks over the places of a picture, between two projections and inside a skip."""
 
     def __init__(
@@ -172,7 +175,7 @@ class Transformer(nn.Module):
         return picture_of(self.proj_out(tokens, tokens_of(x)), x)
 
 
-class Downsample(nn.Module):
+class Downsample(Layer):
     """Halve height and width with a strided convolution; padding 0 pads right and below only, as diffusers does."""
 
     def __init__(self, channels: int, padding: int):
@@ -183,7 +186,7 @@ class Downsample(nn.Module):
         return self.conv(x if self.conv.padding else F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
 
 
-class Upsample(nn.Module):
+class Upsample(Layer):
     """Repeat pixels up to height and width of `size`, then convolve."""
 
     def __init__(self, channels: int):

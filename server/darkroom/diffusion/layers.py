@@ -6,6 +6,7 @@ tokens are two views of one memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,106 +17,145 @@ from torch import Tensor, nn
 
 from darkroom.errors import ModelError
 
-# oneDNN computes with weights in blocked layouts, and torch blocks a plain weight anew in every call. These operators,
-# which torch's own compiler uses on frozen graphs, take a weight that was blocked once and can add a residual.
-_onednn: Any = torch.ops.mkldnn
-_OPERATORS = ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight", "_linear_pointwise")
-# The best layout of a convolution depends on height and width; a layer remembers this many sizes.
+# The best layout of a convolution's weight depends on height and width; a layer remembers this many sizes.
 MAX_PACKED_SIZES = 4
-# A matrix is blocked alike for every batch but the smallest; this stands for all.
+# A matrix is laid out alike for every batch but the smallest; this stands for all.
 USUAL_ROWS = 64
 
 
-def can_prepack(weight: Tensor) -> bool:
-    """Whether oneDNN can keep this weight in its own layout."""
-    is_available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if weight.device.type != "cpu" or not is_available or not torch.backends.mkldnn.enabled:
-        return False
-    if not all(hasattr(_onednn, name) for name in _OPERATORS):
-        return False
-    if weight.dtype is torch.bfloat16:
-        return bool(_onednn._is_mkldnn_bf16_supported())
-    return weight.dtype is torch.float32
+class OneDNN:
+    """torch's operators on weights in oneDNN's own layouts.
+
+    A plain weight is laid out anew in every call; these take one that was laid out once, and can add a residual,
+    apply GELU or multiply by a gate on the way out. torch's compiler uses them on frozen graphs.
+    """
+
+    def __init__(self) -> None:
+        operators: Any = torch.ops.mkldnn
+        self.pack_convolution = operators._reorder_convolution_weight.default
+        self.convolution = operators._convolution_pointwise.default
+        self.convolution_with = operators._convolution_pointwise.binary
+        self.pack_linear = operators._reorder_linear_weight.default
+        self.linear = operators._linear_pointwise.default
+        self.linear_with = operators._linear_pointwise.binary
+        self.has_bf16 = bool(operators._is_mkldnn_bf16_supported())
 
 
-class Conv2d(nn.Module):
+@functools.cache
+def load_onednn() -> OneDNN | None:
+    """The operators, or None in a build of torch that lacks them."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    try:
+        return OneDNN()
+    except AttributeError:
+        return None
+
+
+def onednn_for(weight: Tensor) -> OneDNN | None:
+    """The operators, if they can hold this weight."""
+    operators = load_onednn() if weight.device.type == "cpu" else None
+    if operators is None or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return operators if weight.dtype is torch.float32 or operators.has_bf16 else None
+
+
+class Layer(nn.Module):
+    """A module that is called without torch's search for hooks, which takes longer than a small product."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def prepare(self) -> None:
+        """Take the loaded parameters over as plain tensors, laid out for speed; their names go."""
+        for name, parameter in self._parameters.items():
+            setattr(self, f"_{name}", None if parameter is None else parameter.detach())
+            self._parameters[name] = None
+
+
+class Conv2d(Layer):
     """A convolution with bias; `residual` is added to its result."""
+
+    _weight: Tensor | None
+    _bias: Tensor
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: int = 1, padding: int = 1):
         super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(out_channels))
-        self.stride, self.padding = stride, padding
+        self.padding = padding
         self._geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
-        self._packed: dict[tuple[int, int], Tensor] | None = None
+        self._packed: dict[torch.Size, Tensor] = {}
+        self._onednn: OneDNN | None = None
 
     def prepare(self) -> None:
-        """Lay the loaded weight out for speed; after this it no longer answers to its name."""
-        if self.weight is not None:
-            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
-            if can_prepack(self.weight):
-                self._packed = {}
+        self._onednn = onednn_for(self.weight)
+        super().prepare()
+        assert self._weight is not None  # noqa: S101
+        self._weight = self._weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._packed is None:
-            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+        onednn = self._onednn
+        if onednn is None:
+            padding, stride, _, _ = self._geometry
+            y = torch.conv2d(x, self._weight, self._bias, stride, padding)  # type: ignore[arg-type]
             return y if residual is None else y.add_(residual)
-        weight = self._packed.get(x.shape[2:])  # type: ignore[arg-type]
+        weight = self._packed.get(x.shape[2:])
         if weight is None:
-            weight = self._pack(self._packed, x)
-        y = (
-            _onednn._convolution_pointwise(x, weight, self.bias, *self._geometry, "none", [], "")
-            if residual is None
-            else _onednn._convolution_pointwise.binary(
-                x, residual, weight, self.bias, *self._geometry, "add", 1.0, None, [], None
-            )
+            weight = self._pack(onednn, x)
+        if residual is None:
+            return onednn.convolution(x, weight, self._bias, *self._geometry, "none", [], "")  # type: ignore[no-any-return]
+        return onednn.convolution_with(  # type: ignore[no-any-return]
+            x, residual, weight, self._bias, *self._geometry, "add", 1.0, None, [], None
         )
-        return y  # type: ignore[no-any-return]
 
-    def _pack(self, packed: dict[tuple[int, int], Tensor], x: Tensor) -> Tensor:
-        """Block the weight for inputs as high and wide as `x`, and let the plain one go: it can be brought back."""
-        plain = next(iter(packed.values())).to_dense() if self.weight is None else self.weight.detach()
-        weight: Tensor = _onednn._reorder_convolution_weight(plain, *self._geometry, list(x.shape))
-        while len(packed) >= MAX_PACKED_SIZES:
-            packed.pop(next(iter(packed)))
-        packed[x.shape[2], x.shape[3]] = weight
-        self.weight = None
+    def _pack(self, onednn: OneDNN, x: Tensor) -> Tensor:
+        """Lay the weight out for inputs as high and wide as `x`, and let the plain one go: it can be brought back."""
+        plain = next(iter(self._packed.values())).to_dense() if self._weight is None else self._weight
+        weight: Tensor = onednn.pack_convolution(plain, *self._geometry, list(x.shape))
+        while len(self._packed) >= MAX_PACKED_SIZES:
+            self._packed.pop(next(iter(self._packed)))
+        self._packed[x.shape[2:]] = weight
+        self._weight = None
         return weight
 
 
-class Linear(nn.Module):
+class Linear(Layer):
     """A matrix; `residual` is added to its result. `as_conv` names the weight as a 1×1 convolution's."""
+
+    _weight: Tensor
+    _bias: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, as_conv: bool = False):
         super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(
-            torch.empty(out_features, in_features, *((1, 1) if as_conv else ()))
-        )
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, *((1, 1) if as_conv else ())))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.in_features, self.out_features = in_features, out_features
-        self._packed: Tensor | None = None
+        self._onednn: OneDNN | None = None
 
     def prepare(self) -> None:
-        """Lay the loaded weight out for speed; after this it no longer answers to its name."""
-        if self.weight is None:
-            return
-        self.weight = nn.Parameter(self.weight.detach().flatten(1), requires_grad=False)
         # In fp32 torch's own matrix product is as fast and has less to do per call.
-        if self.weight.dtype is torch.bfloat16 and can_prepack(self.weight):
-            self._packed = _onednn._reorder_linear_weight(self.weight, USUAL_ROWS)
-            self.weight = None
+        self._onednn = None if self.weight.dtype is torch.float32 else onednn_for(self.weight)
+        super().prepare()
+        self._weight = self._weight.flatten(1)
+        if self._onednn is not None:
+            self._weight = self._onednn.pack_linear(self._weight, USUAL_ROWS)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._packed is None:
-            y = F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        onednn = self._onednn
+        if onednn is None:
+            y = F.linear(x, self._weight, self._bias)
             return y if residual is None else y.add_(residual)
         if residual is None:
-            return _onednn._linear_pointwise(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-        return _onednn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")  # type: ignore[no-any-return]
+            return onednn.linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+        return onednn.linear_with(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Layer):
     """`darkroom_kernels.group_norm` with its parameters."""
+
+    _weight: Tensor
+    _bias: Tensor
 
     def __init__(self, num_groups: int, num_channels: int, eps: float):
         super().__init__()
@@ -126,71 +166,85 @@ class GroupNorm(nn.Module):
         self.num_groups, self.eps = num_groups, eps
 
     def prepare(self) -> None:
-        """On a CPU norms compute in fp32 whatever the activations are, so their parameters are cast once, here."""
-        if self.weight.device.type == "cpu":
-            self.weight.data, self.bias.data = self.weight.data.float(), self.bias.data.float()
+        super().prepare()
+        # On a CPU norms compute in fp32 whatever the activations are, so their parameters are cast once, here.
+        if self._weight.device.type == "cpu":
+            self._weight, self._bias = self._weight.float(), self._bias.float()
 
     def forward(self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
-        return darkroom_kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu=silu, shift=shift)
+        return darkroom_kernels.group_norm(
+            x, self.num_groups, self._weight, self._bias, self.eps, silu=silu, shift=shift
+        )
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(Layer):
     """Layer norm over the last axis."""
+
+    _weight: Tensor
+    _bias: Tensor
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
-        self.width, self.eps = width, eps
+        self.width, self.eps = (width,), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.width,), self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self.width, self._weight, self._bias, self.eps)
 
 
-class GEGLU(nn.Module):
+class GEGLU(Layer):
     """`darkroom_kernels.geglu` with its parameters; on a CPU two products with GELU and the gate fused into them."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.proj = Linear(in_features, 2 * out_features)
-        self._packed: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._weights: tuple[Tensor, ...] = ()
+        self._biases: tuple[Tensor, ...] = ()
+        self._onednn: OneDNN | None = None
 
     def prepare(self) -> None:
-        """Lay the loaded weight out for speed; after this it no longer answers to its name."""
-        weight, bias = self.proj.weight, self.proj.bias
-        if weight is not None and bias is not None and can_prepack(weight):
-            value, gate = (_onednn._reorder_linear_weight(half, USUAL_ROWS) for half in weight.detach().chunk(2))
-            value_bias, gate_bias = (half.clone() for half in bias.detach().chunk(2))
-            self._packed = value, value_bias, gate, gate_bias
-            self.proj.weight = self.proj.bias = None
+        weight, bias = self.proj.weight.detach(), self.proj.bias
+        assert bias is not None  # noqa: S101
+        onednn = self._onednn = onednn_for(weight)
+        if onednn is None:
+            self._weights, self._biases = (weight,), (bias.detach(),)
+        else:
+            self._weights = tuple(onednn.pack_linear(half, USUAL_ROWS) for half in weight.chunk(2))
+            self._biases = tuple(half.clone() for half in bias.detach().chunk(2))
+        del self.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return darkroom_kernels.geglu(x, self.proj.weight, self.proj.bias)  # type: ignore[arg-type]
-        value, value_bias, gate, gate_bias = self._packed
-        gated = _onednn._linear_pointwise(x, gate, gate_bias, "gelu", [], "none")
-        return _onednn._linear_pointwise.binary(x, gated, value, value_bias, "mul")  # type: ignore[no-any-return]
+        if self._onednn is None:
+            return darkroom_kernels.geglu(x, *self._weights, *self._biases)
+        value, gate = self._weights
+        value_bias, gate_bias = self._biases
+        gated = self._onednn.linear(x, gate, gate_bias, "gelu", [], "none")
+        return self._onednn.linear_with(x, gated, value, value_bias, "mul")  # type: ignore[no-any-return]
 
 
 def concatenated(layers: Sequence[Linear]) -> Linear:
     """One matrix that computes what `layers` compute, results side by side. They must agree on having a bias."""
-    weights = [layer.weight.detach().flatten(1) for layer in layers if layer.weight is not None]
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     with torch.device("meta"):
         fused = Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=bool(biases))
-    fused.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    weights = torch.cat([layer.weight.detach().flatten(1) for layer in layers])
+    fused.weight = nn.Parameter(weights, requires_grad=False)
     fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
     return fused
 
 
 def prepare(network: nn.Module) -> None:
-    """Lay all weights of a loaded and fused network out for speed."""
-    # The gate's own product is within a module that prepares it whole, so that one comes first.
-    for kind in (GEGLU, Conv2d, Linear, GroupNorm):
-        for module in network.modules():
-            if isinstance(module, kind):
+    """Lay all weights of a loaded and fused network out for speed. It is not to be changed or moved after this."""
+    # A gate takes its product apart and drops it, so gates come first.
+    for is_gate in (True, False):
+        for module in list(network.modules()):
+            if isinstance(module, Layer) and isinstance(module, GEGLU) is is_gate:
                 module.prepare()
-    network.requires_grad_(False)
+    # nn.Module finds its parts by a slow detour, and its lists are slower still; plain attributes are not.
+    for module in list(network.modules()):
+        for name, part in module._modules.items():
+            vars(module)[name] = list(part) if isinstance(part, nn.ModuleList) else part
 
 
 def tokens_of(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from darkroom.diffusion.blocks import (
     Upsample,
 )
 from darkroom.diffusion.config import check_fixed, is_whole, number, positive_int, positive_ints, refusal
-from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated, prepare
+from darkroom.diffusion.layers import Conv2d, GroupNorm, Layer, Linear, concatenated, prepare
 
 MAX_LAYERS = 64
 
@@ -249,17 +250,19 @@ class UNetBlock(nn.Module):
                 )
                 for _, num_layers in zip(in_channels, block.transformer_layers, strict=False)
             )
+        # Plain lists, for the calls; the module lists beside them give the parameters diffusers' names.
+        transformers = list(self.attentions) if block.has_attention else []
+        self.layers = list(zip_longest(self.resnets, transformers))
+        self.resamplers: list[Downsample | Upsample] = []
         if downsample:
-            self.downsamplers = nn.ModuleList([Downsample(block.channels, unet.downsample_padding)])
+            self.resamplers.append(Downsample(block.channels, unet.downsample_padding))
+            self.downsamplers = nn.ModuleList(self.resamplers)
         if upsample:
-            self.upsamplers = nn.ModuleList([Upsample(block.channels)])
-        # nn.Module looks attributes up slowly, so what every call needs is kept in plain lists.
-        attentions: list[nn.Module | None] = list(self.attentions) if block.has_attention else []
-        attentions += [None] * (len(self.resnets) - len(attentions))
-        self.layers = list(zip(self.resnets, attentions, strict=True))
+            self.resamplers.append(Upsample(block.channels))
+            self.upsamplers = nn.ModuleList(self.resamplers)
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedding(Layer):
     """Two matrices with SiLU between, and LCM's optional one for the guidance scale."""
 
     def __init__(self, in_dim: int, dim: int, cond_proj_dim: int | None = None):
@@ -292,29 +295,33 @@ class UNet(nn.Module):
         if config.addition_input_dim is not None:
             self.add_embedding = TimestepEmbedding(config.addition_input_dim, config.time_embedding_dim)
 
-        self.down_blocks = nn.ModuleList()
+        self._downs: list[UNetBlock] = []
         skips, width = [first], first
         for index, block in enumerate(downs):
             inputs = [width] + [block.channels] * (block.num_layers - 1)
             is_last = index == len(downs) - 1
-            self.down_blocks.append(UNetBlock(config, block, inputs, attention, downsample=not is_last))
+            self._downs.append(UNetBlock(config, block, inputs, attention, downsample=not is_last))
             width = block.channels
             skips += [width] * (block.num_layers + (not is_last))
         self.mid_block = UNetBlock(config, mid, [last] * mid.num_layers, attention) if mid else None
-        self.up_blocks = nn.ModuleList()
+        self._ups: list[UNetBlock] = []
         for index, block in enumerate(ups):
             inputs = []
             for _ in range(block.num_layers):
                 inputs.append(width + skips.pop())
                 width = block.channels
-            self.up_blocks.append(UNetBlock(config, block, inputs, attention, upsample=index < len(ups) - 1))
+            self._ups.append(UNetBlock(config, block, inputs, attention, upsample=index < len(ups) - 1))
 
+        self.down_blocks, self.up_blocks = nn.ModuleList(self._downs), nn.ModuleList(self._ups)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = Conv2d(
             first, config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
         )
         self._time_layers: Linear | None = None
         self._text_layers: Linear | None = None
+        self._time_widths: list[int] = []
+        self._text_widths: list[int] = []
+        self.dtype = torch.float32
 
     def fuse(self) -> UNet:
         """Join the matrices that share an input: queries, keys and values of a self-attention; keys and values of all
@@ -323,41 +330,36 @@ class UNet(nn.Module):
         """
         if self._time_layers is not None:
             return self
-        time_layers, text_layers = [], []
-        time_width = text_width = 0
+        time_layers: list[Linear] = []
+        text_layers: list[Linear] = []
         for module in self.modules():
             if isinstance(module, ResnetBlock) and module.time_emb_proj is not None:
-                width = module.time_emb_proj.out_features
-                module.time_columns = slice(time_width, time_width + width)
+                module.time_index = len(time_layers)
                 time_layers.append(module.time_emb_proj)
                 module.time_emb_proj = None
-                time_width += width
             elif isinstance(module, CrossAttention) and module.to_k is not None and module.to_v is not None:
-                module.text_columns = slice(text_width, text_width + 2 * module.width)
+                module.text_index = len(text_layers)
                 text_layers += [module.to_k, module.to_v]
                 module.to_k = module.to_v = None
-                text_width += 2 * module.width
             elif isinstance(module, SelfAttention):
                 module.fuse()
+        self._time_widths = [layer.out_features for layer in time_layers]
+        self._text_widths = [layer.out_features for layer in text_layers]
         self._time_layers = concatenated(time_layers)
         self._text_layers = concatenated(text_layers) if text_layers else None
+        self.dtype = self.conv_in.bias.dtype
         prepare(self)
         return self
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What activations and weights are held in."""
-        return self.conv_in.bias.dtype
-
-    @property
     def time_width(self) -> int:
         """Columns of `time_projection`, known after `fuse()`."""
-        return 0 if self._time_layers is None else self._time_layers.out_features
+        return sum(self._time_widths)
 
     @property
     def text_kv_width(self) -> int:
         """Columns of `text_kv`, known after `fuse()`."""
-        return 0 if self._text_layers is None else self._text_layers.out_features
+        return sum(self._text_widths)
 
     @torch.inference_mode()
     def text_kv(self, prompt_embeds: Tensor) -> Tensor:
@@ -422,32 +424,36 @@ class UNet(nn.Module):
         per row; `text_kv` `[B, L, text_kv_width]`; `text_lengths` `[B]` int32 masks the padding of shorter texts, None
         when all have length L. Returns `[B, out_channels, H, W]` channels-last in the network's dtype.
         """
-        conditioning = Conditioning(time_projection, text_kv, text_lengths)
+        conditioning = Conditioning(
+            torch.split(time_projection, self._time_widths, 1),
+            torch.split(text_kv, self._text_widths, 2) if self._text_widths else (),
+            text_lengths,
+        )
         if self.config.center_input_sample:
             x = 2 * x - 1.0
         x = self.conv_in(x.to(self.dtype, memory_format=torch.channels_last))
         skips = [x]
-        for block in self.down_blocks:
-            for resnet, attention in block.layers:  # type: ignore[union-attr]
+        for block in self._downs:
+            for resnet, attention in block.layers:
                 x = resnet(x, conditioning)
                 if attention is not None:
                     x = attention(x, conditioning)
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)  # type: ignore[index, operator]
+            for downsample in block.resamplers:
+                x = downsample(x)
                 skips.append(x)
         if self.mid_block is not None:
             for resnet, attention in self.mid_block.layers:
                 x = resnet(x, conditioning)
                 if attention is not None:
                     x = attention(x, conditioning)
-        for block in self.up_blocks:
-            for resnet, attention in block.layers:  # type: ignore[union-attr]
+        for block in self._ups:
+            for resnet, attention in block.layers:
                 x = resnet(torch.cat([x, skips.pop()], 1), conditioning)
                 if attention is not None:
                     x = attention(x, conditioning)
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[2:])  # type: ignore[index, operator]
+            for upsample in block.resamplers:
+                x = upsample(x, skips[-1].shape[2:])
         return self.conv_out(self.conv_norm_out(x, silu=True))  # type: ignore[no-any-return]
 
 

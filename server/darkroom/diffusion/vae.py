@@ -212,18 +212,16 @@ class VAE(nn.Module):
         self.decoder = Decoder(config, attention)
         self.quant_conv = Conv2d(2 * latents, 2 * latents, 1, padding=0) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latents, latents, 1, padding=0) if config.use_post_quant_conv else None
+        self.dtype = torch.float32
 
     def fuse(self) -> VAE:
         """Join queries, keys and values, and lay weights out for speed. Call it once, on loaded weights."""
         for module in self.modules():
             if isinstance(module, PictureAttention):
                 module.fuse()
+        self.dtype = self.decoder.conv_in.bias.dtype
         prepare(self)
         return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.conv_in.bias.dtype
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
