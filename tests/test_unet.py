@@ -182,6 +182,51 @@ def test_bf16_stays_near_fp32(family: Family) -> None:
         assert difference(exact, got[row : row + 1]) < max(2 * budget, 0.02)
 
 
+def test_many_sizes_in_turn_stay_right() -> None:
+    """Weights are kept in a layout per size, for a few sizes; one that was dropped is laid out anew."""
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet("sd1", seed)
+    unet = ours(theirs)
+    for side in [*range(4, 12), 4]:
+        inputs = Inputs(theirs, 1, side, side + 1)
+        assert difference(inputs.oracle(theirs, 0), inputs.run(unet)) < TOLERANCE
+
+
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Stable Diffusion 1.5": (859_520_964, {"cross_attention_dim": 768}),
+    "Stable Diffusion 1.5, inpainting": (859_535_364, {"cross_attention_dim": 768, "in_channels": 9}),
+    "Stable Diffusion 2.1": (
+        865_910_724,
+        {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+    ),
+    "SDXL": (
+        2_567_463_684,
+        {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_networks_have_diffusers_names_and_shapes(name: str) -> None:
+    count, config = PUBLISHED[name]
+    with torch.device("meta"):
+        expected = {key: value.shape for key, value in UNet2DConditionModel(**config).state_dict().items()}
+        got = {key: value.shape for key, value in UNet(config).state_dict().items()}
+    assert got == expected
+    assert sum(shape.numel() for shape in got.values()) == count
+
+
 def test_channels_stay_last_from_end_to_end() -> None:
     theirs = tiny_unet("sd1", 0)
     got = Inputs(theirs, 2, 8, 8).run(ours(theirs))

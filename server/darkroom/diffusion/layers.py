@@ -91,8 +91,8 @@ class Conv2d(Layer):
     def prepare(self) -> None:
         self._onednn = onednn_for(self.weight)
         super().prepare()
-        assert self._weight is not None  # noqa: S101
-        self._weight = self._weight.contiguous(memory_format=torch.channels_last)
+        if self._weight is not None and self._onednn is None:
+            self._weight = self._weight.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         onednn = self._onednn
@@ -111,11 +111,13 @@ class Conv2d(Layer):
 
     def _pack(self, onednn: OneDNN, x: Tensor) -> Tensor:
         """Lay the weight out for inputs as high and wide as `x`, and let the plain one go: it can be brought back."""
-        plain = next(iter(self._packed.values())).to_dense() if self._weight is None else self._weight
+        plain = self._weight
+        if plain is None:
+            plain = next(iter(self._packed.values())).to_dense()
         weight: Tensor = onednn.pack_convolution(plain, *self._geometry, list(x.shape))
-        while len(self._packed) >= MAX_PACKED_SIZES:
-            self._packed.pop(next(iter(self._packed)))
         self._packed[x.shape[2:]] = weight
+        for surplus in list(self._packed)[:-MAX_PACKED_SIZES]:
+            self._packed.pop(surplus, None)
         self._weight = None
         return weight
 
