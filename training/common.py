@@ -109,6 +109,11 @@ def save_checkpoint(
         temporary = folder / f"{name}.tmp"
         save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, temporary)
         os.replace(temporary, folder / f"{name}.safetensors")
+    write_record(folder, progress, batch_size, device)
+
+
+def write_record(folder: Path, progress: Progress, batch_size: int, device: str) -> None:
+    """Write the figures that the model card gives."""
     record = {
         "updates": progress.done_updates,
         "minutes": round(progress.elapsed_minutes, 2),

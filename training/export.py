@@ -1,4 +1,4 @@
-"""Write the averaged weights as a diffusers folder: `python -m training.export --vae RUN --unet RUN --out FOLDER`."""
+"""Write the averaged weights as a diffusers folder: `python -m training.export --vae RUN --text RUN --unet RUN`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import CLIPTokenizer
 
 from training import common, world
 from training.train_unet import NOISE_CONFIG, Denoiser
-from training.train_vae import HELD_OUT_SEED
 
 SERVING = {
     "id": "emoji-world",
@@ -62,18 +61,20 @@ No other pictures or texts were used.
 
 ## Figures
 
-| | autoencoder | denoiser and text encoder |
-|---|---|---|
-| parameters | {vae_parameters:.2f} M | {unet_parameters:.2f} M and {text_parameters:.2f} M |
-| updates | {vae_updates} | {unet_updates} |
-| pictures per update | {vae_batch} | {unet_batch} |
-| training time, minutes | {vae_minutes:.0f} | {unet_minutes:.0f} |
-| device | {vae_device} | {unet_device} |
-| result | PSNR {psnr_db:.1f} dB on held-out scenes (series {held_out}) | v-prediction loss {loss:.4f} |
+| | autoencoder | text encoder | denoiser |
+|---|---|---|---|
+| parameters | {vae_parameters:.2f} M | {text_parameters:.2f} M | {unet_parameters:.2f} M |
+| updates | {vae_updates} | {text_updates} | {unet_updates} |
+| examples per update | {vae_batch} | {text_batch} | {unet_batch} |
+| training time, minutes | {vae_minutes:.1f} | {text_minutes:.1f} | {unet_minutes:.1f} |
+| device | {vae_device} | {text_device} | {unet_device} |
+| result | PSNR {psnr_db:.1f} dB on held-out scenes | loss {text_loss:.2f} (sum of 5 answers) | v loss {loss:.3f} |
+
+{note}
 
 ## How to retrain
 
-See `training/README.md`: three commands, a CPU is enough.
+See `training/README.md`: four commands, a CPU is enough.
 
 ## Limits
 
@@ -104,7 +105,9 @@ def num_parameters_m(module: torch.nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the finished train_vae run")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the finished train_text run")
     parser.add_argument("--unet", type=Path, required=True, help="folder of the train_unet run")
+    parser.add_argument("--note", default="", help="a sentence for the model card on how these runs came about")
     parser.add_argument("--out", type=Path, default=Path("server/darkroom/models/emoji-world"))
     args = parser.parse_args()
 
@@ -127,21 +130,22 @@ def main() -> None:
     save_tokenizer(tokenizer, args.out / "tokenizer")
     (args.out / "darkroom.json").write_text(json.dumps(SERVING, indent=2) + "\n")
 
-    vae_record = json.loads((args.vae / "progress.json").read_text())
-    unet_record = json.loads((args.unet / "progress.json").read_text())
+    runs = {"vae": args.vae, "text": args.text, "unet": args.unet}
+    records = {name: json.loads((folder / "progress.json").read_text()) for name, folder in runs.items()}
+    figures = {f"{name}_{key}": value for name, record in records.items() for key, value in record.items()}
     card = CARD.format(
         side=world.IMAGE_PX,
         objects=", ".join(world.OBJECTS),
         places=", ".join(phrases[0] for phrases in world.PLACES.values()),
         plain=", ".join(world.PLAIN),
-        held_out=HELD_OUT_SEED,
         vae_parameters=num_parameters_m(vae),
         unet_parameters=num_parameters_m(model.unet),
         text_parameters=num_parameters_m(model.text_encoder),
         psnr_db=float(last_row(args.vae / "log.csv")["psnr_db"]),
         loss=float(last_row(args.unet / "log.csv")["loss"]),
-        **{f"vae_{key}": value for key, value in vae_record.items()},
-        **{f"unet_{key}": value for key, value in unet_record.items()},
+        text_loss=float(last_row(args.text / "log.csv")["loss"]),
+        note=args.note,
+        **figures,
     )
     (args.out / "README.md").write_text(card)
 

@@ -1,4 +1,4 @@
-"""Train the denoiser and its text encoder: `python -m training.train_unet --vae VAE_RUN/vae --out RUN --minutes 68`."""
+"""Train the denoiser: `python -m training.train_unet --vae VAE_RUN/vae --text TEXT_RUN --out RUN --minutes 65`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import common, world
 from training.fastnorm import use_fast_group_norm
-from training.tokenizer import MAX_TOKENS, build_tokenizer
+from training.tokenizer import build_tokenizer
+from training.train_text import TEXT_WIDTH, build_text_encoder, tokenize
 
-TEXT_WIDTH = 192
 UNET_CONFIG = {
     "sample_size": world.IMAGE_PX // 4,
     "in_channels": 4,
@@ -61,24 +61,8 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
-
-
 class Denoiser(nn.Module):
-    """The two parts that train together."""
+    """The text encoder, taught before by `train_text` and frozen here, and the UNet."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -87,7 +71,8 @@ class Denoiser(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
         """Predict v: `latents` `[B, 4, H, W]`, `timesteps` `[B]`, `token_ids` `[B, L]`."""
-        prompt_embeds = self.text_encoder(token_ids).last_hidden_state
+        with torch.no_grad():
+            prompt_embeds = self.text_encoder(token_ids).last_hidden_state
         return self.unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
 
 
@@ -125,9 +110,23 @@ def caption_ids(tokenizer: CLIPTokenizer, seed: int, num_scenes: int, single_sha
     return torch.stack(rows)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Return ids `[N, L]` int64, padded and cut to the model's length."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+def pick_scenes(single: Tensor, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
+    """Return `[num_picks]` scene numbers; `single` `[N]` bool marks scenes with one object.
+
+    Early in the run (`fraction` near 0) most have one object: they teach which word means which picture.
+    """
+    share = 0.85 - 0.4 * fraction
+    weights = torch.where(single, share / single.sum(), (1 - share) / (~single).sum())
+    return torch.multinomial(weights, num_picks, replacement=True, generator=generator)
+
+
+def pick_timesteps(num_timesteps: int, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
+    """Return `[num_picks]` int64 timesteps, more of them noisy, and early in the run most.
+
+    At 16 x 16 latents an object shows through all but the strongest noise, so only there do the words matter.
+    """
+    power = 1 / (3 - 1.5 * fraction)
+    return (torch.rand(num_picks, generator=generator) ** power * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 @torch.no_grad()
@@ -152,6 +151,7 @@ def draw(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
+    parser.add_argument("--text", type=Path, required=True, help="folder that train_text wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
@@ -180,14 +180,20 @@ def main() -> None:
     latents = load_file(latents_path)["latents"]
     token_ids = caption_ids(tokenizer, args.seed, len(latents), args.single_share)
     empty_ids = tokenize(tokenizer, [""])
+    single = torch.tensor(
+        [len(world.scene_at(args.seed, index, args.single_share).objects) == 1 for index in range(len(latents))]
+    )
 
-    model = Denoiser(tokenizer).to(device, memory_format=torch.channels_last)
+    model = Denoiser(tokenizer)
+    model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(args.text).state_dict())
+    model.text_encoder.requires_grad_(False)
+    model.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(model)
         # The fused attention's backward pass is slow at these short lengths.
         model.unet.set_attn_processor(AttnProcessor())
         model.text_encoder.set_attn_implementation("eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
     ema = common.Ema(model, args.ema)
@@ -215,16 +221,16 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         size = (args.batch_size,)
-        picks = torch.randint(len(latents), size, generator=generator)
+        picks = pick_scenes(single, progress.fraction, args.batch_size, generator)
         ids = token_ids[torch.randint(len(token_ids), size, generator=generator), picks].long()
         ids = torch.where(torch.rand(args.batch_size, 1, generator=generator) < EMPTY_CAPTION_SHARE, empty_ids, ids)
         clean = latents[picks].float().to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        timesteps = torch.randint(len(alphas_cumprod), size, generator=generator).to(device)
+        timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, args.batch_size, generator).to(device)
         loss = step_loss(model, clean, noise, alphas_cumprod, timesteps, ids.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.unet.parameters(), 1.0)
         optimizer.step()
         progress.done_updates += 1
         ema.update(progress.done_updates)
