@@ -59,8 +59,9 @@ bench-gpu: $(VENV)/.dev
 
 train-model: $(VENV)/.dev
 	$(BIN)/python -m training.train_vae --out runs/vae --minutes 13
-	$(BIN)/python -m training.train_unet --out runs/unet --vae runs/vae/vae --minutes 68
-	$(BIN)/python -m training.export --vae runs/vae --unet runs/unet
+	$(BIN)/python -m training.train_text --out runs/text
+	$(BIN)/python -m training.train_unet --out runs/unet --vae runs/vae/vae --text runs/text --minutes 65
+	$(BIN)/python -m training.export --vae runs/vae --text runs/text --unet runs/unet
 
 clean:
 	rm -rf $(VENV) build dist
