@@ -47,8 +47,8 @@ def encode_image(
     """Compress image `index` of a request in its `output_format`.
 
     `pixels` `[H, W, 3]` uint8 RGB; `model_hash` is the model card's weights hash, `version` Darkroom's. PNG is lossless
-    at level 1, which takes a quarter of the default's time; JPEG and WebP have quality 95. Raises `ValueError` on another
-    shape, dtype or format.
+    at level 1, which takes a quarter of the default's time; JPEG and WebP have quality 95. Raises `ValueError` on
+    another shape, dtype or format.
     """
     output_format = request.output_format
     media_type(output_format)
