@@ -121,6 +121,10 @@ class WorkerSide:
         """Say that a cancelled job has left, if this attempt still owns it. Harmless to repeat."""
         return await self._settle(worker_id, job.id, job.attempt, JobState.CANCELLED)
 
+    async def expire(self, worker_id: str, job: Job) -> bool:
+        """End a running job that is past its deadline, if this attempt still owns it. Harmless to repeat."""
+        return await self._settle(worker_id, job.id, job.attempt, JobState.EXPIRED)
+
     async def hand_back(self, worker_id: str, job: Job) -> bool:
         """Put a job back at its old place, without counting a failure, if this attempt still owns it."""
         return bool(await self._connection.script("hand_back", job.id, worker_id, job.attempt))
