@@ -113,6 +113,19 @@ def test_a_shape_that_was_idle_gets_no_credit_for_it():
     assert keys.count(LARGE) == 5
 
 
+def test_a_shape_that_comes_and_goes_owes_what_it_took() -> None:
+    batcher, spent = Batcher((2,)), {SMALL: 0.0, LARGE: 0.0}
+    large_is_here = True
+    for _ in range(400):
+        rows = [row(SMALL), row(LARGE)] if large_is_here else [row(SMALL)]
+        key = batcher.choose(rows, 0.0).key
+        tick_s = 0.01 if key == SMALL else 1.0
+        batcher.account(key, tick_s, 1)
+        spent[key] += tick_s
+        large_is_here = key != LARGE
+    assert spent[LARGE] <= spent[SMALL] + 1.0
+
+
 def test_an_urgent_shape_gets_a_larger_share_but_not_everything():
     batcher = Batcher((2,))
     rows = [row(SMALL, rank=1), row(LARGE, rank=2)]

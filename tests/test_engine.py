@@ -10,7 +10,7 @@ import pytest
 import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
-from darkroom.engine.engine import Cancelled, Engine, Failed, TickReport
+from darkroom.engine.engine import Cancelled, Engine, Expired, Failed, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
@@ -182,13 +182,80 @@ def test_a_request_that_breaks_the_tick_fails_and_its_batch_mates_finish(
     assert "secret" not in bad.failure.message
 
 
+def test_a_failed_tick_changes_no_picture_not_even_with_noise_in_every_step(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    jobs = [job_for(model, name, sampler="euler_a", seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    undisturbed = run_jobs(model, jobs, settings)
+    step, calls = model.unet.forward, 0
+
+    def fails_once(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("no")
+        return step(*arguments)
+
+    monkeypatch.setattr(model.unet, "forward", fails_once)
+    disturbed = run_jobs(model, jobs, settings)
+    assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = model.vae.decode
+
+    def small_device(latents: torch.Tensor) -> torch.Tensor:
+        if latents.shape[0] > 1:
+            raise torch.OutOfMemoryError("no")
+        return decode(latents)
+
+    monkeypatch.setattr(model.vae, "decode", small_device)
+    outcome = run_jobs(model, [job_for(model, "four", num_images_per_prompt=4)], settings_with())
+    assert len(outcome.images("four")) == 4
+
+
+def test_a_prompt_that_cannot_be_encoded_fails_its_own_job_only(model: DiffusionModel) -> None:
+    jobs = [job_for(model, "good"), job_for(model, "bad", clip_skip=99), job_for(model, "fine", prompt="a red cat")]
+    outcome = run_jobs(model, jobs, settings_with())
+    assert outcome.images("good")
+    assert outcome.images("fine")
+    assert isinstance(outcome.events["bad"], Failed)
+
+
+def test_a_job_past_its_deadline_costs_no_further_tick(model: DiffusionModel) -> None:
+    outcome = run_jobs(model, [job_for(model, "late", num_inference_steps=500)], settings_with(), deadline_in_s=0.05)
+    assert isinstance(outcome.events["late"], Expired)
+    assert len(outcome.ticks) < 500
+
+
+def test_infinite_latents_are_a_failure_not_a_white_picture(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = model.unet.forward
+    monkeypatch.setattr(model.unet, "forward", lambda *arguments: torch.full_like(step(*arguments), torch.inf))
+    bad = run_jobs(model, [job_for(model, "bad", guidance_scale=1.0)], settings_with()).events["bad"]
+    assert isinstance(bad, Failed)
+    assert bad.failure.code == "non_finite"
+
+
+def test_a_cancellation_of_an_earlier_attempt_leaves_the_present_one_alone(model: DiffusionModel) -> None:
+    def cancel_old(engine: Engine, _: TickReport, ticks: int) -> None:
+        engine.cancel("job", attempt=6)
+
+    job = msgspec.structs.replace(job_for(model, "job"), attempt=7)
+    assert run_jobs(model, [job], settings_with(), on_tick=cancel_old).images("job")
+
+
 def test_a_failing_image_fails_its_whole_job_once(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, calls = model.vae.decode, 0
 
     def breaks(latents: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls >= 2:
             raise RuntimeError("no")
         return decode(latents)
 

@@ -70,6 +70,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     def uses_guidance(self) -> bool:
         return self.guidance_scale > 1.0
 
+    @property
+    def num_model_rows(self) -> int:
+        """Rows of a UNet call that this request takes: its images, twice with guidance."""
+        return self.num_images_per_prompt * (2 if self.uses_guidance else 1)
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A queue record as its worker sees it.

@@ -64,6 +64,7 @@ def run_jobs(
     settings: Settings,
     *,
     expected: int | None = None,
+    deadline_in_s: float | None = None,
     on_tick: Callable[[Engine, TickReport, int], None] | None = None,
 ) -> Outcome:
     """Submit `jobs` before the first tick and run until `expected` (default: all of them) have ended.
@@ -86,7 +87,7 @@ def run_jobs(
 
     engine = Engine({model.id: model}, settings, on_event=ended, on_tick=ticked)
     for job in jobs:
-        engine.submit(job)
+        engine.submit(job, deadline_in_s=deadline_in_s)
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     thread.join(60)

@@ -62,6 +62,7 @@ class Batcher:
             raise ValueError(f"row buckets: got {tuple(buckets)}, expected at least one of 2 or more model rows")
         self.ageing_s = ageing_s
         self._virtual_s: dict[BatchKey, float] = {}
+        self._floor_s = 0.0
         self._evaluation_s: dict[BatchKey, float] = {}
 
     @property
@@ -94,8 +95,10 @@ class Batcher:
     def _next_key(self, by_key: dict[BatchKey, list[Candidate]], now_s: float) -> BatchKey:
         """Least virtual time first; a key that was idle starts level with the others instead of with a credit."""
         active = [self._virtual_s[key] for key in by_key if key in self._virtual_s]
-        floor = min(active, default=0.0)
-        self._virtual_s = {key: self._virtual_s.get(key, floor) for key in by_key}
+        floor = self._floor_s = max(self._floor_s, min(active, default=0.0))
+        # A key that left in debt keeps the debt until the others have caught up.
+        owed = {key: virtual_s for key, virtual_s in self._virtual_s.items() if virtual_s > floor}
+        self._virtual_s = owed | {key: max(floor, owed.get(key, floor)) for key in by_key}
         self._evaluation_s = {key: s for key, s in self._evaluation_s.items() if key in by_key}
         return min(
             by_key,

@@ -21,6 +21,8 @@ from darkroom.diffusion.images import encode_image
 from darkroom.engine.row import Row
 from darkroom.errors import JobError
 
+MAX_DECODE_PIXELS = 1 << 21
+
 
 @dataclass(frozen=True)
 class Developed:
@@ -35,7 +37,7 @@ class Developed:
 class Decoder:
     """Decodes rows and reports each to `on_developed` on one of its threads.
 
-    `max_batch` is how many latents of one shape share a VAE call.
+    `max_batch` is how many latents of one shape share a VAE call at most; large pictures share it with fewer.
     """
 
     def __init__(self, on_developed: Callable[[Developed], None], *, max_batch: int, encode_threads: int) -> None:
@@ -72,16 +74,22 @@ class Decoder:
                 if row is not None and not row.active.is_over:
                     groups.setdefault(row.key, []).append(row)
             for group in groups.values():
-                for start in range(0, len(group), self._max_batch):
-                    self._decode(group[start : start + self._max_batch])
+                request = group[0].active.job.request
+                size = max(1, min(self._max_batch, MAX_DECODE_PIXELS // (request.width * request.height)))
+                for start in range(0, len(group), size):
+                    self._decode(group[start : start + size])
 
     def _decode(self, rows: list[Row]) -> None:
         started_s = time.monotonic()
         try:
             pixels = decode_latents(rows)
         except Exception as error:
+            if len(rows) == 1:
+                self._on_developed(Developed(rows[0], error))
+                return
+            # One may be the cause, or all were too many: each by itself.
             for row in rows:
-                self._on_developed(Developed(row, error))
+                self._decode([row])
             return
         decode_s = time.monotonic() - started_s
         for row, image in zip(rows, pixels, strict=True):
@@ -109,8 +117,9 @@ class Decoder:
 @torch.inference_mode()
 def decode_latents(rows: list[Row]) -> list[NDArray[np.uint8] | None]:
     """Decode rows of one shape to `[H, W, 3]` uint8 each, or None where a picture holds NaN or infinity."""
-    model = rows[0].model
-    pixels = model.vae.decode(torch.stack([row.latents for row in rows]))
-    is_finite = pixels.isfinite().flatten(1).all(1).tolist()
-    scaled = pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    latents = torch.stack([row.latents for row in rows])
+    pixels = rows[0].model.vae.decode(latents)
+    # The decoder clamps, which turns infinity into a colour: the latents tell.
+    is_finite = (latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)).tolist()
+    scaled = pixels.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [image if finite else None for image, finite in zip(scaled, is_finite, strict=True)]

@@ -26,6 +26,8 @@ from darkroom.engine.row import ActiveJob, Conditioning, Row
 from darkroom.errors import DarkroomError, JobError
 from darkroom.jobs import Failure, ImageInfo, Job, Result, Timings
 
+MAX_DECODE_BATCH = 8
+
 log = structlog.get_logger("darkroom.engine")
 
 
@@ -47,7 +49,14 @@ class Cancelled:
     job: Job
 
 
-Event = Finished | Failed | Cancelled
+@dataclass(frozen=True)
+class Expired:
+    """The job's deadline passed while it was here."""
+
+    job: Job
+
+
+Event = Finished | Failed | Cancelled | Expired
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Engine:
         }
         self._decoder = Decoder(
             self._developed,
-            max_batch=1 if is_reproducible else 8,
+            max_batch=1 if is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
@@ -108,11 +117,6 @@ class Engine:
         self._rows: dict[int, Row] = {}
         self._jobs: dict[str, ActiveJob] = {}
         self._batch: Batch | None = None
-        self.ticks = 0
-
-    @property
-    def is_reproducible(self) -> bool:
-        return len(self.batcher.buckets) == 1
 
     def submit(self, job: Job, *, deadline_in_s: float | None = None) -> None:
         """Hand a job to the engine. It joins at the next tick; `deadline_in_s` counts from now.
@@ -128,11 +132,15 @@ class Engine:
             self._inbox.append(active)
             self._wake.notify()
 
-    def cancel(self, job_id: str) -> None:
-        """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first. Unknown ids are ignored."""
+    def cancel(self, job_id: str, attempt: int = 0) -> None:
+        """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first.
+
+        An unknown id is ignored, and so is one that is here as another attempt.
+        """
         with self._wake:
-            if job_id in self._jobs:
-                self._cancelled.append(self._jobs[job_id])
+            active = self._jobs.get(job_id)
+            if active is not None and active.job.attempt == attempt:
+                self._cancelled.append(active)
                 self._wake.notify()
 
     def stop(self) -> None:
@@ -145,14 +153,10 @@ class Engine:
         """Model rows held or about to be held; what a worker subtracts from its room before it claims more."""
         with self._wake:
             return sum(
-                active.job.request.num_images_per_prompt * (2 if active.job.request.uses_guidance else 1)
+                active.job.request.num_model_rows
                 for active in self._jobs.values()
                 if any(not row.is_denoised for row in active.rows) or not active.rows
             )
-
-    def active_jobs(self) -> list[Job]:
-        with self._wake:
-            return [active.job for active in self._jobs.values()]
 
     def run(self) -> None:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
@@ -177,6 +181,7 @@ class Engine:
                 cancelled, self._cancelled = self._cancelled, []
             for active in cancelled:
                 self._end(active, Cancelled(active.job))
+            self._expire()
             joined = self._join([active for active in arrived if not active.is_over])
             self._rows = {id_: row for id_, row in self._rows.items() if not row.active.is_over}
             choice = self.batcher.choose((row.candidate() for row in self._rows.values()), self._clock())
@@ -192,12 +197,11 @@ class Engine:
             self._batch.tick()
         except Exception as error:
             self._batch = None
-            self._fail_tick(rows, error)
+            self._fail_tick(choice, rows, error)
             return
         now_s = self._clock()
         left = self._settle(rows, choice, started_s, now_s)
         self.batcher.account(choice.key, now_s - started_s, max(row.active.job.priority.rank for row in rows))
-        self.ticks += 1
         if self._on_tick is not None:
             jobs = list(dict.fromkeys(row.active for row in rows))
             self._on_tick(
@@ -228,16 +232,22 @@ class Engine:
                 self._decoder.submit(row)
         return left
 
-    def _fail_tick(self, rows: tuple[Row, ...], error: Exception) -> None:
+    def _expire(self) -> None:
+        """Jobs past their deadline cost no further tick."""
+        now_s = self._clock()
+        late = {row.active for row in self._rows.values() if row.active.is_late(now_s)}
+        for active in late:
+            self._end(active, Expired(active.job))
+
+    def _fail_tick(self, choice: Choice, rows: tuple[Row, ...], error: Exception) -> None:
         """One row may be the cause: try each alone once, and fail only those that fail alone."""
         log.error("tick_failed", rows=len(rows), error=type(error).__name__, exc_info=error)
         for row in rows:
             if len(rows) > 1:
+                started_s = self._clock()
                 try:
                     Batch((row,), next(b for b in self.batcher.buckets if b >= len(row.conditionings))).tick()
-                    if row.is_denoised:
-                        del self._rows[row.id]
-                        self._decoder.submit(row)
+                    self._settle((row,), choice, started_s, self._clock())
                     continue
                 except Exception as alone:
                     error = alone
@@ -249,12 +259,8 @@ class Engine:
         for model_id, jobs in _by_model(arrived).items():
             started_s = self._clock()
             model = self.models[model_id]
-            try:
-                encoded = self._prompts[model_id].encode([p for active in jobs for p in prompts_of(model, active.job)])
-            except Exception as error:
-                for active in jobs:
-                    self._end(active, Failed(active.job, failure_of(error)))
-                continue
+            encoded = self._encode(model, jobs)
+            jobs = [active for active in jobs if not active.is_over]
             encode_s = self._clock() - started_s
             for active in jobs:
                 active.encode_s = encode_s
@@ -268,6 +274,20 @@ class Engine:
                 self._rows.update((row.id, row) for row in rows)
                 joined += len(rows)
         return joined
+
+    def _encode(self, model: DiffusionModel, jobs: list[ActiveJob]) -> dict[Prompt, EncodedPrompt]:
+        """The prompts of all `jobs`; where they cannot be encoded together, each job's by itself."""
+        cache = self._prompts[model.id]
+        try:
+            return cache.encode([prompt for active in jobs for prompt in prompts_of(model, active.job)])
+        except Exception as error:
+            if len(jobs) == 1:
+                self._end(jobs[0], Failed(jobs[0].job, failure_of(error)))
+                return {}
+        encoded: dict[Prompt, EncodedPrompt] = {}
+        for active in jobs:
+            encoded |= self._encode(model, [active])
+        return encoded
 
     def _developed(self, developed: Developed) -> None:
         row, active = developed.row, developed.row.active

@@ -40,4 +40,4 @@ def generate_images(
         return event.images, event.result
     if isinstance(event, Failed):
         raise JobError(event.failure.message, code=event.failure.code)
-    raise JobError("the job was cancelled", code="cancelled")
+    raise JobError("the job ended without pictures", code="cancelled")

@@ -79,7 +79,11 @@ class PromptCache:
         text_kv = model.unet.text_kv(stacked.to(model.device, model.dtype))
         # Each entry owns its memory: a view would keep the whole batch alive.
         return [
-            EncodedPrompt(text_kv[i].clone(), embedding.pooled_prompt_embeds) for i, embedding in enumerate(embeddings)
+            EncodedPrompt(
+                text_kv[i].clone(),
+                None if embedding.pooled_prompt_embeds is None else embedding.pooled_prompt_embeds.clone(),
+            )
+            for i, embedding in enumerate(embeddings)
         ]
 
     def _keep(self, prompt: Prompt, encoded: EncodedPrompt) -> None:

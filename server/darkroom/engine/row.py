@@ -32,6 +32,9 @@ class ActiveJob:
     max_batch_rows: int = 0
     is_over: bool = False
 
+    def is_late(self, now_s: float) -> bool:
+        return self.deadline_s is not None and now_s > self.deadline_s
+
     @property
     def step(self) -> int:
         """Evaluations done by the slowest image."""
@@ -74,6 +77,7 @@ class Row:
     waiting_since_s: float
     step_index: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
+    _drawn: tuple[int, torch.Tensor] | None = None
 
     @property
     def is_denoised(self) -> bool:
@@ -95,5 +99,11 @@ class Row:
         )
 
     def draw_noise(self) -> torch.Tensor:
-        """`[C, H, W]` fp32 on the CPU from this row's own generator, in the order in which diffusers draws."""
-        return torch.randn(self.latents.shape, generator=self.generator, dtype=torch.float32)
+        """This step's noise, `[C, H, W]` fp32 on the CPU, from the row's own generator in diffusers' order of draws.
+
+        A step that failed and is tried again gets the same noise.
+        """
+        if self._drawn is None or self._drawn[0] != self.step_index:
+            noise = torch.randn(self.latents.shape, generator=self.generator, dtype=torch.float32)
+            self._drawn = self.step_index, noise
+        return self._drawn[1]

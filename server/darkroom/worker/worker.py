@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -18,7 +19,7 @@ import structlog
 
 from darkroom import metrics
 from darkroom.config import Settings
-from darkroom.engine.engine import Cancelled, Engine, Event, Finished, TickReport
+from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Finished, TickReport
 from darkroom.errors import QueueUnavailable
 from darkroom.jobs import Job, Priority, Result
 from darkroom.queue import JobQueue
@@ -27,9 +28,13 @@ from darkroom.worker.observe import observe_end, observe_tick
 log = structlog.get_logger("darkroom.worker")
 
 WAKE_TIMEOUT_S = 2.0
+# A drain must fit into what a supervisor grants: a claim under way, the tick under way, results under way.
+CLAIM_STOP_S = 0.4
+ENGINE_STOP_S = 0.7
+PUBLISH_STOP_S = 0.5
+MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
-DRAIN_TIMEOUT_S = 2.0
 CANCEL_AGAIN_S = 0.2
 
 
@@ -50,6 +55,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._held: dict[str, Job] = {}
         self._lost: set[tuple[str, int]] = set()
+        self._ending: set[tuple[str, int]] = set()
+        # A job may be cancelled between the script that claims it and that script's reply.
+        self._early_cancellations: dict[str, None] = {}
+        self._claiming = asyncio.Lock()
+        self._registered = asyncio.Event()
         self._progress: dict[str, tuple[int, int]] = {}
         self._room = asyncio.Event()
         self._drain = asyncio.Event()
@@ -64,53 +74,91 @@ class Worker:
         self._drain.set()
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve until `drain`. Every held job is then settled or handed back. Raises what broke the engine."""
-        engine = asyncio.create_task(asyncio.to_thread(self._engine.run))
-        await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
+        """Serve until `drain`. Every held job is then settled or handed back.
+
+        Raises what broke the engine. Its jobs are not handed back then: they return when their leases end, and that
+        counts a failure of each, so a job that breaks every engine is not tried for ever.
+        """
+        engine = self._start_engine()
         tasks = [
             asyncio.create_task(loop)
             for loop in (
+                self._stay_registered(on_ready),
                 self._claim_loop(),
                 self._every(self._settings.lease_s / 3, self._renew),
                 self._every(self._settings.lease_s / 3, self._reap),
-                self._every(1.0, lambda: self._queue.heartbeat(self.id)),
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
                 self._follow_cancellations(),
             )
         ]
-        log.info("worker_ready", worker=self.id, models=self._models)
-        if on_ready is not None:
-            on_ready()
         drained = asyncio.create_task(self._drain.wait())
         try:
-            done, _ = await asyncio.wait([drained, engine, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {drained}:
-                task.result()
+            ends: list[asyncio.Future[Any]] = [drained, engine, *tasks]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for ended in done - {drained}:
+                ended.result()
         finally:
+            self._drain.set()
             await self._stop([drained, *tasks], engine)
 
-    async def _stop(self, tasks: list[asyncio.Task[Any]], engine: asyncio.Task[None]) -> None:
+    def _start_engine(self) -> asyncio.Future[None]:
+        """Run the engine on a daemon thread: the process may end while a long tick is under way."""
+        ended: asyncio.Future[None] = self._loop.create_future()
+
+        def run() -> None:
+            error: BaseException | None = None
+            try:
+                self._engine.run()
+            except BaseException as broke:
+                error = broke
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(settle, error)
+
+        def settle(error: BaseException | None) -> None:
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        threading.Thread(target=run, name="engine", daemon=True).start()
+        return ended
+
+    async def _stop(self, tasks: list[asyncio.Task[Any]], engine: asyncio.Future[None]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLAIM_STOP_S), self._claiming:
+                pass
         # Again and again: a cancellation that meets a command's last byte may get lost in the client library.
         while tasks := [task for task in tasks if not task.done()]:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         self._engine.stop()
-        await asyncio.wait([engine])
+        await asyncio.wait([engine], timeout=ENGINE_STOP_S)
         # Callbacks that the engine's threads scheduled before they ended run now.
         await asyncio.sleep(0)
         if self._publishing:
-            await asyncio.wait(self._publishing, timeout=DRAIN_TIMEOUT_S)
+            await asyncio.wait(self._publishing, timeout=PUBLISH_STOP_S)
+        is_broken = engine.done() and engine.exception() is not None
+        held = [] if is_broken else list(self._held.values())
         with contextlib.suppress(QueueUnavailable):
-            for job in list(self._held.values()):
+            for job in held:
                 await self._queue.hand_back(self.id, job)
             await self._queue.unregister(self.id)
-        log.info("worker_stopped", worker=self.id, handed_back=len(self._held))
+        log.info("worker_stopped", worker=self.id, handed_back=len(held))
+
+    async def _stay_registered(self, on_ready: Callable[[], None] | None) -> None:
+        await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
+        self._registered.set()
+        log.info("worker_ready", worker=self.id, models=self._models)
+        if on_ready is not None:
+            on_ready()
+        await self._every(1.0, lambda: self._queue.heartbeat(self.id))
 
     async def _claim_loop(self) -> None:
         wake: asyncio.Task[Any] | None = None
+        await self._registered.wait()
         try:
-            while True:
+            while not self._drain.is_set():
                 self._room.clear()
                 room = self._settings.max_rows - self._engine.resident_model_rows()
                 claimed = await self._claim(room)
@@ -139,31 +187,38 @@ class Worker:
             await self._pause(error)
 
     async def _claim(self, room: int) -> int:
-        """Claim what fits into `room` model rows; without room, only jobs more urgent than all that are held."""
+        """Claim what fits into `room` model rows; without room, only jobs more urgent than the least urgent held."""
         min_rank = 0
         if room <= 0:
             min_rank = 1 + min((job.priority.rank for job in self._held.values()), default=Priority.HIGH.rank)
             if min_rank > Priority.HIGH.rank or room <= -self._settings.max_rows:
                 return 0
         try:
-            jobs = await self._queue.claim(
-                self.id,
-                self._models,
-                max_jobs=max(1, room),
-                max_model_rows=max(1, room),
-                min_rank=min_rank,
-            )
+            async with self._claiming:
+                jobs = await self._queue.claim(
+                    self.id,
+                    self._models,
+                    max_jobs=max(1, room),
+                    max_model_rows=max(1, room),
+                    min_rank=min_rank,
+                )
+                for job in jobs:
+                    self._take(job)
         except QueueUnavailable as error:
             await self._pause(error)
             return 0
-        for job in jobs:
-            self._held[job.id] = job
-            deadline_in_s = None
-            if job.deadline_at_ms is not None:
-                deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
-            self._engine.submit(job, deadline_in_s=deadline_in_s)
-            log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=job.request.model)
         return len(jobs)
+
+    def _take(self, job: Job) -> None:
+        self._held[job.id] = job
+        deadline_in_s = None
+        if job.deadline_at_ms is not None:
+            deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
+        self._engine.submit(job, deadline_in_s=deadline_in_s)
+        log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=job.request.model)
+        if job.id in self._early_cancellations:
+            del self._early_cancellations[job.id]
+            self._engine.cancel(job.id, job.attempt)
 
     async def _renew(self) -> None:
         if not self._held:
@@ -171,12 +226,18 @@ class Worker:
         held = {job.id: job.attempt for job in self._held.values()}
         renewal = await self._queue.renew(self.id, held)
         for job_id in renewal.lost:
+            attempt = (job_id, held[job_id])
+            if attempt in self._ending or not self._holds(*attempt):
+                continue  # it ended while the renewal was under way
             metrics.LEASES_LOST.inc()
             log.warning("lease_lost", job_id=job_id)
-            self._lost.add((job_id, held[job_id]))
-            self._engine.cancel(job_id)
+            self._lost.add(attempt)
+            self._engine.cancel(*attempt)
         for job_id in renewal.cancelled:
-            self._engine.cancel(job_id)
+            self._engine.cancel(job_id, held[job_id])
+
+    def _holds(self, job_id: str, attempt: int) -> bool:
+        return job_id in self._held and self._held[job_id].attempt == attempt
 
     async def _reap(self) -> None:
         reaped = await self._queue.reap()
@@ -188,7 +249,11 @@ class Worker:
             try:
                 async for job_id in self._queue.cancellations():
                     if job_id in self._held:
-                        self._engine.cancel(job_id)
+                        self._engine.cancel(job_id, self._held[job_id].attempt)
+                        continue
+                    self._early_cancellations[job_id] = None
+                    while len(self._early_cancellations) > MAX_EARLY_CANCELLATIONS:
+                        del self._early_cancellations[next(iter(self._early_cancellations))]
             except QueueUnavailable as error:
                 await self._pause(error)
 
@@ -220,18 +285,25 @@ class Worker:
 
     def _start_publishing(self, event: Event) -> None:
         self._progress.pop(event.job.id, None)
+        self._ending.add((event.job.id, event.job.attempt))
         self._room.set()
         task = self._loop.create_task(self._publish(event))
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
 
     async def _publish(self, event: Event) -> None:
-        """Store a job's end. A refusal by the script means that somebody else holds the job: nothing to do."""
+        """Store a job's end and stop holding it, whatever happens: a job that stays held is never tried again."""
+        try:
+            if (event.job.id, event.job.attempt) not in self._lost:
+                await self._settle(event)
+        except Exception:
+            log.exception("job_not_settled", job_id=event.job.id)
+        finally:
+            self._forget(event.job)
+
+    async def _settle(self, event: Event) -> None:
+        """A refusal by the script means that somebody else holds the job: nothing to do."""
         job = event.job
-        if (job.id, job.attempt) in self._lost:
-            self._lost.discard((job.id, job.attempt))
-            self._forget(job)
-            return
         if isinstance(event, Finished):
             result, images = with_queue_time(event), event.images
             stored = await self._retry(lambda: self._queue.succeed(self.id, job, result, images))
@@ -239,17 +311,22 @@ class Worker:
         elif isinstance(event, Cancelled):
             stored = await self._retry(lambda: self._queue.acknowledge_cancel(self.id, job))
             outcome = "cancelled"
+        elif isinstance(event, Expired):
+            stored = await self._retry(lambda: self._queue.expire(self.id, job))
+            outcome = "expired"
         else:
             failure = event.failure
             stored = await self._retry(lambda: self._queue.fail(self.id, job, failure))
             outcome = "failed"
-        observe_end(event, outcome)
+        if stored:
+            observe_end(event, outcome)
         log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
-        self._forget(job)
 
     def _forget(self, job: Job) -> None:
         """Stop holding this attempt; a later attempt at the same job may be held by now."""
-        if (held := self._held.get(job.id)) is not None and held.attempt == job.attempt:
+        self._lost.discard((job.id, job.attempt))
+        self._ending.discard((job.id, job.attempt))
+        if self._holds(job.id, job.attempt):
             del self._held[job.id]
 
     async def _every(self, interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
