@@ -192,6 +192,50 @@ async def test_several_models_ask_for_a_choice(settings: Settings, queue: JobQue
         assert [model["id"] for model in (await client.get("/models")).json()["models"]] == ["one", "two"]
 
 
+async def last_served_ago(queue: JobQueue, model: str, seconds: float) -> None:
+    """As if the model's last worker had gone that long ago."""
+    connection = queue._connection
+    await connection.command("ZADD", f"{connection.keys.prefix}served", int((time.time() - seconds) * 1000), model)
+
+
+async def test_a_model_whose_workers_are_gone_is_not_offered_beside_a_living_one(
+    settings: Settings, queue: JobQueue
+) -> None:
+    async with InstantWorker(queue, card("old"), worker_id="gone").running():
+        pass
+    async with InstantWorker(queue, card("new")).running(), in_process(settings, queue) as client:
+        assert [model["id"] for model in (await client.get("/models")).json()["models"]] == ["new"]
+        assert (await client.post("/generate", json=FOX)).json()["manifest"]["model"] == "new"
+        asked = await client.post("/generate", json={**FOX, "model": "old", "mode": "async"})
+        assert asked.status_code == 202, "its worker may be about to come back"
+
+
+async def test_a_model_without_a_worker_for_a_minute_takes_no_jobs_and_says_when_to_come_back(
+    settings: Settings, queue: JobQueue
+) -> None:
+    async with InstantWorker(queue, card("old"), worker_id="gone").running():
+        pass
+    await last_served_ago(queue, "old", 61)
+    async with in_process(settings, queue) as client:
+        for body in ({**FOX, "model": "old"}, FOX):
+            refused = await client.post("/generate", json=body)
+            assert (refused.status_code, refused.json()["code"]) == (503, "no_model")
+            assert int(refused.headers["retry-after"]) >= 1
+        assert (await client.get("/models")).json()["models"] == []
+
+
+async def test_the_only_model_takes_jobs_while_its_worker_restarts(settings: Settings, queue: JobQueue) -> None:
+    worker = InstantWorker(queue)
+    async with worker.running():
+        pass
+    await last_served_ago(queue, "test-world", 30)
+    async with in_process(settings, queue) as client:
+        assert [model["id"] for model in (await client.get("/models")).json()["models"]] == ["test-world"]
+        url = (await client.post("/generate", json={**FOX, "mode": "async"})).headers["location"]
+        async with worker.running():
+            assert (await queue.wait(url.removeprefix("/jobs/"), 5)).state == "succeeded"
+
+
 # Idempotency
 
 

@@ -19,8 +19,8 @@ from darkroom.api.app import create_app
 from darkroom.api.problems import TITLES
 from darkroom.config import Settings
 from darkroom.errors import HTTP_STATUS
-from darkroom.jobs import Failure, ModelCard
-from darkroom.queue import EmbeddedRedis, JobQueue
+from darkroom.jobs import Failure
+from darkroom.queue import Cards, EmbeddedRedis, JobQueue
 
 from tests.support.http import in_process, served
 from tests.support.instant_worker import InstantWorker, card
@@ -252,7 +252,7 @@ async def draining(world: World) -> httpx.Response:
 
 
 class BrokenQueue(JobQueue):
-    async def cards(self) -> dict[str, ModelCard]:
+    async def cards(self) -> Cards:
         raise RuntimeError("secret /path/to/the/inside at 0x7f00")
 
 

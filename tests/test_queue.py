@@ -488,15 +488,50 @@ async def test_a_worker_claims_only_its_models(queue: JobQueue) -> None:
 
 
 async def test_workers_and_cards_are_known_after_they_register(queue: JobQueue, settings: Settings) -> None:
-    assert await queue.cards() == {}
+    assert (await queue.cards()).known == {}
     await queue.register("w1", [make_card("b"), make_card("a")])
     [worker] = await queue.live_workers()
     assert (worker.id, worker.models) == ("w1", ["a", "b"])
     async with opened(settings, settings.redis_url or "") as other:
-        assert await other.cards() == {"a": make_card("a"), "b": make_card("b")}
+        assert (await other.cards()).live == {"a": make_card("a"), "b": make_card("b")}
         await queue.unregister("w1")
         assert await other.live_workers() == []
-        assert set(await other.cards()) == {"a", "b"}, "a model that was offered once stays known"
+
+
+async def cards_of(settings: Settings) -> tuple[set[str], set[str], set[str]]:
+    """Live, recent and known models as a process sees them that looks for the first time."""
+    async with opened(settings, settings.redis_url or "") as fresh:
+        cards = await fresh.cards()
+        return set(cards.live), set(cards.recent), set(cards.known)
+
+
+async def test_a_model_is_recent_for_a_minute_after_its_last_worker_and_then_forgotten(
+    queue: JobQueue, settings: Settings, redis: Any, keys: Keys
+) -> None:
+    both, none = {"a", "b"}, set[str]()
+    await queue.register("w1", [make_card("a"), make_card("b")])
+    await queue.register("w2", [make_card("b")])
+    assert await cards_of(settings) == (both, both, both)
+    await queue.unregister("w1")
+    assert await cards_of(settings) == ({"b"}, both, both)
+
+    async def served_ago(seconds: float) -> None:
+        await redis.zadd(f"{keys.prefix}served", {"a": int((time.time() - seconds) * 1000)})
+
+    await served_ago(59)
+    assert await cards_of(settings) == ({"b"}, both, both)
+    await served_ago(61)
+    assert await cards_of(settings) == ({"b"}, {"b"}, both)
+    await served_ago(settings.job_ttl_s + 1)
+    assert await cards_of(settings) == ({"b"}, {"b"}, {"b"})
+    await queue.heartbeat("w2")
+    assert await redis.hkeys(f"{keys.prefix}cards") == [b"b"]
+    assert await redis.zrange(f"{keys.prefix}served", 0, -1) == [b"b"]
+    await queue.register("w1", [make_card("a")])
+    assert await cards_of(settings) == (both, both, both)
+    for worker in ("w1", "w2"):
+        await queue.unregister(worker)
+    assert await cards_of(settings) == (none, both, both)
 
 
 # Waking and waiting

@@ -5,7 +5,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 ├── ModelError                  a model directory cannot be served as it is; start-up stops, exit code 2
 ├── RequestError                the caller's request cannot be served as written
 │   ├── InvalidRequest          a field is wrong: names field, value and accepted range
-│   │   └── UnknownModel        no worker has ever offered that model
+│   │   └── UnknownModel        no worker has offered that model lately
 │   ├── JobNotFound             no such job, or its record has expired
 │   ├── ImageNotFound           the job has no such image, or it has expired
 │   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
@@ -13,7 +13,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 ├── Unavailable                 the service cannot take the request now; `retry_after_s` says when to try again
 │   ├── QueueFull               the queue holds as much as it may
 │   ├── StorageFull             the result store is near its memory limit
-│   ├── NoModel                 no worker has registered a model yet
+│   ├── NoModel                 no worker serves a model, or the one asked for
 │   ├── QueueUnavailable        Redis cannot be reached or refuses writes
 │   └── Draining                this process is shutting down
 └── JobError                    an accepted job could not be finished; its code is stored with the job

@@ -93,13 +93,14 @@ def _not_ready(error: Unavailable, *, was_ready: bool) -> Response:
     response_class=Response,
     responses={
         200: {
-            "description": "The models' cards; none while no worker is alive.",
+            "description": "The cards of the models that have a live worker; while no worker is alive, of those that had "
+            "one within the last minute.",
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Models"}}},
         },
         **documented("queue_unavailable"),
     },
 )
 async def models(request: Request) -> Response:
-    cards = await service_of(request).queue.cards()
-    reply = Models(models=[cards[name] for name in sorted(cards)])
+    offered = (await service_of(request).queue.cards()).offered
+    reply = Models(models=[offered[name] for name in sorted(offered)])
     return Response(msgspec.json.encode(reply), media_type="application/json", headers=_NO_STORE)

@@ -14,6 +14,7 @@ from darkroom.api.schema import MAX_DEADLINE_S, MAX_GUIDANCE_SCALE, MAX_SEED, OU
 from darkroom.config import Settings
 from darkroom.errors import InvalidRequest, NoModel, UnknownModel
 from darkroom.jobs import GenerationRequest, ModelCard
+from darkroom.queue import Cards
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations, supported_sigma_schedules
 
 
@@ -71,21 +72,22 @@ def _is_bad_text(text: str, settings: Settings) -> bool:
     return len(text) > settings.max_prompt_chars or "\0" in text
 
 
-def choose_card(model: str | None, cards: Mapping[str, ModelCard]) -> ModelCard:
+def choose_card(model: str | None, cards: Cards) -> ModelCard:
     """The card of the model asked for, or of the only one there is.
 
     Raises `NoModel`, `UnknownModel`, or `InvalidRequest` when several could be meant.
     """
-    if not cards:
-        raise NoModel("no worker has offered a model yet", retry_after_s=2.0)
-    if model is None:
-        if len(cards) > 1:
-            raise InvalidRequest("model", Missing(), f"one of {', '.join(sorted(cards))}")
-        return next(iter(cards.values()))
-    card = cards.get(model)
-    if card is None:
-        raise UnknownModel("model", describe(model), f"one of {', '.join(sorted(cards))}")
-    return card
+    if model is not None and model in cards.recent:
+        return cards.recent[model]
+    if model in cards.known:
+        raise NoModel(f"no worker serves the model {model} at present", retry_after_s=5.0)
+    if not cards.offered:
+        raise NoModel("no worker serves a model", retry_after_s=2.0)
+    if model is not None:
+        raise UnknownModel("model", describe(model), f"one of {', '.join(sorted(cards.offered))}")
+    if len(cards.offered) > 1:
+        raise InvalidRequest("model", Missing(), f"one of {', '.join(sorted(cards.offered))}")
+    return next(iter(cards.offered.values()))
 
 
 def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> GenerationRequest:

@@ -163,7 +163,7 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Models(msgspec.Struct, frozen=True):
-    """The models that live workers serve."""
+    """The models that workers serve."""
 
     models: list[ModelCard]
 

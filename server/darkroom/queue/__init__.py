@@ -2,6 +2,16 @@
 
 from darkroom.queue.embedded import EmbeddedRedis
 from darkroom.queue.queue import JobQueue
-from darkroom.queue.records import Enqueued, JobEvent, QueueStats, Reaped, Renewal, WorkerInfo
+from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, Reaped, Renewal, WorkerInfo
 
-__all__ = ["EmbeddedRedis", "Enqueued", "JobEvent", "JobQueue", "QueueStats", "Reaped", "Renewal", "WorkerInfo"]
+__all__ = [
+    "Cards",
+    "EmbeddedRedis",
+    "Enqueued",
+    "JobEvent",
+    "JobQueue",
+    "QueueStats",
+    "Reaped",
+    "Renewal",
+    "WorkerInfo",
+]

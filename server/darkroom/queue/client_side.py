@@ -24,7 +24,7 @@ from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
 from darkroom.queue.notices import Notices, wait_for
-from darkroom.queue.records import Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, status_of
+from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, status_of
 
 # A class is a head start, not a rank: a waiting job of a lower class is passed only by jobs that came at most twenty
 # minutes (low against high) or ten (its neighbour) after it, so nothing starves.
@@ -33,6 +33,8 @@ HEAD_START_S = {Priority.LOW: -600, Priority.NORMAL: 0, Priority.HIGH: 600}
 SAFETY_POLL_S = 5.0
 _OUTAGE_PAUSE_S = 0.25
 _CARDS_AGE_S = 1.0
+# For how long a model without a worker still takes jobs: one that is started again finds them waiting.
+MODEL_GRACE_S = 60.0
 
 
 class ClientSide:
@@ -41,7 +43,7 @@ class ClientSide:
         self._notices = notices
         self._max_queue_jobs = max_queue_jobs
         self._memory = MemoryGauge(connection)
-        self._cards: dict[str, ModelCard] = {}
+        self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
 
     async def ping(self) -> None:
@@ -177,17 +179,22 @@ class ClientSide:
             raise ImageNotFound(f"job {job_id} has no images: it is {state.decode()}")
         return int(number)
 
-    async def cards(self) -> dict[str, ModelCard]:
-        """Every model that a worker has offered, by id; up to a second old. A card this release cannot read is left
-        out."""
+    async def cards(self) -> Cards:
+        """The models that workers serve or have served lately; up to a second old. A card this release cannot read is
+        left out."""
         if time.monotonic() - self._cards_read_at > _CARDS_AGE_S:
-            stored = await self._connection.command("HGETALL", self._connection.keys.cards)
-            cards = {}
-            for model, data in _items(stored):
+            stored = await self._connection.script("cards")
+            cards = Cards({}, {}, {})
+            for model, data, idle_ms in sorted(zip(stored[::3], stored[1::3], stored[2::3], strict=True)):
                 try:
-                    cards[model.decode()] = decode(data, ModelCard)
+                    card = decode(data, ModelCard)
                 except JobError:
                     continue
+                cards.known[model.decode()] = card
+                if idle_ms <= MODEL_GRACE_S * 1000:
+                    cards.recent[model.decode()] = card
+                if idle_ms <= 0:
+                    cards.live[model.decode()] = card
             self._cards, self._cards_read_at = cards, time.monotonic()
         return self._cards
 
@@ -222,8 +229,3 @@ def _read_view(job_id: str, reply: Any) -> JobStatus:
     if not record:
         raise JobNotFound(f"there is no job {job_id}, or its record has expired")
     return status_of(pairs(record), position)
-
-
-def _items(reply: Any) -> list[tuple[bytes, bytes]]:
-    """HGETALL's reply, which the client turns into a dict."""
-    return sorted(reply.items())

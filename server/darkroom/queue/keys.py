@@ -32,7 +32,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "workers": ("zset", "live workers by the ms until which they count as alive", "10 heartbeats missed"),
     "serving": ("zset", "serving:<model>: the same, per model", "10 heartbeats missed"),
     "worker": ("string", "worker:<id>: encoded WorkerInfo", "one lifetime without a heartbeat"),
-    "cards": ("hash", "model -> encoded ModelCard, kept so that a known model is never unknown", "none: small"),
+    "served": ("zset", "models by the ms until which a worker of theirs counts as alive", "none: job_ttl_s per model"),
+    "cards": ("hash", "model -> encoded ModelCard", "none: as served"),
 }
 
 # Publish/subscribe channels; each message is a job id.
@@ -75,10 +76,6 @@ class Keys:
     @property
     def workers(self) -> str:
         return f"{self.prefix}workers"
-
-    @property
-    def cards(self) -> str:
-        return f"{self.prefix}cards"
 
     def channel(self, name: str) -> str:
         return f"{self.prefix}{name}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from darkroom.errors import JobError
-from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, Result, decode
+from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, ModelCard, Result, decode
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,22 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     models: list[str]
     started_at_ms: int
     version: int = MESSAGE_VERSION
+
+
+@dataclass(frozen=True)
+class Cards:
+    """The models' cards by id: `live` ones have a worker, `recent` ones have or had one within the last minute, and
+    `known` ones within job_ttl_s."""
+
+    live: dict[str, ModelCard]
+    recent: dict[str, ModelCard]
+    known: dict[str, ModelCard]
+
+    @property
+    def offered(self) -> dict[str, ModelCard]:
+        """What a client may choose from: the live models, or while there is none the recent ones, whose workers may be
+        about to come back."""
+        return self.live or self.recent
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 -- Say that a worker lives and which models it serves. Carries everything, so it also heals a wiped server.
 --
 -- ARGV 1 worker   2 ms it stays alive   3 encoded worker info   4.. model, encoded card, model, encoded card ...
--- Writes workers, worker:<id>, serving:<model>, cards. Returns nothing of interest.
+-- Writes workers, worker:<id>, serving:<model>, served, cards; cards of models that were last served longer than
+-- JOB_TTL_MS ago are dropped. Returns nothing of interest.
 
 local worker, ttl_ms = ARGV[1], tonumber(ARGV[2])
 write_at_memory_limit()
@@ -14,6 +15,11 @@ beat(prefix .. 'workers')
 redis.call('SET', prefix .. 'worker:' .. worker, ARGV[3], 'PX', ttl_ms)
 for i = 4, #ARGV, 2 do
   beat(prefix .. 'serving:' .. ARGV[i])
+  note_served(ARGV[i])
   redis.call('HSET', prefix .. 'cards', ARGV[i], ARGV[i + 1])
+end
+redis.call('ZREMRANGEBYSCORE', prefix .. 'served', '-inf', '(' .. (now_ms - JOB_TTL_MS))
+for _, model in ipairs(redis.call('HKEYS', prefix .. 'cards')) do
+  if not redis.call('ZSCORE', prefix .. 'served', model) then redis.call('HDEL', prefix .. 'cards', model) end
 end
 return 1

@@ -102,6 +102,12 @@ local function requeue(id, job)
   make_ready(id, job)
 end
 
+-- Remember until when a model has a worker: the last of its live ones, or now, as one was just there.
+local function note_served(model)
+  local last = redis.call('ZREVRANGE', prefix .. 'serving:' .. model, 0, 0, 'WITHSCORES')
+  redis.call('ZADD', prefix .. 'served', math.max(now_ms, last[2] or 0), model)
+end
+
 -- How many jobs of the same model stand before this one; -1 when it is not waiting.
 local function position(job)
   if not job or job.state ~= 'queued' then return -1 end
