@@ -14,6 +14,7 @@ from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
+from darkroom.errors import QueueUnavailable
 from darkroom.jobs import Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import Worker
@@ -175,20 +176,129 @@ async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothin
         await late.close()
 
 
-async def test_a_worker_whose_engine_breaks_says_so_and_keeps_no_job(
+def broken_engine(*arguments: object, **keywords: object) -> Engine:
+    engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+
+    def breaks(*_: object) -> None:
+        raise MemoryError("the batcher is out of its mind")
+
+    engine.batcher.choose = breaks  # type: ignore[method-assign, assignment]
+    return engine
+
+
+async def test_a_job_that_breaks_every_engine_ends_as_a_dead_letter(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
-    def broken_engine(*arguments: object, **keywords: object) -> Engine:
+    settings = settings.model_copy(update={"lease_s": 0.5})
+    impatient = await JobQueue.connect(settings, str(settings.redis_url))
+    try:
+        job = await enqueue(impatient, job_for(model, ""))
+        for _ in range(settings.max_failures):
+            worker = Worker(settings, impatient, functools.partial(broken_engine, {model.id: model}, settings))
+            with pytest.raises(MemoryError):
+                await asyncio.wait_for(worker.run(), 20)
+        while not (await impatient.reap()).dead:  # noqa: ASYNC110 - a lease ends by the server's clock
+            await asyncio.sleep(0.05)
+        status = await impatient.status(job.id)
+    finally:
+        await impatient.close()
+    assert (status.state, status.failure and status.failure.code) == (JobState.FAILED, "dead_letter")
+
+
+async def test_a_drain_does_not_wait_for_a_long_tick_and_hands_its_job_back(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    ticking, may_end = threading.Event(), threading.Event()
+
+    def stuck_engine(*arguments: object, **keywords: object) -> Engine:
         engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
 
-        def breaks(*_: object) -> None:
-            raise MemoryError("the batcher is out of its mind")
+        def long_tick(*_: object) -> None:
+            ticking.set()
+            may_end.wait(30)
 
-        engine.batcher.choose = breaks  # type: ignore[method-assign, assignment]
+        engine._tick = long_tick  # type: ignore[method-assign, assignment]
         return engine
 
+    worker = Worker(settings, queue, functools.partial(stuck_engine, {model.id: model}, settings))
+    running = asyncio.create_task(worker.run())
     job = await enqueue(queue, job_for(model, ""))
-    worker = Worker(settings, queue, functools.partial(broken_engine, {model.id: model}, settings))
-    with pytest.raises(MemoryError):
-        await asyncio.wait_for(worker.run(), 20)
-    assert (await queue.status(job.id)).state is JobState.QUEUED
+    await asyncio.to_thread(ticking.wait, 20)
+    worker.drain()
+    try:
+        await asyncio.wait_for(running, 5)
+        status = await queue.status(job.id)
+        assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
+    finally:
+        may_end.set()
+
+
+async def test_a_job_past_its_deadline_ends_as_expired_while_it_runs(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=500), deadline_s=0.5)
+        assert (await queue.wait(job.id, 20)).state is JobState.EXPIRED
+
+
+async def test_a_cancellation_that_overtakes_the_claims_reply_is_not_missed(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = queue.claim
+
+    async def slow_reply(*arguments: object, **keywords: object) -> list[Job]:
+        jobs = await claim(*arguments, **keywords)  # type: ignore[arg-type]
+        for job in jobs:
+            await queue.cancel(job.id)
+            await asyncio.sleep(0.2)
+        return jobs
+
+    monkeypatch.setattr(queue, "claim", slow_reply)
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=100))
+        assert (await queue.wait(job.id, 10)).state is JobState.CANCELLED
+
+
+async def test_a_drain_during_a_claim_hands_back_what_it_brings(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, claimed = queue.claim, asyncio.Event()
+
+    async def slow_reply(*arguments: object, **keywords: object) -> list[Job]:
+        jobs = await claim(*arguments, **keywords)  # type: ignore[arg-type]
+        if jobs:
+            claimed.set()
+            await asyncio.sleep(0.1)
+        return jobs
+
+    monkeypatch.setattr(queue, "claim", slow_reply)
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=100))
+        await claimed.wait()
+    status = await queue.status(job.id)
+    assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
+
+
+async def test_a_worker_can_be_stopped_while_redis_is_away(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unreachable(*_: object) -> None:
+        raise QueueUnavailable("the queue cannot be reached")
+
+    monkeypatch.setattr(queue, "register", unreachable)
+    monkeypatch.setattr(queue, "unregister", unreachable)
+    async with serving(settings, queue, model):
+        pass
+
+
+async def test_nothing_is_left_in_a_worker_after_its_jobs_have_ended(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    settings = settings.model_copy(update={"lease_s": 0.6})
+    async with serving(settings, queue, model) as worker:
+        jobs = [await enqueue(queue, job_for(model, "", seed=seed, num_inference_steps=1)) for seed in range(60)]
+        for job in jobs:
+            assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
+        assert queue.num_waiters == 0
+    assert (worker._held, worker._lost, worker._ending, worker._progress) == ({}, set(), set(), {})
+    assert (worker._engine._jobs, worker._engine._rows) == ({}, {})
