@@ -180,8 +180,12 @@ def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], 
     assert len(addresses) == 2
     assert all("darkroom_build_info" in httpx.get(address, timeout=5).text for address in addresses)
 
-    # A killed process comes back, and what was asked for before is still there.
+    # A killed process comes back, and what was asked for before is still there or still on its way.
     first = picture(url, seed=5)
+    body = {"prompt": "a cat", "num_inference_steps": 200, "mode": "async"}
+    jobs = [httpx.post(f"{url}generate", json={**body, "seed": seed}, timeout=20).json() for seed in range(3)]
+    while httpx.get(f"{url}{jobs[0]['url'].lstrip('/')}", timeout=20).json()["state"] == "queued":
+        time.sleep(0.02)
     for word in ("api", "worker"):
         os.kill(up.pid_of(word), signal.SIGKILL)
     up.wait_for(lambda: up.events("service_ended", service="api", reason="signal SIGKILL"))
@@ -193,6 +197,7 @@ def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], 
     up.wait_for(lambda: len(up.events("embedded_redis")) == 2)
     wait_ready_again(url)
     assert picture(url, seed=5) == first
+    assert [final_state(f"{url}{job['url'].lstrip('/')}") for job in jobs] == ["succeeded"] * 3
 
     # A second one on the same directory is refused in one line.
     other = start()
@@ -205,6 +210,14 @@ def test_one_command_to_a_picture_and_back_to_nothing(start: Callable[..., Up], 
     assert not [line for line in up.err if "cat" in line], "a prompt was logged"
     stopped = [event["event"] for event in map(json.loads, up.err) if event["event"].endswith("_stopped")]
     assert stopped == ["api_stopped", "worker_stopped", "all_stopped"]
+
+
+def final_state(job_url: str) -> str:
+    until = time.monotonic() + 100
+    while (state := str(httpx.get(job_url, timeout=20).json()["state"])) in ("queued", "running"):
+        assert time.monotonic() < until, f"{job_url} is still {state}"
+        time.sleep(0.1)
+    return state
 
 
 @pytest.mark.timeout(300)
