@@ -93,8 +93,8 @@ def _not_ready(error: Unavailable, *, was_ready: bool) -> Response:
     response_class=Response,
     responses={
         200: {
-            "description": "The cards of the models that have a live worker; while no worker is alive, of those that had "
-            "one within the last minute.",
+            "description": "The cards of the models that have a live worker; while no worker is alive, of those that "
+            "had one within the last minute.",
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Models"}}},
         },
         **documented("queue_unavailable"),
