@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import pickle
 import random
@@ -660,6 +661,23 @@ async def test_a_payload_of_a_newer_release_is_failed_and_says_so(queue: JobQueu
     await redis.hset(keys.job(job.id), "payload", msgspec.msgpack.encode({**msgspec.to_builtins(job), "version": 99}))
     assert await claim(queue) == []
     assert (await redis.hmget(keys.job(job.id), "state", "error_code")) == [b"failed", b"bad_message"]
+
+
+async def test_an_unreadable_job_that_cannot_be_settled_takes_no_other_along(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    garbage, healthy = await enqueue(queue), await enqueue(queue)
+    await redis.hset(keys.job(garbage.id), "payload", b"\xff garbage")
+    connection = queue._connection
+    text, sha = connection._scripts["settle"], connection._shas["settle"]
+    broken = "return redis.error_reply('refused')"
+    connection._scripts["settle"], connection._shas["settle"] = broken, hashlib.sha1(broken.encode()).hexdigest()
+    assert [job.id for job in await claim(queue)] == [healthy.id]
+    connection._scripts["settle"], connection._shas["settle"] = text, sha
+    await lose_lease(redis, keys, garbage)
+    await queue.reap()
+    assert await claim(queue) == []
+    assert await redis.hget(keys.job(garbage.id), "state") == b"failed"
 
 
 # Limits

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 import structlog
 
-from darkroom.errors import JobError
+from darkroom.errors import JobError, QueueUnavailable
 from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
 from darkroom.queue.connection import BLOCK_S, RedisConnection
 from darkroom.queue.notices import Notices
@@ -88,7 +88,11 @@ class WorkerSide:
             except JobError as error:
                 log.warning("job_unreadable", job_id=job_id.decode(), error=str(error))
                 failure = Failure(code=error.code, message=str(error))
-                await self._settle(worker_id, job_id.decode(), attempt, JobState.FAILED, failure=failure)
+                try:
+                    await self._settle(worker_id, job_id.decode(), attempt, JobState.FAILED, failure=failure)
+                except QueueUnavailable as outage:
+                    # The others must not be lost with it. Its lease runs out, and a later claim meets it again.
+                    log.warning("job_not_settled", job_id=job_id.decode(), reason=str(outage))
             else:
                 jobs.append(job)
         return jobs
