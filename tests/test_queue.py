@@ -34,7 +34,7 @@ from darkroom.jobs import Failure, Job, JobState, Priority, new_job_id
 from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.queue.admission import MEMORY_SHARE, retry_after_s
 from darkroom.queue.embedded import find_redis_server
-from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys
+from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys, digest
 from redis.asyncio import Redis
 
 from tests.support.jobs import MODEL, make_card, make_job, make_result
@@ -661,6 +661,22 @@ async def test_a_payload_of_a_newer_release_is_failed_and_says_so(queue: JobQueu
     await redis.hset(keys.job(job.id), "payload", msgspec.msgpack.encode({**msgspec.to_builtins(job), "version": 99}))
     assert await claim(queue) == []
     assert (await redis.hmget(keys.job(job.id), "state", "error_code")) == [b"failed", b"bad_message"]
+
+
+async def test_a_damaged_record_gives_back_what_it_held_where_that_can_be_read(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    for index, damage in enumerate(({"attempt": "many"}, {"score": "high", "idempotency": "0"}, {"rows": "no"})):
+        job = await enqueue(queue, idempotency_key=str(index))
+        await redis.hset(keys.job(job.id), mapping=damage)
+    held = (await queue.stats()).reserved_bytes
+    worst = await enqueue(queue)
+    worst_holds = (await queue.stats()).reserved_bytes - held
+    await redis.hset(keys.job(worst.id), "reserved", "-1e400")
+    assert await claim(queue) == []
+    assert (await queue.stats()).reserved_bytes == worst_holds
+    stays = [await redis.ttl(f"{keys.prefix}idempotency:{digest(str(index))}") for index in range(3)]
+    assert [stay > 0 for stay in stays] == [True, False, True]
 
 
 async def test_an_unreadable_job_that_cannot_be_settled_takes_no_other_along(

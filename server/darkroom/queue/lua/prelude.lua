@@ -67,6 +67,20 @@ local function make_ready(id, job)
   wake_worker(job.model)
 end
 
+-- Give back what an ending job holds: its reservation, and its idempotency key's stay.
+local function release(reserved, digest)
+  redis.call('HINCRBY', counters, 'reserved_bytes', -reserved)
+  if digest ~= '' then redis.call('PEXPIRE', prefix .. 'idempotency:' .. digest, JOB_TTL_MS) end
+end
+
+-- The same for a damaged record, as far as it can be read.
+local function release_unreadable(id)
+  local fields = redis.pcall('HMGET', job_key(id), 'reserved', 'idempotency')
+  if fields.err then return end
+  local reserved = tostring(fields[1])
+  release(reserved:match('^%d+$') and #reserved < 16 and tonumber(reserved) or 0, fields[2] or '')
+end
+
 -- Move a job into a terminal state: the only place where that happens. `job` is nil for an unreadable record, which is
 -- replaced by a readable failed one. More arguments are fields and values to set.
 local function finish(id, job, state, ...)
@@ -74,11 +88,9 @@ local function finish(id, job, state, ...)
   redis.call('ZREM', queued, id)
   if job then
     redis.call('ZREM', ready_key(job.rank, job.model), id)
-    redis.call('HINCRBY', counters, 'reserved_bytes', -job.reserved)
-    if job.idempotency ~= '' then
-      redis.call('PEXPIRE', prefix .. 'idempotency:' .. job.idempotency, JOB_TTL_MS)
-    end
+    release(job.reserved, job.idempotency)
   else
+    release_unreadable(id)
     redis.call('DEL', job_key(id))
     job = { step = 0, num_steps = 0 }
   end
