@@ -14,6 +14,7 @@ from darkroom.engine.engine import Cancelled, Engine, Expired, Failed, TickRepor
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
+from darkroom.worker.main import load_models
 
 from tests.support.engines import job_for, pixels, request_for, run_jobs
 from tests.support.tiny_models import write_tiny_model
@@ -53,6 +54,16 @@ def test_every_picture_is_the_same_alone_and_in_a_mixed_crowd(model: DiffusionMo
             assert alone.images("alone") == crowd.images(str(i))
         else:
             assert np.abs(alone.pixels("alone") - crowd.pixels(str(i))).max() <= 1
+
+
+def test_the_built_in_model_in_the_dtype_it_is_served_in_draws_the_same_alone_and_in_a_crowd() -> None:
+    settings = settings_with()
+    model = load_models(settings, [])["emoji-world"]
+    crowd = [{**fields, "prompt": "a duck in a forest", "num_inference_steps": 6} for fields in CROWD[:5]]
+    together = run_jobs(model, [job_for(model, str(i), **fields) for i, fields in enumerate(crowd)], settings)
+    for i, fields in enumerate(crowd):
+        alone = run_jobs(model, [job_for(model, "alone", **fields)], settings)
+        assert np.abs(alone.pixels("alone") - together.pixels(str(i))).max() <= 1
 
 
 @pytest.mark.parametrize("joining_step", range(1, 6))

@@ -67,3 +67,15 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         group_norm(x, 3, weight, bias, 1e-5)
     with pytest.raises(ValueError, match=r"shift \[2, 8\]"):
         group_norm(x, 2, weight, bias, 1e-5, shift=shift[:, :4])
+
+
+@pytest.mark.parametrize("channels", [64, 128, 320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_row_is_normalised_alike_alone_and_in_any_batch(channels: int, dtype: torch.dtype) -> None:
+    """The form was once chosen by the whole batch's size, and pictures changed with their neighbours."""
+    x = torch.randn(40, channels, 16, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    alone = group_norm(x[:1].contiguous(memory_format=torch.channels_last), 32, weight, bias, 1e-5, silu=True)
+    for rows in (2, 3, 8, 40):
+        batch = x[:rows].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(group_norm(batch, 32, weight, bias, 1e-5, silu=True)[:1], alone)
