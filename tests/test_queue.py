@@ -672,7 +672,7 @@ async def test_a_damaged_record_gives_back_what_it_held_where_that_can_be_read(
     held = (await queue.stats()).reserved_bytes
     worst = await enqueue(queue)
     worst_holds = (await queue.stats()).reserved_bytes - held
-    await redis.hset(keys.job(worst.id), "reserved", "-1e400")
+    await redis.hset(keys.job(worst.id), "reserved", "a lot")
     assert await claim(queue) == []
     assert (await queue.stats()).reserved_bytes == worst_holds
     stays = [await redis.ttl(f"{keys.prefix}idempotency:{digest(str(index))}") for index in range(3)]
@@ -734,6 +734,25 @@ async def test_results_are_counted_before_they_exist_so_memory_never_runs_out(
             memory = await queue._connection.command("INFO", "memory")
             assert memory["used_memory"] < 24 * megabyte
             assert len(await queue.images(accepted[0].id)) == 1
+
+
+async def test_what_is_reserved_for_a_job_covers_it_from_start_to_end(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    job = await enqueue(queue, result_bytes=0, idempotency_key="k")
+    reserved = (await queue.stats()).reserved_bytes
+
+    async def cost() -> int:
+        names = (keys.job(job.id), keys.events(job.id), f"{keys.prefix}idempotency:{digest('k')}")
+        return sum([await redis.memory_usage(name, samples=0) for name in names])
+
+    assert await cost() < reserved
+    claimed = await claim_one(queue)
+    for step in range(1, 257):
+        await queue.progress("w1", [(job.id, claimed.attempt, step, 256)])
+    assert 0.8 * reserved < await cost() < reserved
+    running = await redis.memory_usage(keys.job(job.id), samples=0)
+    await queue.fail("w1", claimed, FAILURE)
+    assert await cost() < reserved
+    assert await redis.memory_usage(keys.job(job.id), samples=0) <= running, "a finished record is no larger"
 
 
 async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(settings: Settings, tmp_path: Path) -> None:

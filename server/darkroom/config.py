@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     max_queue_jobs: int = Field(1000, ge=1, le=1_000_000, description="Jobs waiting before new ones are answered 429.")
 
     result_ttl_s: int = Field(900, ge=10, le=86400 * 7, description="How long finished images are kept.")
-    job_ttl_s: int = Field(86400, ge=60, le=86400 * 30, description="How long a finished job's record is kept.")
+    job_ttl_s: int = Field(3600, ge=60, le=86400 * 30, description="How long a finished job's record is kept.")
     lease_s: float = Field(
         15.0, ge=0.5, le=600, description="Silence after which a worker's jobs are given to another."
     )

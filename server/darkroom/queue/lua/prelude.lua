@@ -67,9 +67,10 @@ local function make_ready(id, job)
   wake_worker(job.model)
 end
 
--- Give back what an ending job holds: its reservation, and its idempotency key's stay.
+-- Give back what an ending job holds: its reservation, and its idempotency key, after a while.
 local function release(reserved, digest)
-  redis.call('HINCRBY', counters, 'reserved_bytes', -reserved)
+  -- Not -reserved, which for 0 is "-0" and no integer to Redis.
+  redis.call('HINCRBY', counters, 'reserved_bytes', 0 - reserved)
   if digest ~= '' then redis.call('PEXPIRE', prefix .. 'idempotency:' .. digest, JOB_TTL_MS) end
 end
 
@@ -94,6 +95,9 @@ local function finish(id, job, state, ...)
     redis.call('DEL', job_key(id))
     job = { step = 0, num_steps = 0 }
   end
+  -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
+  -- First out, then in, so that the hash need not grow.
+  redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)
