@@ -20,7 +20,7 @@ from darkroom.errors import ConfigError
 from darkroom.generate import paths_of, read_events
 from darkroom.jobs import Failure
 from darkroom.queue import JobQueue
-from darkroom.up import first_request, free_port, plan_workers, visible_gpus
+from darkroom.up import STOP_TIMEOUTS_S, first_request, free_port, gpus_to_use, plan_workers, visible_gpus
 from PIL import Image
 
 from tests.support.http import served
@@ -223,6 +223,29 @@ def test_the_usual_variable_says_which_gpus_are_visible(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == found
+
+
+@pytest.mark.parametrize(
+    ("device", "torch_version", "found"),
+    [
+        ("auto", "2.14.0+cu130", ["0", "2"]),
+        ("cuda", "2.14.0+cu130", ["0", "2"]),
+        ("cuda:1", "2.14.0+cu130", []),
+        ("cpu", "2.14.0+cu130", []),
+        ("cuda", "2.14.0+cpu", []),
+    ],
+)
+def test_only_a_numbered_device_or_the_cpu_keeps_workers_from_spreading_over_all_gpus(
+    device: str, torch_version: str, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    monkeypatch.setattr("darkroom.up.version", lambda name: torch_version)
+    assert gpus_to_use(device) == found
+
+
+def test_a_stop_ends_within_five_seconds_even_where_everything_has_to_be_killed() -> None:
+    assert sum(STOP_TIMEOUTS_S.values()) < 5
+    assert STOP_TIMEOUTS_S["worker"] >= 2.5, "a worker has a tick to finish and jobs to hand back"
 
 
 def test_processes_take_the_metrics_ports_from_the_setting_upwards() -> None:

@@ -40,6 +40,9 @@ log = structlog.get_logger("darkroom.up")
 _POLL_S = 0.05
 # A machine where some workers never come up still serves with the others.
 _MISSING_WORKERS_S = 15.0
+# In the order of stopping, which as a whole must take less than 5 s. A worker has a tick to finish, results to store
+# and jobs to hand back; one that is killed costs its jobs a lease time.
+STOP_TIMEOUTS_S = {"api": 1.7, "worker": 2.5, "redis": 0.6}
 _DEFAULT_PROMPT = "a red fox in the snow"
 
 
@@ -69,9 +72,12 @@ def visible_gpus() -> list[str]:
 
 
 def gpus_to_use(device: str) -> list[str]:
-    """The GPUs that workers are spread over; none when the device setting or the installed torch rules them out."""
+    """The GPUs that workers are spread over; none when the device setting or the installed torch rules them out.
+
+    `cpu` needs none, and `cuda:N` is one GPU that all workers share.
+    """
     with suppress(PackageNotFoundError):
-        if device == "auto" and "+cpu" not in version("torch"):
+        if device in ("auto", "cuda") and "+cpu" not in version("torch"):
             return visible_gpus()
     return []
 
@@ -180,7 +186,7 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
     try:
         if redis is not None:
             service = _PrivateRedis(redis, supervisor)
-            supervisor.add(Service("redis", service.start, stop_rank=2, stop_timeout_s=0.7))
+            supervisor.add(Service("redis", service.start, stop_rank=2, stop_timeout_s=STOP_TIMEOUTS_S["redis"]))
             answering = asyncio.ensure_future(service.answers.wait())
             await first_of(answering, supervisor.wait_stop())
             answering.cancel()
@@ -210,8 +216,8 @@ def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Servi
         "DARKROOM_PROCESS": child.name,
     }
     start = functools.partial(spawner.spawn, [sys.executable, "-m", "darkroom", *child.arguments], env)
-    rank, timeout_s = (0, 1.8) if child.name == "api" else (1, 1.5)
-    return Service(child.name, start, rank, timeout_s)
+    kind = child.arguments[0]
+    return Service(child.name, start, list(STOP_TIMEOUTS_S).index(kind), STOP_TIMEOUTS_S[kind])
 
 
 async def _announce(

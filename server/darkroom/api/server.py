@@ -23,7 +23,7 @@ from darkroom.queue import JobQueue
 log = structlog.get_logger("darkroom.api")
 
 # On SIGTERM a waiting call has this long to be answered with its pictures; then it is answered with its job's URL.
-_HAND_OVER_AFTER_S = 0.8
+_HAND_OVER_AFTER_S = 0.6
 # Written replies may still be on their way to slow readers; they are cut off after this.
 _CLOSE_AFTER_S = 1
 
