@@ -9,15 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from darkroom import __version__
 from darkroom.config import Settings
-from darkroom.errors import ConfigError
-from darkroom.generate import paths_of, read_events
+from darkroom.errors import ConfigError, Unavailable
+from darkroom.generate import generate_there, paths_of, read_events
 from darkroom.jobs import Failure
 from darkroom.queue import JobQueue
 from darkroom.up import STOP_TIMEOUTS_S, first_request, free_port, gpus_to_use, plan_workers, visible_gpus
@@ -163,6 +165,89 @@ async def test_ctrl_c_cancels_the_job_on_the_server(settings: Settings, queue: J
         until = time.monotonic() + 10
         while (await queue.stats()).counters["cancelled"] == 0:
             assert time.monotonic() < until, "the job was not cancelled"
+
+
+JOB_URL = "/jobs/0"
+
+
+class OddServer(ThreadingHTTPServer):
+    """A server that accepts one job when `may_answer` is set, ends each event stream at once and drops a DELETE."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), OddHandler)
+        self.asked, self.may_answer, self.deleted = threading.Event(), threading.Event(), threading.Event()
+        self.num_streams = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class OddHandler(BaseHTTPRequestHandler):
+    server: OddServer
+
+    def _reply(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.set()
+        self.server.may_answer.wait(20)
+        self._reply(202, "application/json", b'{"url": "%s", "events_url": "%s/events"}' % ((JOB_URL.encode(),) * 2))
+
+    def do_GET(self) -> None:
+        self.server.num_streams += 1
+        self._reply(200, "text/event-stream", b'event: running\ndata: {"step": 0, "num_steps": 0}\n\n')
+
+    def do_DELETE(self) -> None:
+        assert self.path == JOB_URL
+        self.server.deleted.set()
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def odd_server() -> Iterator[OddServer]:
+    with OddServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.may_answer.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_events_that_never_lead_to_an_end_are_given_up(odd_server: OddServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darkroom.generate._RETRY_S", 0.0)
+    odd_server.may_answer.set()
+    with pytest.raises(Unavailable, match="before the job has ended"):
+        generate_there({"prompt": "a fox"}, odd_server.url, lambda step, num_steps: None)
+    assert 2 < odd_server.num_streams < 50
+
+
+def test_ctrl_c_while_the_job_is_being_accepted_cancels_it_and_is_130_even_if_that_fails(
+    odd_server: OddServer, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "darkroom", "generate", "a fox", "--url", odd_server.url],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert odd_server.asked.wait(20)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)  # the signal is on its way before the reply is; in the other order this test passes as well
+    odd_server.may_answer.set()
+    err = process.communicate(timeout=20)[1]
+    assert (process.returncode, err) == (130, "")
+    assert odd_server.deleted.is_set()
 
 
 async def test_models_of_a_server_are_listed(settings: Settings, queue: JobQueue, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _TERMINAL_EVENTS = ("succeeded", "failed", "cancelled", "expired")
 _MAX_FAILURES = 20
 _RETRY_S = 0.5
+# How long Ctrl-C waits for the server, for the job's id and again for its cancellation.
+_CANCEL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,17 @@ def generate_there(fields: Mapping[str, Any], url: str, on_progress: OnProgress)
     the job ends without pictures.
     """
     with httpx.Client(base_url=url, timeout=30.0, follow_redirects=True) as client, _reachable(url):
-        accepted = _checked(client.post("/generate", json={**fields, "mode": "async"})).json()
+        asked: Future[httpx.Response] = Future()
         try:
+            _post(client, {**fields, "mode": "async"}, asked)
+            accepted = _checked(asked.result()).json()
             _follow(client, accepted["events_url"], on_progress)
             job = _checked(client.get(accepted["url"])).json()
         except KeyboardInterrupt:
-            client.delete(accepted["url"])
+            # Where the server does not answer any more, an interruption is still one.
+            with suppress(DarkroomError, httpx.HTTPError, TimeoutError, ValueError, LookupError):
+                accepted = _checked(asked.result(_CANCEL_S)).json()
+                client.delete(accepted["url"], timeout=_CANCEL_S)
             raise
         if job["state"] != "succeeded":
             failure = job["failure"] or {"message": f"the job was {job['state']}", "code": job["state"]}
@@ -109,6 +118,18 @@ def generate_there(fields: Mapping[str, Any], url: str, on_progress: OnProgress)
         manifest["num_inference_steps"],
         {name.removesuffix("_s"): seconds for name, seconds in timings.items()},
     )
+
+
+def _post(client: httpx.Client, body: Mapping[str, Any], asked: Future[httpx.Response]) -> None:
+    """Ask for a job in a thread of its own, so that an interruption does not lose the id of a job that was accepted."""
+
+    def post() -> None:
+        try:
+            asked.set_result(client.post("/generate", json=body))
+        except Exception as error:
+            asked.set_exception(error)
+
+    threading.Thread(target=post, name="post", daemon=True).start()
 
 
 def fetch_models(url: str) -> list[dict[str, Any]]:
@@ -161,12 +182,15 @@ def _follow(client: httpx.Client, events_url: str, on_progress: OnProgress) -> N
                 if not reply.is_success:
                     reply.read()
                 for event in read_events(_checked(reply).iter_lines()):
-                    failures, last_id = 0, event.get("id", last_id)
+                    if event.get("id", last_id) != last_id:
+                        failures, last_id = 0, event["id"]
                     data = json.loads(event.get("data", "{}"))
                     if data.get("num_steps"):
                         on_progress(data["step"], data["num_steps"])
                     if event.get("event") in _TERMINAL_EVENTS:
                         return
+            if failures >= _MAX_FAILURES:
+                raise Unavailable("the server's events end again and again before the job has ended")
         except httpx.ReadTimeout:
             continue  # the job waits in the queue and nothing happened to it
         except (httpx.TransportError, Unavailable):
