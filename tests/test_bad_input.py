@@ -265,8 +265,9 @@ async def test_only_numbered_images_are_found(client: httpx.AsyncClient, index: 
     assert (reply.status_code, reply.json()["code"]) == (404, "image_not_found")
 
 
-async def test_an_event_id_of_ones_own_making_is_refused(client: httpx.AsyncClient) -> None:
-    reply = await client.get(f"/jobs/{'0' * 26}/events", headers={"Last-Event-ID": "+inf"})
+@pytest.mark.parametrize("event_id", ["+inf", "1", "1-", "99999999999999999999-0", "1-0-0"])
+async def test_an_event_id_of_ones_own_making_is_refused(client: httpx.AsyncClient, event_id: str) -> None:
+    reply = await client.get(f"/jobs/{'0' * 26}/events", headers={"Last-Event-ID": event_id})
     assert "Last-Event-ID" in refused_fields(reply)
 
 

@@ -20,13 +20,12 @@ from darkroom.api.schema import EXAMPLE_JOB_ID, job_view
 from darkroom.api.service import Service, service_of
 from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFound
 from darkroom.jobs import JobState, JobStatus
-from darkroom.queue import JobEvent
+from darkroom.queue import JobEvent, is_event_id
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
 
 _JOB_ID = re.compile(r"[0-9a-f]{26}")
-_EVENT_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 JobId = Annotated[str, Path(description="The job's id.", examples=[EXAMPLE_JOB_ID])]
 
 _VIEW: dict[int | str, dict[str, Any]] = {
@@ -120,7 +119,7 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
     """The job's events after `Last-Event-ID`. Runs before the stream begins, so that a 404 can still be a 404."""
     service = service_of(request)
     last = request.headers.get("last-event-id")
-    if last is not None and _EVENT_ID.fullmatch(last) is None:
+    if last is not None and not is_event_id(last):
         raise InvalidRequest(
             "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
         )

@@ -1,6 +1,7 @@
 """Jobs in Redis: accepted once, owned by one worker at a time, ended exactly once."""
 
 from darkroom.queue.embedded import EmbeddedRedis
+from darkroom.queue.events import is_event_id
 from darkroom.queue.queue import JobQueue
 from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, Reaped, Renewal, WorkerInfo
 
@@ -14,4 +15,5 @@ __all__ = [
     "Reaped",
     "Renewal",
     "WorkerInfo",
+    "is_event_id",
 ]

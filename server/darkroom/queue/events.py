@@ -17,15 +17,21 @@ from darkroom.queue.records import JobEvent
 _POLL_S = 5.0
 _OUTAGE_PAUSE_S = 0.25
 _MAX_OUTAGE_S = 30.0
-_STREAM_ID = re.compile(r"\d{1,19}-\d{1,19}")
+# One digit less than the largest id of a stream, so that whatever matches is one.
+_EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
+
+
+def is_event_id(text: str) -> bool:
+    """Whether a stream of events could have sent this id."""
+    return _EVENT_ID.fullmatch(text) is not None
 
 
 async def read_events(
     connection: RedisConnection, notices: Notices, job_id: str, after: str | None
 ) -> AsyncIterator[JobEvent]:
-    """See `JobQueue.events`. An `after` that is no stream id counts as none."""
+    """See `JobQueue.events`. An `after` that is no event id counts as none."""
     keys = connection.keys
-    last = after if after is not None and _STREAM_ID.fullmatch(after) else None
+    last = after if after is not None and is_event_id(after) else None
     reached_at = time.monotonic()
     with notices.watch(job_id) as woken:
         await notices.subscribe("ended", "progress")
