@@ -370,6 +370,15 @@ async def test_readiness_follows_the_workers(settings: Settings, queue: JobQueue
         assert int(failed.headers["retry-after"]) >= 1
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+async def test_health_may_be_asked_without_a_body(site: Served, path: str) -> None:
+    full, head = await site.client.get(path), await site.client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(full.content))
+    site.app.state.service.is_draining = True
+    assert (await site.client.head(path)).status_code == (await site.client.get(path)).status_code
+
+
 async def test_a_full_queue_is_busy_and_says_when_to_come_back(settings: Settings, queue: JobQueue) -> None:
     small = settings.model_copy(update={"max_queue_jobs": 2})
     small_queue = await JobQueue.connect(small, small.redis_url or "")

@@ -29,6 +29,7 @@ class Health(str, Enum):
     FAILED = "failed"
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get(
     "/health/live",
     summary="Is this process alive",
@@ -46,6 +47,7 @@ async def live(request: Request) -> Response:
     return Response(msgspec.json.encode(reply), media_type="application/json", headers=_NO_STORE)
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get(
     "/health/ready",
     summary="Can work be done",
