@@ -113,9 +113,9 @@ def caption_ids(tokenizer: CLIPTokenizer, seed: int, num_scenes: int, single_sha
 def pick_scenes(single: Tensor, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
     """Return `[num_picks]` scene numbers; `single` `[N]` bool marks scenes with one object.
 
-    Early in the run (`fraction` near 0) most have one object: they teach which word means which picture.
+    Early in the run (`fraction` near 0) most have one object, which teaches what each word means; late most have two.
     """
-    share = 0.85 - 0.4 * fraction
+    share = 0.85 - 0.6 * fraction
     weights = torch.where(single, share / single.sum(), (1 - share) / (~single).sum())
     return torch.multinomial(weights, num_picks, replacement=True, generator=generator)
 
