@@ -530,8 +530,12 @@ async def test_a_model_is_recent_for_a_minute_after_its_last_worker_and_then_for
     assert await redis.zrange(f"{keys.prefix}served", 0, -1) == [b"b"]
     await queue.register("w1", [make_card("a")])
     assert await cards_of(settings) == (both, both, both)
-    for worker in ("w1", "w2"):
-        await queue.unregister(worker)
+    await queue.forget_workers()
+    assert await cards_of(settings) == (none, both, both)
+    assert (await queue.stats()).live_workers == len(await queue.live_workers()) == 0
+    await queue.heartbeat("w2")
+    assert await cards_of(settings) == ({"b"}, both, both)
+    await queue.unregister("w2")
     assert await cards_of(settings) == (none, both, both)
 
 

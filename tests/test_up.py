@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,30 @@ def test_a_kill_takes_everything_along_and_the_next_start_takes_over(start: Call
         time.sleep(0.1)
     # Twice in a row, and mixed: the second only hurries it.
     assert again.end(signal.SIGINT, signal.SIGTERM) == 0
+
+
+@pytest.mark.timeout(300)
+def test_the_next_start_with_another_model_knows_nothing_of_the_workers_that_were_killed(
+    start: Callable[..., Up], model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    card = json.loads((other / "darkroom.json").read_text())
+    (other / "darkroom.json").write_text(json.dumps({**card, "id": "other"}))
+    up = start("--model", str(model))
+    up.wait_ready()
+    up.process.kill()
+    up.wait_gone(3.0)
+
+    again = start("--model", str(other))
+    url = again.wait_ready()
+    (line,) = (line for line in again.out if line.startswith("curl "))
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, timeout=40)
+    record = read_parameters((tmp_path / "picture.png").read_bytes())
+    assert record is not None
+    assert record["request"]["model"] == "other"
+    assert [card["id"] for card in httpx.get(f"{url}models", timeout=5).json()["models"]] == ["other"]
+    assert again.end(signal.SIGINT) == 0
 
 
 @pytest.mark.parametrize("moment", ["embedded_redis", "api_listening"])

@@ -30,9 +30,9 @@ from rich.text import Text
 
 from darkroom import __version__
 from darkroom.config import BUILTIN_MODEL, Settings
-from darkroom.errors import ConfigError
+from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
-from darkroom.queue import EmbeddedRedis
+from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.supervisor import Service, Spawner, Supervisor, first_of
 
 log = structlog.get_logger("darkroom.up")
@@ -190,6 +190,8 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
             answering = asyncio.ensure_future(service.answers.wait())
             await first_of(answering, supervisor.wait_stop())
             answering.cancel()
+            if service.answers.is_set():
+                await _forget_workers(settings, redis.url)
         if not supervisor.is_stopping:
             common["DARKROOM_REDIS_URL"] = redis.url if redis is not None else str(settings.redis_url)
             log.info("starting", workers=len(workers), gpus=len(gpus), models=list(models))
@@ -206,6 +208,17 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
         if redis is not None:
             redis.stop()
         log.info("all_stopped")
+
+
+async def _forget_workers(settings: Settings, url: str) -> None:
+    """A killed `up` took its workers along, and none of the next one is there yet."""
+    queue = JobQueue(settings, url)
+    try:
+        await queue.forget_workers()
+    except QueueUnavailable as error:
+        log.warning("workers_not_forgotten", reason=str(error))
+    finally:
+        await queue.close()
 
 
 def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Service:

@@ -193,7 +193,7 @@ class ClientSide:
                 cards.known[model.decode()] = card
                 if idle_ms <= MODEL_GRACE_S * 1000:
                     cards.recent[model.decode()] = card
-                if idle_ms <= 0:
+                if idle_ms < 0:
                     cards.live[model.decode()] = card
             self._cards, self._cards_read_at = cards, time.monotonic()
         return self._cards

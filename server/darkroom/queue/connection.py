@@ -37,6 +37,7 @@ SCRIPTS = (
     "status",
     "heartbeat",
     "unregister",
+    "forget_workers",
     "cards",
     "stats",
 )

@@ -49,6 +49,11 @@ class WorkerSide:
         self._claim_tokens.pop(worker_id, None)
         await self._connection.script("unregister", worker_id, *models)
 
+    async def forget_workers(self) -> None:
+        """Count no worker as alive until its next heartbeat. For a start that knows of none: those of an earlier life
+        that was killed would count for another lease time."""
+        await self._connection.script("forget_workers")
+
     async def wait_for_work(self, models: Sequence[str], timeout_s: float) -> bool:
         """Sleep until a job for one of `models` may be ready; False after `timeout_s` without a sign of one."""
         keys = [self._connection.keys.notify(model) for model in models]

@@ -1,6 +1,6 @@
 -- Read the cards of the models that workers serve, or have served within JOB_TTL_MS. Writes nothing.
 --
--- Returns {model, encoded card, ms since it was last served, model, ...}; the number is 0 or less while a worker lives.
+-- Returns {model, encoded card, ms since it was last served, model, ...}; the number is negative while a worker lives.
 
 local reply = {}
 local cards = redis.call('HGETALL', prefix .. 'cards')
