@@ -29,7 +29,7 @@ TITLES: dict[str, str] = {
     "idempotency_mismatch": "The idempotency key belongs to another request",
     "queue_full": "The queue is full",
     "storage_full": "The result store is full",
-    "no_model": "No worker is ready yet",
+    "no_model": "No worker is ready",
     "queue_unavailable": "The queue cannot be reached",
     "unavailable": "The service cannot take requests now",
     "draining": "This server is shutting down",
