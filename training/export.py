@@ -27,11 +27,11 @@ SERVING = {
     "height": world.IMAGE_PX,
     "example_prompts": [
         "an astronaut riding a horse at night",
+        "a penguin in the snow",
         "a cat left of a dog on a beach",
         "a frog riding a horse in the snow",
         "a rocket above a house at night",
         "a fish above a mushroom under water",
-        "a penguin in the snow",
         "a big mushroom in a forest",
         "sushi",
     ],
