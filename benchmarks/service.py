@@ -133,7 +133,7 @@ def main() -> None:
         figures.append(("service, Redis round trips while idle", idle_per_s, "commands/s"))
 
         quick = {**body, "num_inference_steps": 2}
-        soak(client, quick, 200)
+        soak(client, quick, arguments.soak)
         at_start = rss_mib(process)
         soak(client, quick, arguments.soak)
         at_end = rss_mib(process)

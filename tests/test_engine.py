@@ -228,6 +228,15 @@ def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
     assert len(outcome.images("four")) == 4
 
 
+def test_only_the_ticks_have_several_cpu_threads(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch once gave the decoder's thread a team as well, and each tick after the first picture took twice as long."""
+    decode, step, seen = model.vae.decode, model.unet.forward, {}
+    monkeypatch.setattr(model.vae, "decode", lambda x: (seen.update(decode=torch.get_num_threads()), decode(x))[1])
+    monkeypatch.setattr(model.unet, "forward", lambda *a: (seen.update(tick=torch.get_num_threads()), step(*a))[1])
+    run_jobs(model, [job_for(model, "a"), job_for(model, "b", seed=2)], load_settings(num_threads=2))
+    assert seen == {"decode": 1, "tick": 2}
+
+
 def test_a_prompt_that_cannot_be_encoded_fails_its_own_job_only(model: DiffusionModel) -> None:
     jobs = [job_for(model, "good"), job_for(model, "bad", clip_skip=99), job_for(model, "fine", prompt="a red cat")]
     outcome = run_jobs(model, jobs, settings_with())

@@ -126,7 +126,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a job's time went, in seconds: waiting, text encoder, ticks, VAE, image compression."""
+    """Where a job's time went, in seconds: waiting, text encoder and conditioning, ticks, VAE, image compression."""
 
     queue_s: float = 0.0
     encode_s: float = 0.0

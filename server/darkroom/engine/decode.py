@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from darkroom import __version__
 from darkroom.diffusion.images import encode_image
 from darkroom.engine.row import Row
+from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import JobError
 
 MAX_DECODE_PIXELS = 1 << 21
@@ -59,7 +60,7 @@ class Decoder:
 
     def _run(self) -> None:
         # One CPU thread: the others belong to the ticks.
-        torch.set_num_threads(1)
+        use_cpu_threads(1)
         is_open = True
         while is_open:
             rows = [self._waiting.get()]

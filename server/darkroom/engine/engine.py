@@ -23,6 +23,7 @@ from darkroom.engine.batcher import Batcher, Choice, row_buckets
 from darkroom.engine.decode import Decoder, Developed
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
 from darkroom.engine.row import ActiveJob, Conditioning, Row
+from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import DarkroomError, JobError
 from darkroom.jobs import Failure, ImageInfo, Job, Result, Timings
 
@@ -161,10 +162,9 @@ class Engine:
     def run(self) -> None:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
 
-        The thread that runs it should be the only one in its process that gives torch several CPU threads: with a
-        second team of threads, OpenMP puts idle ones to sleep at once, and every operation waits for a wake-up.
+        The thread that runs it gets all CPU threads, and should be the only one that does (`use_cpu_threads`).
         """
-        torch.set_num_threads(self._num_threads)
+        use_cpu_threads(self._num_threads)
         try:
             self._loop()
         finally:
@@ -261,14 +261,13 @@ class Engine:
             model = self.models[model_id]
             encoded = self._encode(model, jobs)
             jobs = [active for active in jobs if not active.is_over]
-            encode_s = self._clock() - started_s
             for active in jobs:
-                active.encode_s = encode_s
                 try:
                     rows = make_rows(model, active, encoded, self._clock())
                 except Exception as error:
                     self._end(active, Failed(active.job, failure_of(error)))
                     continue
+                active.encode_s = self._clock() - started_s
                 with self._wake:
                     active.rows = rows
                 self._rows.update((row.id, row) for row in rows)

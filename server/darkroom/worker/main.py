@@ -17,6 +17,7 @@ from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
+from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import GenerationRequest
 from darkroom.metrics import serve_metrics
@@ -91,8 +92,7 @@ def run_worker(
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
-    # Only the engine's thread computes with several; see `Engine.run`.
-    torch.set_num_threads(1)
+    use_cpu_threads(1)
     models = load_models(settings, model_paths)
     with ThreadPoolExecutor(1) as other_thread:
         for model in models.values():

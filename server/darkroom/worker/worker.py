@@ -34,6 +34,7 @@ ENGINE_STOP_S = 0.7
 PUBLISH_STOP_S = 0.5
 MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
+SHARE_PAUSE_S = 0.05
 PROGRESS_INTERVAL_S = 0.1
 CANCEL_AGAIN_S = 0.2
 
@@ -162,18 +163,16 @@ class Worker:
                 self._room.clear()
                 room = self._settings.max_rows - self._engine.resident_model_rows()
                 claimed = await self._claim(room)
-                if claimed:
-                    continue
                 if room <= 0:
                     # Woken early by a row that leaves; an urgent class is noticed by asking again.
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(FULL_POLL_S):
                             await self._room.wait()
                     continue
+                # After a claim, other workers get a moment to take their share of what is left. After one that brought
+                # nothing there is no backlog, and only a new job matters.
                 wake = wake or asyncio.create_task(self._wait_for_work())
-                left = asyncio.create_task(self._room.wait())
-                await asyncio.wait([wake, left], return_when=asyncio.FIRST_COMPLETED)
-                left.cancel()
+                await asyncio.wait([wake], timeout=SHARE_PAUSE_S if claimed else None)
                 if wake.done():
                     wake = None
         finally:
