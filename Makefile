@@ -52,6 +52,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.single_image --record
 	$(BIN)/python -m benchmarks.concurrent --record
 	$(BIN)/python -m benchmarks.service --record
+	$(BIN)/python -m benchmarks.full_size_parity --record
 
 bench-gpu: $(VENV)/.dev
 	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.single_image --record

@@ -62,5 +62,7 @@ def test_every_endpoint_is_listed() -> None:
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_every_file_that_is_named_exists(document: str) -> None:
     text = (ROOT / document).read_text()
-    for name in re.findall(r"`((?:server|kernels|tests|training|benchmarks)/[\w./-]*)`", text):
+    named = re.findall(r"`((?:server|kernels|tests|training|benchmarks|docs)/[\w./-]*)`", text)
+    shown_or_linked = re.findall(r"\]\(((?!https?:)[^)#\s]+)", text)
+    for name in named + shown_or_linked:
         assert (ROOT / name).exists(), f"{document} names {name}"

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     )
     max_rows: int = Field(32, ge=2, le=512, description="Most model rows in one tick; raising it costs memory.")
     reproducible_rows: int = Field(8, ge=2, le=512, description="The one row bucket of reproducible mode.")
-    prompt_cache_bytes: int = Field(256 << 20, ge=0, description="Prompt embeddings kept; 0 keeps none.")
+    prompt_cache_bytes: int = Field(256 << 20, ge=0, description="Prompt embeddings kept for each model; 0 keeps none.")
     num_threads: int = Field(0, ge=0, le=1024, description="CPU threads of a worker; 0 is one per core.")
     encode_threads: int = Field(2, ge=1, le=64, description="Threads that compress finished images.")
 

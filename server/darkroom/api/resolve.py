@@ -136,9 +136,8 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
 
 def cost_of(request: GenerationRequest, card: ModelCard) -> float:
     """Model rows × UNet evaluations × latent pixels."""
-    rows = request.num_images_per_prompt * (2 if request.uses_guidance else 1)
     latent_pixels = (request.width // card.vae_scale_factor) * (request.height // card.vae_scale_factor)
-    return float(rows * num_evaluations(request.sampler, request.num_inference_steps) * latent_pixels)
+    return float(request.num_model_rows * num_evaluations(request.sampler, request.num_inference_steps) * latent_pixels)
 
 
 def check_cost(cost: float, settings: Settings) -> None:

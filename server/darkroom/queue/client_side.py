@@ -68,7 +68,6 @@ class ClientSide:
         Raises `QueueFull`, `StorageFull`, `IdempotencyMismatch`, `QueueUnavailable`.
         """
         payload = encode(job)
-        rows = job.request.num_images_per_prompt * (2 if job.request.uses_guidance else 1)
         memory = await self._memory.sample()
         reply = await self._connection.script(
             "enqueue",
@@ -76,7 +75,7 @@ class ClientSide:
             payload,
             job.request.model,
             job.priority.rank,
-            rows,
+            job.request.num_model_rows,
             result_bytes + len(payload) + JOB_OVERHEAD_BYTES,
             "" if deadline_s is None else int(deadline_s * 1000),
             "" if idempotency_key is None else digest(idempotency_key),
