@@ -210,7 +210,6 @@ def test_loading_keeps_a_log_quiet(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.skipif(not (BUILTIN_MODEL / "model_index.json").is_file(), reason="the built-in model is not here yet")
 def test_the_built_in_model_loads() -> None:
     model = load_model(BUILTIN_MODEL)
     assert model.vae_scale_factor == 4
