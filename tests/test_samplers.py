@@ -210,13 +210,14 @@ def test_a_cosine_schedule_equals_diffusers(sampler):
                 assert_equals_diffusers(sampler, config, steps, sigma_schedule, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
 @pytest.mark.parametrize("sigma_schedule", SIGMA_SCHEDULES)
-def test_huge_sigmas_cost_no_precision(sigma_schedule):
+def test_huge_sigmas_cost_no_precision(sigma_schedule, sampler):
     """A cosine schedule starts at sigma 20000. diffusers run in float64 is the measure: its fp32 run loses 4 %."""
     config = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False}
     for steps in (3, 8, 20):
-        expected, _ = oracle_trajectory("heun", config, steps, sigma_schedule, torch.float64)
-        table = compile_sampler("heun", NoiseSchedule.from_config(config), steps, sigma_schedule)
+        expected, _ = oracle_trajectory(sampler, config, steps, sigma_schedule, torch.float64)
+        table = compile_sampler(sampler, NoiseSchedule.from_config(config), steps, sigma_schedule)
         assert relative_error(run_table(table).double(), expected) < 1e-4
 
 

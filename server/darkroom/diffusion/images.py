@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from darkroom.infotext import infotext, without_surrogates
 from darkroom.jobs import GenerationRequest
 
-_MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_FORMATS = ("png", "jpeg", "webp")
 _RECORD_KEY = "darkroom"
 _EXIF_IFD, _USER_COMMENT, _IMAGE_DESCRIPTION = 0x8769, 0x9286, 0x010E
 _UNICODE = b"UNICODE\0"
@@ -32,13 +32,6 @@ _UNICODE = b"UNICODE\0"
 _COMMENT_MARK = b"darkroom\0"
 _COMMENT_BYTES = 65533 - len(_COMMENT_MARK)
 _EXIF_BYTES = 65533
-
-
-def media_type(output_format: str) -> str:
-    """The MIME type of `png`, `jpeg` or `webp`. Raises `ValueError` for another name."""
-    if output_format not in _MEDIA_TYPES:
-        raise ValueError(f"expected one of {', '.join(_MEDIA_TYPES)}, got {output_format!r}")
-    return _MEDIA_TYPES[output_format]
 
 
 def encode_image(
@@ -51,7 +44,8 @@ def encode_image(
     another shape, dtype or format.
     """
     output_format = request.output_format
-    media_type(output_format)
+    if output_format not in _FORMATS:
+        raise ValueError(f"expected one of {', '.join(_FORMATS)}, got {output_format!r}")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
     text = infotext(request, index, model_hash=model_hash, version=version)
