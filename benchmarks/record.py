@@ -9,19 +9,35 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results.csv"
-FIELDS = ("date", "commit", "command", "figure", "value", "unit", "device", "versions")
+FIELDS = ("date", "commit", "command", "figure", "value", "unit", "device", "versions", "quality", "detail")
 
 
-def device_name() -> str:
-    """The accelerator, else the processor and its core count."""
+class Figure(NamedTuple):
+    """One measured number.
+
+    `quality` says how far what was measured is from fp32; `detail` holds what derives from the value, such as TFLOP/s
+    and the share of the limit.
+    """
+
+    name: str
+    value: float
+    unit: str
+    quality: str = ""
+    detail: str = ""
+
+
+def device_name(kind: str | None = None) -> str:
+    """The accelerator, else the processor and its core count; `kind` `cpu` asks for the processor in any case."""
     import os
 
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and kind != "cpu":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -39,32 +55,69 @@ def commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!*results.csv")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!*results.csv", ":!*.png")
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
 
 
 def versions(*packages: str) -> str:
-    return " ".join(f"{name}={importlib.metadata.version(name)}" for name in packages)
+    """`name=version` of torch and `packages`, those that are not installed left out."""
+    found = []
+    for name in ("torch", *packages):
+        try:
+            found.append(f"{name}={importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return f"python={platform.python_version()} " + " ".join(found)
 
 
-def record(figures: list[tuple[str, float, str]], *packages: str) -> None:
-    """Append (figure, value, unit) rows to results.csv."""
-    command = shlex.join(["python", "-m", *sys.orig_argv[sys.orig_argv.index("-m") + 1 :]])
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+def command_line() -> str:
+    arguments = sys.orig_argv
+    return shlex.join(["python", *arguments[arguments.index("-m") :]]) if "-m" in arguments else shlex.join(sys.argv)
+
+
+def record(
+    figures: Iterable[Sequence[object]],
+    *packages: str,
+    path: Path | None = None,
+    command: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Append figures, each a `Figure` or its first fields, to results.csv."""
+    path = path or RESULTS
+    _upgrade(path)
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
             writer.writerow(FIELDS)
-        for figure, value, unit in figures:
+        for figure in (Figure(*fields) for fields in figures):  # type: ignore[arg-type]
             writer.writerow(
                 (
                     datetime.date.today().isoformat(),
                     commit(),
-                    command,
-                    figure,
-                    f"{value:.4g}",
-                    unit,
-                    device_name(),
-                    f"python={platform.python_version()} " + versions("torch", *packages),
+                    command or command_line(),
+                    figure.name,
+                    f"{figure.value:.4g}",
+                    figure.unit,
+                    device or device_name(),
+                    versions(*packages),
+                    figure.quality,
+                    figure.detail,
                 )
             )
+
+
+def _upgrade(path: Path) -> None:
+    """Give a file of an earlier release the columns it lacks; its rows keep what they say."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or rows[0] == list(FIELDS):
+        return
+    if rows[0] != list(FIELDS[: len(rows[0])]):
+        raise ValueError(f"{path}: expected the columns {', '.join(FIELDS)}, got {', '.join(rows[0])}")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FIELDS)
+        writer.writerows([*row, *[""] * (len(FIELDS) - len(row))] for row in rows[1:])

@@ -74,7 +74,7 @@ class TickReport:
 
 
 class Engine:
-    """Runs jobs of `models` (by id) until `stop`; `clock` is in seconds and monotonic."""
+    """Runs jobs of `models` (by id) until `stop`; `clock` is in seconds and monotonic, `batcher` another policy."""
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class Engine:
         on_event: Callable[[Event], None],
         on_tick: Callable[[TickReport], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        batcher: Batcher | None = None,
     ) -> None:
         self.models = dict(models)
         self._worker = worker
@@ -93,7 +94,7 @@ class Engine:
         self._clock = clock
         is_reproducible = settings.batching == "reproducible"
         has_graphs = any(model.device.type == "cuda" for model in self.models.values())
-        self.batcher = Batcher(
+        self.batcher = batcher or Batcher(
             row_buckets(
                 settings.max_rows,
                 is_reproducible=is_reproducible,
