@@ -9,10 +9,21 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import torch
 from darkroom.config import Settings
 from darkroom.queue import EmbeddedRedis, JobQueue
 
+from tests.support.devices import KERNEL_DEVICES, interpret_without_a_gpu
+
+interpret_without_a_gpu()
+
 _shards = itertools.count()
+
+
+@pytest.fixture(params=KERNEL_DEVICES)
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a Triton kernel is run: a GPU, or the CPU under the interpreter."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

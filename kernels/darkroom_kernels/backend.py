@@ -1,0 +1,139 @@
+"""What all Triton kernels share: where they can run, how they are launched, registered and built ahead of time.
+
+Triton is imported at the first use, so that a machine without it works. Triton 3.6 to 3.9 are supported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+logger = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = (8, 0)
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+
+# Ops live as long as the process; a Library that is collected takes its ops with it.
+_library = torch.library.Library("darkroom", "FRAGMENT")
+_failed: dict[tuple[str, str], str] = {}
+
+
+class KernelUnavailable(RuntimeError):
+    """A named implementation cannot run here; the message says why."""
+
+
+def interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors. Read by Triton when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _import_problem() -> str | None:
+    try:
+        importlib.import_module("triton.language")
+    except Exception as error:  # a broken install fails in many ways, and each is an answer
+        return f"the package triton cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+@functools.cache
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device`; None when they can.
+
+    A fake or meta tensor is never computed on, so for it the package is enough.
+    """
+    if device.type not in ("cuda", "cpu", "meta"):
+        return f"there are kernels for cuda devices, not for {device.type}"
+    if device.type == "cpu" and not interprets():
+        return "on a CPU the kernels run only in Triton's interpreter, which TRITON_INTERPRET=1 turns on"
+    if (problem := _import_problem()) is not None:
+        return problem
+    if device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LEAST_CAPABILITY:
+            return (
+                f"the kernels need compute capability 8.0 or newer, and this device has {capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def mark_failed(kernel: str, device: torch.device, reason: str) -> None:
+    """Turn `auto` away from a kernel on a kind of device for the life of the process; by name it raises from now on."""
+    _failed[kernel, device.type] = reason
+    logger.error("kernel %s on %s: %s; it is not used", kernel, device.type, reason)
+    uses_triton.cache_clear()
+
+
+def failure(kernel: str, device: torch.device) -> str | None:
+    """The reason given to `mark_failed`."""
+    return _failed.get((kernel, device.type))
+
+
+@functools.cache
+def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> bool:
+    """Whether a kernel with the implementations "auto", "triton" and "torch" takes its Triton form on `device`.
+
+    "auto" takes it on a CUDA device wherever it can run, and never on a CPU, where the interpreter is a tool for tests.
+    `kernel` is the name that a failed self-check is recorded under. Raises `KernelUnavailable` when "triton" cannot run
+    and `ValueError` on an unknown name.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is unknown, expected one of {list(IMPLEMENTATIONS)}")
+    if implementation == "torch" or (implementation == "auto" and device.type == "cpu"):
+        return False
+    problem = triton_problem(device) or failure(kernel, device)
+    if problem is None:
+        return True
+    if implementation == "triton":
+        raise KernelUnavailable(f"{kernel or 'kernel'} 'triton' is unavailable: {problem}")
+    logger.warning("%s: torch instead of triton, because %s", kernel or "kernels", problem)
+    return False
+
+
+def launch_options(num_warps: int, num_stages: int = 1, **more: Any) -> dict[str, Any]:
+    """Options of a launch or a build. Fusing a·b + c is asked for outright: Triton 3.9 warns about its own default,
+    which 3.10 changes."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True, **more}
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """Define `torch.ops.darkroom.<name>` and return it, ready to call.
+
+    `schema` as torch writes it: "name(Tensor x, Tensor(a!) y) -> Tensor". `kernel` runs on CUDA tensors and, in the
+    interpreter, on CPU tensors; `fake` returns empty tensors of the right shape, strides and dtype.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for key in ("CUDA", "CPU"):
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"darkroom::{name}", fake, lib=_library)
+    op: OpOverload = getattr(torch.ops.darkroom, name).default
+    return op
+
+
+@dataclass(frozen=True)
+class Build:
+    """One specialisation of a Triton kernel: all that a build ahead of time needs.
+
+    `signature`: the type of every argument in order, as Triton writes it ("*fp16", "i32", "fp32", "constexpr").
+    `constants`: the value of each constexpr. `options`: from `launch_options`. `uneven`: arguments that are not
+    multiples of 16; all other pointers and integers are, as a launch would find them. `has_products`: whether tensor
+    cores must appear in the machine code. A kernel module lists its builds in `builds() -> list[Build]`.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    uneven: frozenset[str] = frozenset()
+    has_products: bool = False
+    capabilities: tuple[int, ...] = (80, 90, 100)
