@@ -88,7 +88,7 @@ def _wall(calls: Sequence[Call], budget_s: float) -> Timing:
 
 def _events(calls: Sequence[Call], turns: int) -> float:
     """Seconds between events around `turns` rounds of `calls`."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     for _ in range(turns):
