@@ -62,6 +62,15 @@ class Settings(BaseSettings):
     attention: Literal["auto", "sdpa", "triton", "xformers", "reference"] = Field(
         "auto", description="Attention implementation."
     )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="Implementation of norms, gates and sampler steps; auto is Triton on a GPU that can."
+    )
+    graphs: Literal["auto", "off"] = Field(
+        "auto", description="auto captures ticks as CUDA graphs at start; off launches every kernel by itself."
+    )
+    graph_sizes: str | None = Field(
+        None, description="More picture sizes to capture, as 768x512,512x512; each adds start-up time and memory."
+    )
     batching: Literal["fast", "reproducible"] = Field(
         "fast", description="reproducible pads every tick to one row bucket, so pictures are bit-equal in any crowd."
     )
@@ -78,6 +87,21 @@ class Settings(BaseSettings):
         if name not in ("auto", "cpu", "cuda") or (index and (name != "cuda" or not index.isdigit())):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
+
+    @field_validator("graph_sizes")
+    @classmethod
+    def _known_sizes(cls, value: str | None) -> str | None:
+        for size in value.split(",") if value else ():
+            sides = size.strip().split("x")
+            if len(sides) != 2 or not all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
+                raise ValueError(f"expected sizes as 768x512,512x512 (width x height in pixels), got {shorten(size)}")
+        return value
+
+    @property
+    def graph_sizes_px(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each size in `graph_sizes`."""
+        sizes = (size.strip().split("x") for size in self.graph_sizes.split(",")) if self.graph_sizes else ()
+        return tuple(dict.fromkeys((int(width), int(height)) for width, height in sizes))
 
     @property
     def redis_dir(self) -> Path:

@@ -72,7 +72,7 @@ class DiffusionModel:
     """A checkpoint, ready to serve: networks fused on their device, texts encodable, schedule and card read.
 
     `embeds_guidance` says that the UNet takes the guidance scale as an input (latent consistency models), so that one
-    call does what two do elsewhere.
+    call does what two do elsewhere. `kernels` names the implementation of `darkroom_kernels.step` for its ticks.
     """
 
     id: str
@@ -84,6 +84,7 @@ class DiffusionModel:
     card: ModelCard
     device: torch.device
     dtype: torch.dtype
+    kernels: str = "auto"
 
     @property
     def latent_channels(self) -> int:
@@ -105,7 +106,12 @@ class DiffusionModel:
 
 
 def load_model(
-    path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, attention: str = "auto"
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    kernels: str = "auto",
 ) -> DiffusionModel:
     """Load a checkpoint from a directory, or from a hub id `org/name` or `org/name@revision`.
 
@@ -152,6 +158,7 @@ def load_model(
         card=card,
         device=place,
         dtype=dtype,
+        kernels=kernels,
     )
 
 

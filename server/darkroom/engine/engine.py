@@ -230,7 +230,7 @@ class Engine:
                 del self._rows[row.id]
                 left += 1
                 # The batch that this row is a view of may live on; the decoder needs it unchanged.
-                self._decoder.submit(row)
+                self._decoder.submit(row, row.latents, None)
         return left
 
     def _expire(self) -> None:

@@ -57,7 +57,9 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     dtype = choose_dtype(settings.dtype, device)
     models: dict[str, DiffusionModel] = {}
     for path in paths or [BUILTIN_MODEL]:
-        model = load_model(path, device=str(device), dtype=dtype, attention=settings.attention)
+        model = load_model(
+            path, device=str(device), dtype=dtype, attention=settings.attention, kernels=settings.kernels
+        )
         if model.id in models:
             raise ConfigError(f"--model: two models are called {model.id!r}: {models[model.id].path} and {model.path}")
         models[model.id] = model
