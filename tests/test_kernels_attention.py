@@ -69,6 +69,23 @@ def test_bf16_loses_no_more_than_pytorch_does() -> None:
     assert (attention(q, k, v).float() - exact).abs().max() <= budget * 1.01
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_read_the_keys_of_their_slots(implementation: str) -> None:
+    q, k, v = inputs(batch=4)
+    slots = torch.tensor([2, 0, 2, 3])
+    lengths = torch.tensor([7, 2, 5, 0], dtype=torch.int32)
+    got = attention(q, k[:, :, :7], v, key_lengths=lengths, key_slots=slots, implementation=implementation)
+    expected = reference_attention(q, k[slots], v[slots], lengths)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_heads_of_the_result_are_joined_without_a_copy(implementation: str) -> None:
+    got = attention(*inputs(), implementation=implementation)
+    assert got.transpose(1, 2).flatten(2)._base is not None
+    assert got.transpose(1, 2).is_contiguous()
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match="'flash'"):
         attention(*inputs(), implementation="flash")
@@ -87,10 +104,23 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         attention(q, k[..., :4], v)
     with pytest.raises(ValueError, match=r"key_lengths \[3\]"):
         attention(q, k, v, key_lengths=torch.ones(2, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"key_slots \[3\]"):
+        attention(q, k, v, key_slots=torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="a query and a key at least"):
+        attention(q, k[:, :, :0], v[:, :, :0])
+    with pytest.raises(ValueError, match="one floating dtype"):
+        attention(q, k.half(), v)
+    with pytest.raises(ValueError, match="dense last axis"):
+        attention(q, k.transpose(-1, -2).contiguous().transpose(-1, -2), v)
+    with pytest.raises(ValueError, match="scale above 0"):
+        attention(q, k, v, scale=-1.0)
+    with pytest.raises(ValueError, match="keys of 3 rows"):
+        attention(q, k[:2], v[:2])
 
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
     api.choose.cache_clear()
+    api._log_choice.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             attention(*inputs())
