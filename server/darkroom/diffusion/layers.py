@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 from darkroom.errors import ModelError
 
-# The best layout of a convolution's weight depends on height and width; a layer remembers this many sizes.
-MAX_PACKED_SIZES = 4
+# The best layout of a convolution's weight depends on height and width, but most sizes agree on one. A layer holds its
+# weight in this many layouts, and remembers which one this many sizes take.
+MAX_LAYOUTS = 2
+MAX_SIZES = 64
+# Bytes of oneDNN's description of a layout that are padding between its fields: they hold whatever was there before.
+LAYOUT_PADDING = slice(108, 112)
 # A matrix is laid out alike for every batch but the smallest; this stands for all.
 USUAL_ROWS = 64
 
@@ -35,6 +39,7 @@ class OneDNN:
         self.pack_convolution = operators._reorder_convolution_weight.default
         self.convolution = operators._convolution_pointwise.default
         self.convolution_with = operators._convolution_pointwise.binary
+        self.layout = operators._get_mkldnn_serialized_md.default
         self.pack_linear = operators._reorder_linear_weight.default
         self.linear = operators._linear_pointwise.default
         self.linear_with = operators._linear_pointwise.binary
@@ -86,6 +91,7 @@ class Conv2d(Layer):
         self.padding = padding
         self._geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
         self._packed: dict[torch.Size, Tensor] = {}
+        self._layouts: dict[bytes, Tensor] = {}
         self._onednn: OneDNN | None = None
 
     def prepare(self) -> None:
@@ -110,14 +116,20 @@ class Conv2d(Layer):
         )
 
     def _pack(self, onednn: OneDNN, x: Tensor) -> Tensor:
-        """Lay the weight out for inputs as high and wide as `x`, and let the plain one go: it can be brought back."""
+        """The weight laid out for inputs as high and wide as `x`. The plain one goes: it can be brought back."""
         plain = self._weight
         if plain is None:
             plain = next(iter(self._packed.values())).to_dense()
         weight: Tensor = onednn.pack_convolution(plain, *self._geometry, list(x.shape))
+        layout = onednn.layout(weight).clone()
+        layout[LAYOUT_PADDING] = 0
+        weight = self._layouts.setdefault(bytes(layout.tolist()), weight)
+        if len(self._layouts) > MAX_LAYOUTS:
+            dropped = self._layouts.pop(next(iter(self._layouts)))
+            self._packed = {size: kept for size, kept in self._packed.items() if kept is not dropped}
+        while len(self._packed) >= MAX_SIZES:
+            self._packed.pop(next(iter(self._packed)))
         self._packed[x.shape[2:]] = weight
-        for surplus in list(self._packed)[:-MAX_PACKED_SIZES]:
-            self._packed.pop(surplus, None)
         self._weight = None
         return weight
 
