@@ -24,7 +24,7 @@ from darkroom.sampling import (
     sampler_info,
     supported_sigma_schedules,
 )
-from darkroom_kernels.step import INPUT_SCALE, step
+from darkroom_kernels.step import scale_input, step_
 from torch import Tensor
 
 # diffusers and numpy 2 disagree on a keyword of `__array__`; nothing of ours is involved.
@@ -111,13 +111,13 @@ def run_table(table: SamplerTable) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(SHAPE, generator=generator) * table.initial_scale
     previous = torch.zeros(1, 2, *SHAPE[1:])
-    row, no_guidance = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    row, no_guidance, is_finite = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1, dtype=torch.bool)
     for i in range(table.num_evaluations):
         line = table.coefficients[i : i + 1]
         noise = torch.randn(SHAPE, generator=generator) if table.needs_noise[i] else None
-        model_output = denoiser(x * line[:, INPUT_SCALE, None, None, None], table.timesteps[i])
-        x, denoised = step(x, model_output, row, row, no_guidance, line, previous, noise)
-        previous = torch.stack([denoised, previous[:, 0]], dim=1)
+        model_output = denoiser(scale_input(x, line, row, row, torch.float32), table.timesteps[i])
+        step_(x, previous, model_output, row, row, row, no_guidance, line, noise, is_finite)
+        assert is_finite.all()
     return x
 
 
@@ -250,15 +250,18 @@ def test_a_batch_of_strangers_equals_each_alone():
     guided = cond % 3 > 0
     uncond = torch.where(guided, cond + rows, cond)
     guidance_scale = torch.where(guided, 1.5 + cond, torch.ones(rows))
-    together = step(latents, model_output, cond, uncond, guidance_scale, lines, previous, noise)
+    per_row = (cond, uncond, guidance_scale, lines, noise)
+
+    def stepped(some: slice) -> tuple[Tensor, Tensor]:
+        after = latents.clone(), previous.clone()
+        chosen = [values[some] for values in per_row]
+        step_(*after, model_output, cond[some], *chosen, torch.zeros(len(chosen[0]), dtype=torch.bool))
+        return after
+
+    together = stepped(slice(None))
     for row in range(rows):
-        one = slice(row, row + 1)
-        alone = step(
-            latents[one], model_output, cond[one], uncond[one], guidance_scale[one], lines[one], previous[one],
-            noise[one],
-        )  # fmt: skip
-        for crowd, single in zip(together, alone, strict=True):
-            torch.testing.assert_close(crowd[one], single, rtol=1e-6, atol=1e-6)
+        for crowd, single in zip(together, stepped(slice(row, row + 1)), strict=True):
+            torch.testing.assert_close(crowd[row], single[row], rtol=1e-6, atol=1e-6)
 
 
 def test_needs_noise_says_where_diffusers_draws(monkeypatch):

@@ -1,6 +1,6 @@
-"""The tick's last operation: guidance, network output → denoised, and each row's solver update."""
+"""What frames the network in a tick: the scaled input, then guidance, denoised and each row's solver update."""
 
-from darkroom_kernels.step.api import StepImplementation, StepUnavailable, step
+from darkroom_kernels.step.api import scale_input, step_
 from darkroom_kernels.step.columns import (
     A_D,
     A_D1,
@@ -25,7 +25,6 @@ __all__ = [
     "C_SKIP",
     "INPUT_SCALE",
     "NUM_COLUMNS",
-    "StepImplementation",
-    "StepUnavailable",
-    "step",
+    "scale_input",
+    "step_",
 ]

@@ -2,118 +2,138 @@
 
 from __future__ import annotations
 
-from enum import Enum
-
 import torch
 from torch import Tensor
 
-from darkroom_kernels.step.columns import (
-    A_D,
-    A_D1,
-    A_D2,
-    A_NOISE,
-    A_X,
-    C_OUT,
-    C_SKIP,
-    CLAMP,
-    NUM_COLUMNS,
-)
+from darkroom_kernels.backend import uses_triton
+from darkroom_kernels.step import plain
+from darkroom_kernels.step.columns import NUM_COLUMNS
+
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class StepImplementation(str, Enum):
-    AUTO = "auto"
-    TORCH = "torch"
-    TRITON = "triton"
-
-
-class StepUnavailable(RuntimeError):
-    """The named implementation cannot run here; the message says why."""
-
-
-def step(
+def scale_input(
     latents: Tensor,
-    model_output: Tensor,
-    rows_cond: Tensor,
-    rows_uncond: Tensor,
-    guidance_scale: Tensor,
     coefficients: Tensor,
-    previous: Tensor,
-    noise: Tensor | None = None,
+    slots: Tensor,
+    row_of: Tensor,
+    dtype: torch.dtype,
     *,
-    implementation: StepImplementation | str = StepImplementation.AUTO,
-) -> tuple[Tensor, Tensor]:
-    """Advance each of R rows by one evaluation, each row by its own coefficients.
+    implementation: str = "auto",
+) -> Tensor:
+    """Gather what the network sees: INPUT_SCALE · latents, for each of its B model rows.
 
-    `latents` `[R, C, H, W]` fp32. `model_output` `[M, C, H, W]`, any floating dtype. `rows_cond`, `rows_uncond` `[R]`
-    int64, each row's lines of `model_output` (0 ≤ index < M, not checked: that would be a host sync); a row without
-    guidance names the same line twice. `guidance_scale` `[R]` fp32, 1 without guidance. `coefficients`
-    `[R, NUM_COLUMNS]` fp32. `previous` `[R, 2, C, H, W]` fp32, denoised of the last evaluation and the one before.
-    `noise` `[R, C, H, W]` fp32, or None when no row draws noise. A zero coefficient does not hide a NaN: fill unused
-    history and noise with zeros.
-
-    Returns new `(latents_next, denoised)`, both `[R, C, H, W]` fp32; inputs are untouched. All on one device.
-    Raises `ValueError` on a shape, dtype or device mismatch, `StepUnavailable` on a named choice that cannot run here.
+    `latents` `[S, C, H, W]` fp32, contiguous: the pool. `coefficients` `[R, NUM_COLUMNS]` fp32, contiguous. `slots`
+    `[R]` int64, each row's place in the pool, −1 for no row. `row_of` `[B]` int64, the row that each model row belongs
+    to (0 ≤ row < R, not checked: that would be a host sync). `dtype`: fp32, fp16 or bf16. All on one device.
+    Returns `[B, C, H, W]`, channels-last; zeros where a row has no slot, whatever the pool holds.
+    Raises `ValueError` on a shape, dtype, device or name that does not fit, `KernelUnavailable` on a named
+    implementation that cannot run here.
     """
-    _validate(latents, model_output, rows_cond, rows_uncond, guidance_scale, coefficients, previous, noise)
-    if StepImplementation(implementation) is StepImplementation.TRITON:
-        raise StepUnavailable("step has no Triton kernel in this release; use auto or torch")
-    return _step_torch(latents, model_output, rows_cond, rows_uncond, guidance_scale, coefficients, previous, noise)
+    if latents.ndim != 4:
+        raise ValueError(f"latents must be 4-D, got {latents.ndim}-D")
+    device = latents.device
+    _expect("latents", latents, tuple(latents.shape), torch.float32, device, is_contiguous=True)
+    _expect("slots", slots, (slots.shape[0] if slots.ndim else 0,), torch.int64, device)
+    _expect("row_of", row_of, (row_of.shape[0] if row_of.ndim else 0,), torch.int64, device)
+    _expect("coefficients", coefficients, (slots.shape[0], NUM_COLUMNS), torch.float32, device, is_contiguous=True)
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype: expected one of {list(OUTPUT_DTYPES)}, got {dtype}")
+    _expect_values(latents, slots, row_of)
+    if uses_triton(implementation, device, "step"):
+        from darkroom_kernels.step.kernel import scale_input as launch
+
+        return launch(latents, coefficients, slots, row_of, dtype)  # type: ignore[no-any-return]
+    return plain.scale_input(latents, coefficients, slots, row_of, dtype)
 
 
-def _step_torch(
+def step_(
     latents: Tensor,
+    previous: Tensor,
     model_output: Tensor,
+    slots: Tensor,
     rows_cond: Tensor,
     rows_uncond: Tensor,
     guidance_scale: Tensor,
     coefficients: Tensor,
-    previous: Tensor,
     noise: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The reference in fewer passes: lerp for guidance, one fused multiply-add per further term, in place."""
-    column = coefficients.t()[:, :, None, None, None].unbind()
-    noise_pred = model_output.index_select(0, rows_uncond).float()
-    noise_pred.lerp_(model_output.index_select(0, rows_cond).float(), guidance_scale[:, None, None, None])
-    denoised = (latents * column[C_SKIP]).addcmul_(noise_pred, column[C_OUT])
-    limit = column[CLAMP]
-    limit = torch.where(limit > 0, limit, torch.inf)
-    denoised.clamp_(-limit, limit)
-    latents_next = (latents * column[A_X]).addcmul_(denoised, column[A_D])
-    latents_next.addcmul_(previous[:, 0], column[A_D1]).addcmul_(previous[:, 1], column[A_D2])
-    if noise is not None:
-        latents_next.addcmul_(noise, column[A_NOISE])
-    return latents_next, denoised
-
-
-def _validate(
-    latents: Tensor,
-    model_output: Tensor,
-    rows_cond: Tensor,
-    rows_uncond: Tensor,
-    guidance_scale: Tensor,
-    coefficients: Tensor,
-    previous: Tensor,
-    noise: Tensor | None,
+    is_finite: Tensor,
+    *,
+    implementation: str = "auto",
 ) -> None:
+    """Advance each of R rows by one evaluation, each by its own coefficients, where its state lies.
+
+    `latents` `[S, C, H, W]` and `previous` `[S, 2, C, H, W]`, fp32 and contiguous, are pools of which row r holds slot
+    `slots[r]` (`[R]` int64; −1: no row, nothing of it is written; no two rows share one). `model_output`
+    `[B, C, H, W]`, any floating dtype and strides; channels-last is what it should be. `rows_cond`, `rows_uncond`
+    `[R]` int64, each row's lines of `model_output` (0 ≤ index < B, not checked: that would be a host sync; valid also
+    where there is no row); a row without guidance names the same line twice. `guidance_scale` `[R]` fp32, 1 without
+    guidance. `coefficients` `[R, NUM_COLUMNS]` fp32, contiguous. `noise` `[R, C, H, W]` fp32, or None when no row
+    draws any. `is_finite` `[R]` bool, contiguous. All on one device.
+
+    In place: `latents` become the next ones, `previous` becomes (denoised, previous[0]), and `is_finite` says of each
+    row whether its new latents and denoised are free of NaN and infinity (true where there is no row). What has a zero
+    coefficient among A_D1, A_D2 and A_NOISE is not looked at, so a fresh slot's history and unused noise may hold
+    anything. Raises `ValueError` on a shape, dtype, device or name that does not fit, `KernelUnavailable` on a named
+    implementation that cannot run here.
+    """
     if latents.ndim != 4 or model_output.ndim != 4:
         raise ValueError(f"latents and model_output must be 4-D, got {latents.ndim}-D and {model_output.ndim}-D")
     if not model_output.is_floating_point():
         raise ValueError(f"model_output must be floating point, got {model_output.dtype}")
-    rows, *plane = latents.shape
-    _expect("model_output", model_output, (model_output.shape[0], *plane), model_output.dtype, latents.device)
-    _expect("latents", latents, (rows, *plane), torch.float32, latents.device)
-    _expect("rows_cond", rows_cond, (rows,), torch.int64, latents.device)
-    _expect("rows_uncond", rows_uncond, (rows,), torch.int64, latents.device)
-    _expect("guidance_scale", guidance_scale, (rows,), torch.float32, latents.device)
-    _expect("coefficients", coefficients, (rows, NUM_COLUMNS), torch.float32, latents.device)
-    _expect("previous", previous, (rows, 2, *plane), torch.float32, latents.device)
+    num_slots, *plane = latents.shape
+    rows, device = (slots.shape[0] if slots.ndim else 0), latents.device
+    _expect("model_output", model_output, (model_output.shape[0], *plane), model_output.dtype, device)
+    _expect("latents", latents, (num_slots, *plane), torch.float32, device, is_contiguous=True)
+    _expect("previous", previous, (num_slots, 2, *plane), torch.float32, device, is_contiguous=True)
+    _expect("slots", slots, (rows,), torch.int64, device)
+    _expect("rows_cond", rows_cond, (rows,), torch.int64, device)
+    _expect("rows_uncond", rows_uncond, (rows,), torch.int64, device)
+    _expect("guidance_scale", guidance_scale, (rows,), torch.float32, device)
+    _expect("coefficients", coefficients, (rows, NUM_COLUMNS), torch.float32, device, is_contiguous=True)
     if noise is not None:
-        _expect("noise", noise, (rows, *plane), torch.float32, latents.device)
+        _expect("noise", noise, (rows, *plane), torch.float32, device)
+    _expect("is_finite", is_finite, (rows,), torch.bool, device, is_contiguous=True)
+    _expect_values(latents, slots, model_output)
+    arguments = (
+        latents,
+        previous,
+        model_output,
+        slots,
+        rows_cond,
+        rows_uncond,
+        guidance_scale,
+        coefficients,
+        noise,
+        is_finite,
+    )
+    if uses_triton(implementation, device, "step"):
+        from darkroom_kernels.step.kernel import step_ as launch
+
+        launch(*arguments)
+    else:
+        plain.step_(*arguments)
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _expect(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    is_contiguous: bool = False,
+) -> None:
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
         raise ValueError(
             f"{name}: expected {list(shape)} {dtype} on {device}, "
             f"got {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
         )
+    if is_contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()} of {list(tensor.shape)}")
+
+
+def _expect_values(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            raise ValueError(f"expected at least one slot, row and value, got a tensor of shape {list(tensor.shape)}")

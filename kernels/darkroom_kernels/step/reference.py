@@ -18,7 +18,11 @@ def step_reference(
     previous: Tensor,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `darkroom_kernels.step.step`, nothing validated, nothing folded."""
+    """Advance R rows that lie side by side; the measure of `step_`, which does this where the rows lie in their pools.
+
+    `latents` `[R, C, H, W]` and `previous` `[R, 2, C, H, W]` fp32; the rest as `step_` takes it. Returns new
+    `(latents_next, denoised)`; inputs are untouched, nothing is validated and nothing folded.
+    """
     column = [c[:, None, None, None] for c in coefficients.unbind(dim=1)]
     cond = model_output[rows_cond].float()
     uncond = model_output[rows_uncond].float()

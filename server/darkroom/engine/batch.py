@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from darkroom_kernels.step import INPUT_SCALE, step
+from darkroom_kernels.step import scale_input, step_
 
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.row import Row
@@ -44,6 +44,7 @@ class Batch:
         self._text_kv, self._text_lengths = self._stack_text()
         self._latents = torch.stack([row.latents for row in rows])
         self._previous = torch.stack([row.previous for row in rows])
+        self._is_finite = torch.ones(len(rows), dtype=torch.bool, device=device)
 
     @torch.inference_mode()
     def tick(self) -> None:
@@ -69,27 +70,27 @@ class Batch:
                 for conditioning, index in zip(self._conditionings, per_model_row, strict=True)
             ]
         )
-        scaled = (self._latents * coefficients[:, INPUT_SCALE].view(-1, 1, 1, 1)).to(self.model.dtype)
         model_output = self.model.unet(
-            scaled.index_select(0, self._sources).contiguous(memory_format=torch.channels_last),
+            scale_input(self._latents, coefficients, self._cond, self._sources, self.model.dtype),
             time_projection,
             self._text_kv,
             self._text_lengths,
         )
-        latents, denoised = step(
+        # A batch is its own pool, of which row i holds slot i.
+        step_(
             self._latents,
+            self._previous,
             model_output,
+            self._cond,
             self._cond,
             self._uncond,
             self._guidance,
             coefficients,
-            self._previous,
             noise,
+            self._is_finite,
         )
-        self._previous = torch.stack((denoised, self._previous[:, 0]), dim=1)
-        self._latents = latents
         for i, row in enumerate(rows):
-            row.latents, row.previous = latents[i], self._previous[i]
+            row.latents, row.previous = self._latents[i], self._previous[i]
             row.step_index += 1
 
     def _stack_text(self) -> tuple[torch.Tensor, torch.Tensor | None]:
