@@ -160,13 +160,14 @@ def test_a_row_that_turns_to_nan_fails_alone(model: DiffusionModel, monkeypatch:
 
     def poisoned(x: torch.Tensor, *rest: object) -> torch.Tensor:
         output = step(x, *rest)
-        output[1] = torch.nan
+        output[1:] = torch.nan
         return output
 
     monkeypatch.setattr(model.unet, "forward", poisoned)
     jobs = [job_for(model, "good", guidance_scale=1.0), job_for(model, "bad", guidance_scale=1.0)]
     outcome = run_jobs(model, jobs, settings_with())
     assert outcome.images("good")
+    assert [tick.num_rows for tick in outcome.ticks] == [2, 1, 1, 1]
     bad = outcome.events["bad"]
     assert isinstance(bad, Failed)
     assert bad.failure.code == "non_finite"
@@ -315,9 +316,14 @@ def test_prompts_are_encoded_once_and_the_cache_stays_within_its_bytes(model: Di
     prompts = [Prompt(text, 0, False) for text in ("a", "b", "c", "a")]
     size = PromptCache(model, 1 << 30, batch_alone=False).encode(prompts[:1])[prompts[0]].num_bytes
     cache = PromptCache(model, 2 * size, batch_alone=False)
-    cache.encode(prompts)
+    in_use = cache.encode(prompts)
     assert (cache.hits, cache.misses) == (0, 3)
-    cache.encode([prompts[2]])
-    assert (cache.hits, cache.misses) == (1, 3)
+    assert cache.encode([prompts[0]])[prompts[0]] is in_use[prompts[0]]
+    cache.release([in_use[prompts[0]]])
+    # What is in use is never dropped; of what is not, the two that were released last are kept.
+    for prompt in prompts[:3]:
+        cache.release([in_use[prompt]])
+    cache.release(cache.encode([prompts[2]]).values())
+    assert (cache.hits, cache.misses) == (2, 3)
     cache.encode([prompts[0]])
     assert cache.misses == 4

@@ -1,103 +1,113 @@
-"""One tick: the rows' tensors put together, one UNet call, one fused update.
+"""One tick after another of the same rows: arguments written, one copy, one UNet call, one step of all rows.
 
-A `Batch` lives as long as its membership: while nobody joins or leaves, latents, history and text keys and values stay
-stacked and nothing is copied between ticks.
+A `Batch` lives as long as its membership: while nobody joins or leaves, slots and texts stay in place and a tick writes
+only its coefficients, its time embeddings and its noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from darkroom_kernels.step import scale_input, step_
+from torch import Tensor
 
-from darkroom.diffusion.loader import DiffusionModel
+from darkroom.engine.inputs import Frame
+from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
 
 
+@dataclass(frozen=True)
+class Tick:
+    """A tick that was enqueued.
+
+    `is_finite` `[R]` bool, on the host, says of each row whether its numbers are, once `done` is complete. `finished`
+    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was.
+    """
+
+    rows: tuple[Row, ...]
+    is_finite: Tensor
+    done: torch.cuda.Event | None
+    finished: dict[Row, Tensor]
+
+
 class Batch:
-    """Rows of one model and one latent shape, padded to `bucket` model rows.
+    """Rows of one lane, each holding a slot of its pool, padded to `bucket` model rows.
 
     Model rows are laid out as: every row with its prompt, then the guided rows with their negative prompts, then
     padding that repeats the first row and is thrown away.
     """
 
-    def __init__(self, rows: Sequence[Row], bucket: int) -> None:
-        self.rows = tuple(rows)
-        self.bucket = bucket
-        self.model: DiffusionModel = rows[0].model
+    def __init__(self, lane: Lane, rows: Sequence[Row], bucket: int) -> None:
+        self.lane, self.rows, self.bucket = lane, tuple(rows), bucket
+        num_rows = len(rows)
         guided = [i for i, row in enumerate(rows) if len(row.conditionings) > 1]
-        sources = [*range(len(rows)), *guided]
-        self.num_model_rows = len(sources)
-        sources += [0] * (bucket - len(sources))
+        padding = bucket - num_rows - len(guided)
+        self._row_of = [*range(num_rows), *guided, *[0] * padding]
         conditionings = [row.conditionings[0] for row in rows] + [rows[i].conditionings[1] for i in guided]
-        self._conditionings = conditionings + [conditionings[0]] * (bucket - len(conditionings))
-
-        device = self.model.device
-        uncond = list(range(len(rows)))
+        self._conditionings = conditionings + [conditionings[0]] * padding
+        rows_uncond = list(range(num_rows))
         for offset, i in enumerate(guided):
-            uncond[i] = len(rows) + offset
-        self._sources = torch.tensor(sources, device=device)
-        self._cond = torch.arange(len(rows), device=device)
-        self._uncond = torch.tensor(uncond, device=device)
-        self._guidance = torch.tensor([row.guidance_scale for row in rows], dtype=torch.float32, device=device)
-        self._text_kv, self._text_lengths = self._stack_text()
-        self._latents = torch.stack([row.latents for row in rows])
-        self._previous = torch.stack([row.previous for row in rows])
-        self._is_finite = torch.ones(len(rows), dtype=torch.bool, device=device)
+            rows_uncond[i] = num_rows + offset
+
+        self._captured = lane.graphs.get(bucket)
+        inputs = self._inputs = lane.inputs(num_rows, bucket) if self._captured is None else self._captured.inputs
+        store = lane.prompts.store
+        self._text_slots = None if store is None else inputs.text_slots
+        self._text_kv = torch.stack([c.encoded.text_kv for c in self._conditionings]) if store is None else store
+        self._fixed = inputs.pack(
+            [_held(row.slot) for row in rows],
+            range(num_rows),
+            rows_uncond,
+            self._row_of,
+            [0 if store is None else _held(c.encoded.slot) for c in self._conditionings],
+            [row.guidance_scale for row in rows],
+        )
 
     @torch.inference_mode()
-    def tick(self) -> None:
-        """Advance every row by one evaluation."""
-        device, rows = self.model.device, self.rows
-        coefficients = torch.stack([row.table.coefficients[row.step_index] for row in rows]).to(
-            device, non_blocking=True
-        )
-        noise = None
-        if any(row.table.needs_noise[row.step_index] for row in rows):
-            noise = torch.stack(
-                [
-                    row.draw_noise() if row.table.needs_noise[row.step_index] else torch.zeros(row.latents.shape)
-                    for row in rows
-                ]
-            ).to(device, non_blocking=True)
-        steps = [row.step_index for row in rows]
-        per_model_row = steps + [steps[i] for i in range(len(rows)) if len(rows[i].conditionings) > 1]
-        per_model_row += [steps[0]] * (self.bucket - len(per_model_row))
-        time_projection = torch.stack(
-            [
-                conditioning.time_projection[index]
-                for conditioning, index in zip(self._conditionings, per_model_row, strict=True)
-            ]
-        )
-        model_output = self.model.unet(
-            scale_input(self._latents, coefficients, self._cond, self._sources, self.model.dtype),
-            time_projection,
-            self._text_kv,
-            self._text_lengths,
-        )
-        # A batch is its own pool, of which row i holds slot i.
-        step_(
-            self._latents,
-            self._previous,
-            model_output,
-            self._cond,
-            self._cond,
-            self._uncond,
-            self._guidance,
-            coefficients,
-            noise,
-            self._is_finite,
-        )
-        for i, row in enumerate(rows):
-            row.latents, row.previous = self._latents[i], self._previous[i]
-            row.step_index += 1
+    def enqueue(self) -> Tick:
+        """Let the device advance every row by one evaluation. On a CPU that has happened on return.
 
-    def _stack_text(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[bucket, L, text_kv_width]`, and `[bucket]` lengths when prompts differ in length."""
-        tensors = [conditioning.text_kv for conditioning in self._conditionings]
-        lengths = [tensor.shape[0] for tensor in tensors]
-        if len(set(lengths)) == 1:
-            return torch.stack(tensors), None
-        padded = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        return padded, torch.tensor(lengths, dtype=torch.int32, device=padded.device)
+        Whatever raises here has changed no row, and the step may be tried again.
+        """
+        lane, rows, inputs, captured = self.lane, self.rows, self._inputs, self._captured
+        finishing = [row for row in rows if row.step_index + 1 == row.table.num_evaluations]
+        finished = {row: torch.empty(lane.shape, device=lane.model.device) for row in finishing}
+        frame = inputs.frames[lane.next_turn()]
+        has_noise = self._write(frame)
+        inputs.send(frame, with_noise=has_noise)
+        lines = [
+            conditioning.time_lines[rows[row].step_index]
+            for conditioning, row in zip(self._conditionings, self._row_of, strict=True)
+        ]
+        torch.stack(lines, out=inputs.time_projection)
+        if captured is None:
+            lane.compute(inputs, inputs.noise if has_noise else None, self._text_kv, self._text_slots)
+        else:
+            captured.replay()
+        inputs.fetch(frame)
+        for row, latents in finished.items():
+            latents.copy_(lane.pool.latents[_held(row.slot)])
+        done = lane.end_turn()
+        for row in rows:
+            row.step_index += 1
+        return Tick(rows, frame.is_finite, done, finished)
+
+    def _write(self, frame: Frame) -> bool:
+        """Fill a frame for this step of every row. Returns whether any row draws noise in it."""
+        frame.fixed[:] = self._fixed
+        has_noise = False
+        for i, row in enumerate(self.rows):
+            frame.coefficients[i] = row.coefficients[row.step_index]
+            if row.needs_noise:
+                has_noise = True
+                if frame.noise is None:
+                    self._inputs.add_noise(self.lane.shape)
+                assert frame.noise is not None  # noqa: S101
+                frame.noise[i].copy_(row.draw_noise())
+        return has_noise
+
+
+def _held(slot: int | None) -> int:
+    assert slot is not None, "a row in a tick holds a slot, and so does its text where there is a store"  # noqa: S101
+    return slot

@@ -1,5 +1,8 @@
 """The tick loop: choose rows, step them, settle them.
 
+On a GPU a tick is enqueued while the one before it still runs, and settled when its event says that it is complete: the
+host's work is hidden behind the device's. On a CPU a tick is complete when it was called.
+
 The engine knows nothing of Redis or HTTP. Jobs come in through `submit`, events go out through `on_event` and
 `on_tick`, both called on engine threads and expected to return at once.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,15 +21,17 @@ import torch
 
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.diffusion.samplers import SamplerTable, compile_sampler
-from darkroom.engine.batch import Batch
-from darkroom.engine.batcher import Batcher, Choice, row_buckets
+from darkroom.engine.batch import Batch, Tick
+from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.decode import Decoder, Developed
+from darkroom.engine.device import TickDevice, device_for, is_device_lost
+from darkroom.engine.joining import key_of, make_rows, prompts_of
+from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
-from darkroom.engine.row import ActiveJob, Conditioning, Row
+from darkroom.engine.row import ActiveJob, Row
 from darkroom.engine.threads import use_cpu_threads
-from darkroom.errors import DarkroomError, JobError
-from darkroom.jobs import Failure, ImageInfo, Job, Result, Timings
+from darkroom.errors import ConfigError, DarkroomError, JobError
+from darkroom.jobs import Failure, GenerationRequest, ImageInfo, Job, Result, Timings
 
 MAX_DECODE_BATCH = 8
 
@@ -73,8 +79,24 @@ class TickReport:
     progress: list[tuple[Job, int, int]]
 
 
+@dataclass(frozen=True)
+class _InFlight:
+    """A tick that was enqueued, and what its report will say. `joined` rows came with it, `waiting` rows did not."""
+
+    tick: Tick
+    choice: Choice
+    started_s: float
+    joined: int
+    waiting: int
+
+
 class Engine:
-    """Runs jobs of `models` (by id) until `stop`; `clock` is in seconds and monotonic, `batcher` another policy."""
+    """Runs jobs of `models` (by id) until `stop`; `clock` is in seconds and monotonic.
+
+    `on_ready` is called from `run` before the first tick; with `warm_up` that is after ticks were captured as graphs,
+    where the device has them, and after one picture of each model was drawn for nobody, so that no caller pays for
+    first calls. `batcher` and `device` replace what the settings and the models call for.
+    """
 
     def __init__(
         self,
@@ -84,31 +106,45 @@ class Engine:
         worker: str = "local",
         on_event: Callable[[Event], None],
         on_tick: Callable[[TickReport], None] | None = None,
+        on_ready: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        warm_up: bool = False,
         batcher: Batcher | None = None,
+        device: TickDevice | None = None,
     ) -> None:
         self.models = dict(models)
+        self._settings = settings
         self._worker = worker
         self._on_event = on_event
         self._on_tick = on_tick
+        self._on_ready = on_ready
         self._clock = clock
-        is_reproducible = settings.batching == "reproducible"
-        has_graphs = any(model.device.type == "cuda" for model in self.models.values())
+        self._warm_up = warm_up
+        self._is_reproducible = settings.batching == "reproducible"
+        place = next(iter(self.models.values())).device
+        self._device = device or device_for(place, graphs=settings.graphs == "auto")
         self.batcher = batcher or Batcher(
             row_buckets(
                 settings.max_rows,
-                is_reproducible=is_reproducible,
+                is_reproducible=self._is_reproducible,
                 reproducible_rows=settings.reproducible_rows,
-                has_graphs=has_graphs,
+                has_graphs=self._device.has_stores,
             )
         )
+        # A worker holds up to twice what one tick takes, so that an urgent job need not wait for a place.
+        self._max_resident = 2 * max(settings.max_rows, self.batcher.max_model_rows)
         self._prompts = {
-            id_: PromptCache(model, settings.prompt_cache_bytes, batch_alone=is_reproducible)
+            id_: PromptCache(
+                model,
+                settings.prompt_cache_bytes,
+                batch_alone=self._is_reproducible,
+                num_in_use=self._max_resident + 2 if self._device.has_stores else None,
+            )
             for id_, model in self.models.items()
         }
         self._decoder = Decoder(
             self._developed,
-            max_batch=1 if is_reproducible else MAX_DECODE_BATCH,
+            max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
@@ -116,9 +152,15 @@ class Engine:
         self._inbox: list[ActiveJob] = []
         self._cancelled: list[ActiveJob] = []
         self._is_stopping = False
-        self._rows: dict[int, Row] = {}
+        self._broken: Exception | None = None
         self._jobs: dict[str, ActiveJob] = {}
+        # From here on only the ticks' thread.
+        self._lanes: dict[BatchKey, Lane] = {}
+        self._postponed: list[ActiveJob] = []
+        self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
+        self._in_flight: deque[_InFlight] = deque()
+        self._last_done_s = 0.0
 
     def submit(self, job: Job, *, deadline_in_s: float | None = None) -> None:
         """Hand a job to the engine. It joins at the next tick; `deadline_in_s` counts from now.
@@ -128,11 +170,8 @@ class Engine:
         if job.request.model not in self.models:
             raise ValueError(f"model: got {job.request.model!r}, expected one of {sorted(self.models)}")
         now_s = self._clock()
-        active = ActiveJob(job, now_s, None if deadline_in_s is None else now_s + deadline_in_s)
-        with self._wake:
-            self._jobs[job.id] = active
-            self._inbox.append(active)
-            self._wake.notify()
+        deadline_s = None if deadline_in_s is None else now_s + deadline_in_s
+        self._submit(ActiveJob(job, now_s, deadline_s, self._on_event))
 
     def cancel(self, job_id: str, attempt: int = 0) -> None:
         """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first.
@@ -146,7 +185,7 @@ class Engine:
                 self._wake.notify()
 
     def stop(self) -> None:
-        """End `run` after the tick in flight."""
+        """End `run` after the ticks in flight."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -163,135 +202,309 @@ class Engine:
     def run(self) -> None:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
 
-        The thread that runs it gets all CPU threads, and should be the only one that does (`use_cpu_threads`).
+        The thread that runs it gets all CPU threads, and should be the only one that does (`use_cpu_threads`). Raises
+        `ConfigError` on a size that cannot be captured, and whatever leaves the process without its device.
         """
         use_cpu_threads(self._num_threads)
         try:
-            self._loop()
+            with self._device.activated(is_reproducible=self._is_reproducible):
+                if self._warm_up:
+                    self._capture()
+                    for model in self.models.values():
+                        self._draw_for_nobody(model)
+                if self._on_ready is not None and not self._is_stopping:
+                    self._on_ready()
+                while self._turn():
+                    pass
+                while self._in_flight:
+                    self._complete()
         finally:
             self._decoder.close()
 
-    def _loop(self) -> None:
-        while True:
+    def _submit(self, active: ActiveJob) -> None:
+        with self._wake:
+            self._jobs[active.job.id] = active
+            self._inbox.append(active)
+            self._wake.notify()
+
+    def _capture(self) -> None:
+        """Capture the ticks of each model's own size, and of the sizes that the settings name."""
+        if not self._device.has_graphs:
+            return
+        for model in self.models.values():
+            card = model.card
+            for width, height in dict.fromkeys(((card.width, card.height), *self._settings.graph_sizes_px)):
+                if width % card.size_multiple or height % card.size_multiple:
+                    raise ConfigError(
+                        f"DARKROOM_GRAPH_SIZES: {width}x{height} is no size of model {model.id}, expected multiples of "
+                        f"{card.size_multiple}"
+                    )
+                lane = self._lane(key_of(model, width, height), num_slots=self._max_resident)
+                lane.capture(self.batcher.buckets, lambda: self._is_stopping)
+
+    def _draw_for_nobody(self, model: DiffusionModel) -> None:
+        """Draw one picture of the model's own size through everything that a request meets. Raises what that meets."""
+        card, ended = model.card, list[Event]()
+        request = GenerationRequest(
+            prompt="",
+            model=model.id,
+            width=card.width,
+            height=card.height,
+            num_inference_steps=2,
+            guidance_scale=card.guidance_scale,
+            seed=0,
+            sampler=card.sampler,
+            sigma_schedule=card.sigma_schedule,
+        )
+
+        def on_end(event: Event) -> None:
             with self._wake:
-                while not (self._rows or self._inbox or self._cancelled or self._is_stopping):
-                    self._wake.wait()
-                if self._is_stopping:
-                    return
-                arrived, self._inbox = self._inbox, []
-                cancelled, self._cancelled = self._cancelled, []
-            for active in cancelled:
-                self._end(active, Cancelled(active.job))
-            self._expire()
-            joined = self._join([active for active in arrived if not active.is_over])
-            self._rows = {id_: row for id_, row in self._rows.items() if not row.active.is_over}
-            choice = self.batcher.choose((row.candidate() for row in self._rows.values()), self._clock())
-            if choice is not None:
-                self._tick(choice, joined)
+                ended.append(event)
+                self._wake.notify()
+
+        on_tick, self._on_tick = self._on_tick, None
+        self._submit(ActiveJob(Job(id="warm-up", request=request), self._clock(), None, on_end))
+        while not ended and self._turn(until=lambda: bool(ended)):
+            pass
+        self._on_tick = on_tick
+        if ended and isinstance(ended[0], Failed):
+            raise JobError(ended[0].failure.message, code=ended[0].failure.code)
+
+    def _turn(self, until: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for something to do, or for `until`, and do it once. Returns False when told to stop."""
+        with self._wake:
+            while not (
+                self._rows
+                or self._in_flight
+                or self._inbox
+                or self._postponed
+                or self._cancelled
+                or self._is_stopping
+                or self._broken
+                or until()
+            ):
+                self._wake.wait()
+            if self._broken is not None:
+                raise self._broken
+            if self._is_stopping:
+                return False
+            arrived, self._inbox = self._postponed + self._inbox, []
+            cancelled, self._cancelled = self._cancelled, []
+        self._postponed = []
+        for active in cancelled:
+            self._end(active, Cancelled(active.job))
+        self._expire(arrived)
+        for row in [row for row in self._rows.values() if row.active.is_over]:
+            self._drop(row)
+        joined = self._join([active for active in arrived if not active.is_over])
+        self._seat()
+        # A row that finds no place in its lane waits for one.
+        candidates = (row.candidate() for row in self._rows.values() if row.slot is not None)
+        choice = self.batcher.choose(candidates, self._clock())
+        if choice is not None:
+            self._tick(choice, joined)
+        elif self._in_flight:
+            self._complete()
+        return True
 
     def _tick(self, choice: Choice, joined: int) -> None:
+        """Enqueue a tick, then settle what is complete by then."""
         started_s = self._clock()
         rows = tuple(self._rows[id_] for id_ in choice.ids)
+        waiting = len(self._rows) - len(rows)
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
-                self._batch = Batch(rows, choice.bucket)
-            self._batch.tick()
+                self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
+            tick = self._batch.enqueue()
         except Exception as error:
             self._batch = None
             self._fail_tick(choice, rows, error)
             return
+        self._enqueued(tick, started_s)
+        self._in_flight.append(_InFlight(tick, choice, started_s, joined, waiting))
+        while len(self._in_flight) > self._device.ticks_ahead:
+            self._complete()
+
+    def _enqueued(self, tick: Tick, started_s: float) -> None:
+        """What can be known of a tick before it is complete."""
+        for row in tick.rows:
+            row.waiting_since_s = started_s
+            if row.active.first_tick_s is None:
+                row.active.first_tick_s = started_s
+            if row.is_denoised:
+                self._drop(row)
+
+    def _complete(self) -> None:
+        """Wait for the oldest tick in flight, settle its rows, and report it."""
+        flight = self._in_flight.popleft()
+        tick, choice = flight.tick, flight.choice
+        self._device.wait(tick.done)
         now_s = self._clock()
-        left = self._settle(rows, choice, started_s, now_s)
-        self.batcher.account(choice.key, now_s - started_s, max(row.active.job.priority.rank for row in rows))
+        # From completion to completion where ticks follow each other without a gap.
+        seconds = now_s - max(flight.started_s, self._last_done_s)
+        self._last_done_s = now_s
+        self._settle(tick, choice, now_s)
+        self.batcher.account(choice.key, seconds, max(row.active.job.priority.rank for row in tick.rows))
         if self._on_tick is not None:
-            jobs = list(dict.fromkeys(row.active for row in rows))
+            jobs = list(dict.fromkeys(row.active for row in tick.rows))
             self._on_tick(
                 TickReport(
                     choice=choice,
-                    seconds=now_s - started_s,
-                    num_rows=len(rows),
-                    joined=joined,
-                    left=left,
-                    waiting=len(self._rows) + left - len(rows),
+                    seconds=seconds,
+                    num_rows=len(tick.rows),
+                    joined=flight.joined,
+                    left=len(tick.finished),
+                    waiting=flight.waiting,
                     progress=[(active.job, active.step, active.num_steps) for active in jobs],
                 )
             )
 
-    def _settle(self, rows: tuple[Row, ...], choice: Choice, started_s: float, now_s: float) -> int:
-        left = 0
-        for row in rows:
+    def _settle(self, tick: Tick, choice: Choice, now_s: float) -> None:
+        for row, is_finite in zip(tick.rows, tick.is_finite.tolist(), strict=False):
             active = row.active
-            row.waiting_since_s = now_s
+            row.num_done += 1
+            row.waiting_since_s = max(row.waiting_since_s, now_s)
             active.last_tick_s = now_s
             active.max_batch_rows = max(active.max_batch_rows, choice.model_rows)
-            if active.first_tick_s is None:
-                active.first_tick_s = started_s
-            if row.is_denoised:
-                del self._rows[row.id]
-                left += 1
-                # The batch that this row is a view of may live on; the decoder needs it unchanged.
-                self._decoder.submit(row, row.latents, None)
-        return left
+            if not is_finite:
+                error = JobError("the picture came out as NaN or infinity", code="non_finite")
+                self._end(active, Failed(active.job, failure_of(error)))
+            elif row in tick.finished:
+                self._decoder.submit(row, tick.finished[row], tick.done)
 
-    def _expire(self) -> None:
+    def _drop(self, row: Row) -> None:
+        """Take a row out: its slot and its texts are free for others, whose use of them comes after its last tick."""
+        del self._rows[row.id]
+        if row.slot is not None:
+            self._lanes[row.key].pool.release(row.slot)
+            row.slot = None
+        self._prompts[row.model.id].release(conditioning.encoded for conditioning in row.conditionings)
+
+    def _expire(self, arrived: list[ActiveJob]) -> None:
         """Jobs past their deadline cost no further tick."""
         now_s = self._clock()
-        late = {row.active for row in self._rows.values() if row.active.is_late(now_s)}
+        late = {active for active in (*arrived, *(row.active for row in self._rows.values())) if active.is_late(now_s)}
         for active in late:
             self._end(active, Expired(active.job))
 
     def _fail_tick(self, choice: Choice, rows: tuple[Row, ...], error: Exception) -> None:
-        """One row may be the cause: try each alone once, and fail only those that fail alone."""
+        """One row may be the cause: try each alone once, and fail only those that fail alone.
+
+        An error that takes the device away is raised: nothing can be tried any more, and no job is to blame.
+        """
         log.error("tick_failed", rows=len(rows), error=type(error).__name__, exc_info=error)
+        if is_device_lost(error):
+            raise error
+        while self._in_flight:
+            self._complete()
         for row in rows:
-            if len(rows) > 1:
+            if len(rows) > 1 and not row.active.is_over:
                 started_s = self._clock()
+                bucket = next(b for b in self.batcher.buckets if b >= len(row.conditionings))
                 try:
-                    Batch((row,), next(b for b in self.batcher.buckets if b >= len(row.conditionings))).tick()
-                    self._settle((row,), choice, started_s, self._clock())
-                    continue
+                    tick = Batch(self._lanes[row.key], (row,), bucket).enqueue()
                 except Exception as alone:
+                    if is_device_lost(alone):
+                        raise
                     error = alone
+                else:
+                    self._enqueued(tick, started_s)
+                    self._device.wait(tick.done)
+                    self._settle(tick, choice, self._clock())
+                    continue
             self._end(row.active, Failed(row.active.job, failure_of(error)))
 
     def _join(self, arrived: list[ActiveJob]) -> int:
-        """Encode the newcomers' prompts, compile their tables, draw their first noise. Returns rows joined."""
+        """Encode the newcomers' prompts, compile their tables, draw their first noise. Returns rows joined.
+
+        Jobs whose texts find no place in the model's store are postponed until others have left.
+        """
         joined = 0
         for model_id, jobs in _by_model(arrived).items():
             started_s = self._clock()
-            model = self.models[model_id]
+            model, cache = self.models[model_id], self._prompts[model_id]
+            jobs = self._admit(model, jobs)
             encoded = self._encode(model, jobs)
-            jobs = [active for active in jobs if not active.is_over]
             for active in jobs:
+                if active.is_over:
+                    continue
                 try:
-                    rows = make_rows(model, active, encoded, self._clock())
+                    rows = make_rows(self._device, model, active, encoded, self._clock())
                 except Exception as error:
+                    if is_device_lost(error):
+                        raise
                     self._end(active, Failed(active.job, failure_of(error)))
                     continue
+                for row in rows:
+                    cache.retain(conditioning.encoded for conditioning in row.conditionings)
                 active.encode_s = self._clock() - started_s
                 with self._wake:
                     active.rows = rows
                 self._rows.update((row.id, row) for row in rows)
                 joined += len(rows)
+            cache.release(encoded.values())
         return joined
 
+    def _admit(self, model: DiffusionModel, jobs: list[ActiveJob]) -> list[ActiveJob]:
+        """The jobs, most urgent class first, whose texts the model's store has room for; the others are postponed."""
+        cache = self._prompts[model.id]
+        admitted, prompts = list[ActiveJob](), set[Prompt]()
+        for active in sorted(jobs, key=lambda active: -active.job.priority.rank):
+            wanted = prompts.union(prompts_of(model, active.job))
+            if cache.has_room(wanted):
+                admitted.append(active)
+                prompts = wanted
+            else:
+                self._postponed.append(active)
+        return admitted
+
     def _encode(self, model: DiffusionModel, jobs: list[ActiveJob]) -> dict[Prompt, EncodedPrompt]:
-        """The prompts of all `jobs`; where they cannot be encoded together, each job's by itself."""
+        """The prompts of all `jobs`, one reference each; if they cannot be encoded together, each job's by itself."""
         cache = self._prompts[model.id]
         try:
             return cache.encode([prompt for active in jobs for prompt in prompts_of(model, active.job)])
         except Exception as error:
+            if is_device_lost(error):
+                raise
             if len(jobs) == 1:
                 self._end(jobs[0], Failed(jobs[0].job, failure_of(error)))
                 return {}
         encoded: dict[Prompt, EncodedPrompt] = {}
         for active in jobs:
-            encoded |= self._encode(model, [active])
+            own = self._encode(model, [active])
+            cache.release(entry for prompt, entry in own.items() if prompt in encoded)
+            encoded |= own
         return encoded
+
+    def _seat(self) -> None:
+        """Give rows that have none a slot of their lane's pool, most urgent class first."""
+        unseated = [row for row in self._rows.values() if row.slot is None]
+        for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
+            assert row.first_latents is not None  # noqa: S101
+            row.slot = self._lane(row.key).pool.take(row.first_latents)
+            if row.slot is not None:
+                row.first_latents = None
+
+    def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:
+        """The lane of a key. A new one takes the place of those that nobody uses and that hold no graphs."""
+        lane = self._lanes.get(key)
+        if lane is None:
+            for idle in [lane for lane in self._lanes.values() if lane.is_idle and not lane.graphs]:
+                del self._lanes[idle.key]
+            self._batch = None
+            model = self.models[key.model]
+            lane = Lane(self._device, model, key, self._prompts[model.id], num_slots=num_slots)
+            self._lanes[key] = lane
+        return lane
 
     def _developed(self, developed: Developed) -> None:
         row, active = developed.row, developed.row.active
         if isinstance(developed.outcome, Exception):
+            if is_device_lost(developed.outcome):
+                with self._wake:
+                    self._broken = developed.outcome
+                    self._wake.notify()
+                return
             self._end(active, Failed(active.job, failure_of(developed.outcome)))
             return
         with self._wake:
@@ -340,72 +553,7 @@ class Engine:
             # A job that was lost and claimed again may be here twice, as two attempts.
             if self._jobs.get(active.job.id) is active:
                 del self._jobs[active.job.id]
-        self._on_event(event)
-
-
-def prompts_of(model: DiffusionModel, job: Job) -> list[Prompt]:
-    """The prompt, and with guidance the negative prompt, of a job."""
-    request = job.request
-    prompts = [Prompt(request.prompt, request.clip_skip, False)]
-    if uses_negative_prompt(model, job):
-        prompts.append(Prompt(request.negative_prompt, request.clip_skip, True))
-    return prompts
-
-
-def uses_negative_prompt(model: DiffusionModel, job: Job) -> bool:
-    """Guidance by a second model row; a model that embeds the guidance scale needs none."""
-    return job.request.uses_guidance and not model.embeds_guidance
-
-
-def make_rows(
-    model: DiffusionModel, active: ActiveJob, encoded: Mapping[Prompt, EncodedPrompt], now_s: float
-) -> list[Row]:
-    """Rows of a job at step 0: compiled table, first noise from each row's own seed, conditioning for every step."""
-    request = active.job.request
-    table = compile_sampler(request.sampler, model.schedule, request.num_inference_steps, request.sigma_schedule)
-    conditionings = tuple(
-        Conditioning(encoded[prompt].text_kv, time_projection(model, active.job, table, encoded[prompt]))
-        for prompt in prompts_of(model, active.job)
-    )
-    shape = (
-        model.latent_channels,
-        request.height // model.vae_scale_factor,
-        request.width // model.vae_scale_factor,
-    )
-    rows = []
-    for index in range(request.num_images_per_prompt):
-        generator = torch.Generator().manual_seed(request.seed + index)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32) * table.initial_scale
-        rows.append(
-            Row(
-                active=active,
-                model=model,
-                index=index,
-                seed=request.seed + index,
-                table=table,
-                generator=generator,
-                latents=noise.to(model.device),
-                previous=torch.zeros((2, *shape), device=model.device),
-                conditionings=conditionings,
-                guidance_scale=request.guidance_scale if len(conditionings) > 1 else 1.0,
-                waiting_since_s=now_s,
-            )
-        )
-    return rows
-
-
-@torch.inference_mode()
-def time_projection(model: DiffusionModel, job: Job, table: SamplerTable, encoded: EncodedPrompt) -> torch.Tensor:
-    """`[E, time_width]`: the time embedding of every evaluation of this job, computed once."""
-    request = job.request
-    time_ids = model.time_ids(request.width, request.height)
-    projection: torch.Tensor = model.unet.time_projection(
-        table.timesteps.to(model.device),
-        pooled_prompt_embeds=encoded.pooled if time_ids is not None else None,
-        time_ids=time_ids,
-        guidance_embedding_scale=request.guidance_scale if model.embeds_guidance else None,
-    )
-    return projection
+        active.on_end(event)
 
 
 def failure_of(error: Exception) -> Failure:

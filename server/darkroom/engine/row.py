@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.samplers import SamplerTable
 from darkroom.engine.batcher import BatchKey, Candidate
+from darkroom.engine.prompts import EncodedPrompt
 from darkroom.jobs import Job
 
 _row_ids = itertools.count()
@@ -17,11 +23,15 @@ _row_ids = itertools.count()
 
 @dataclass(eq=False)
 class ActiveJob:
-    """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds."""
+    """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
+
+    `on_end` gets the job's one terminal event.
+    """
 
     job: Job
     submitted_s: float
     deadline_s: float | None
+    on_end: Callable[[Any], None]
     rows: list[Row] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
     encode_s: float = 0.0
@@ -38,7 +48,7 @@ class ActiveJob:
     @property
     def step(self) -> int:
         """Evaluations done by the slowest image."""
-        return min((row.step_index for row in self.rows), default=0)
+        return min((row.num_done for row in self.rows), default=0)
 
     @property
     def num_steps(self) -> int:
@@ -47,45 +57,50 @@ class ActiveJob:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told in one model row.
+    """What the UNet is told in one model row: the text, and one line `[time_width]` per evaluation."""
 
-    `text_kv` `[L, text_kv_width]`; `time_projection` `[E, time_width]`, one line per evaluation.
-    """
-
-    text_kv: torch.Tensor
-    time_projection: torch.Tensor
+    encoded: EncodedPrompt
+    time_lines: tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
 class Row:
     """One image's trajectory.
 
-    `latents` `[C, H, W]` fp32; `previous` `[2, C, H, W]` fp32, the last two denoised; `conditionings` holds the
-    prompt's and, with guidance, the negative prompt's.
+    `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` fp32, on the host, are there until the row holds
+    `slot` of its lane's pool. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
     active: ActiveJob
     model: DiffusionModel
+    key: BatchKey
     index: int
     seed: int
     table: SamplerTable
     generator: torch.Generator
-    latents: torch.Tensor
-    previous: torch.Tensor
+    shape: tuple[int, int, int]
+    first_latents: Tensor | None
     conditionings: tuple[Conditioning, ...]
     guidance_scale: float
     waiting_since_s: float
+    slot: int | None = None
     step_index: int = 0
+    num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
-    _drawn: tuple[int, torch.Tensor] | None = None
+    _drawn: tuple[int, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.coefficients: NDArray[np.float32] = self.table.coefficients.numpy()
 
     @property
     def is_denoised(self) -> bool:
+        """Whether its last evaluation is done or under way."""
         return self.step_index >= self.table.num_evaluations
 
     @property
-    def key(self) -> BatchKey:
-        return BatchKey(self.model.id, self.latents.shape[-2], self.latents.shape[-1])
+    def needs_noise(self) -> bool:
+        return self.table.needs_noise[self.step_index]
 
     def candidate(self) -> Candidate:
         return Candidate(
@@ -98,12 +113,12 @@ class Row:
             deadline_s=self.active.deadline_s,
         )
 
-    def draw_noise(self) -> torch.Tensor:
+    def draw_noise(self) -> Tensor:
         """This step's noise, `[C, H, W]` fp32 on the CPU, from the row's own generator in diffusers' order of draws.
 
         A step that failed and is tried again gets the same noise.
         """
         if self._drawn is None or self._drawn[0] != self.step_index:
-            noise = torch.randn(self.latents.shape, generator=self.generator, dtype=torch.float32)
+            noise = torch.randn(self.shape, generator=self.generator, dtype=torch.float32)
             self._drawn = self.step_index, noise
         return self._drawn[1]

@@ -7,7 +7,6 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -16,10 +15,8 @@ import torch
 from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.engine import Engine
-from darkroom.engine.local import generate_images
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
-from darkroom.jobs import GenerationRequest
 from darkroom.metrics import serve_metrics
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import Worker
@@ -66,23 +63,6 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     return models
 
 
-def warm_up(model: DiffusionModel, settings: Settings) -> None:
-    """Draw one picture of the model's own size, so that the first caller does not pay for first calls."""
-    card = model.card
-    request = GenerationRequest(
-        prompt="",
-        model=model.id,
-        width=card.width,
-        height=card.height,
-        num_inference_steps=2,
-        guidance_scale=card.guidance_scale,
-        seed=0,
-        sampler=card.sampler,
-        sigma_schedule=card.sigma_schedule,
-    )
-    generate_images(model, request, settings)
-
-
 def run_worker(
     settings: Settings,
     redis_url: str,
@@ -96,9 +76,6 @@ def run_worker(
     """
     use_cpu_threads(1)
     models = load_models(settings, model_paths)
-    with ThreadPoolExecutor(1) as other_thread:
-        for model in models.values():
-            other_thread.submit(warm_up, model, settings).result()
     metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
 
@@ -112,7 +89,7 @@ async def _serve(
 ) -> None:
     queue = await _connect(settings, redis_url)
     try:
-        worker = Worker(settings, queue, functools.partial(Engine, models, settings))
+        worker = Worker(settings, queue, functools.partial(Engine, models, settings, warm_up=True))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, _drain_or_exit, worker)

@@ -51,9 +51,15 @@ class Worker:
         self._settings = settings
         self._queue = queue
         self.id = worker_id()
-        self._engine = make_engine(worker=self.id, on_event=self._from_engine, on_tick=self._ticked)
-        self._models = sorted(self._engine.models)
         self._loop = asyncio.get_running_loop()
+        self._engine_ready = asyncio.Event()
+        self._engine = make_engine(
+            worker=self.id,
+            on_event=self._from_engine,
+            on_tick=self._ticked,
+            on_ready=lambda: self._loop.call_soon_threadsafe(self._engine_ready.set),
+        )
+        self._models = sorted(self._engine.models)
         self._held: dict[str, Job] = {}
         self._lost: set[tuple[str, int]] = set()
         self._ending: set[tuple[str, int]] = set()
@@ -148,6 +154,7 @@ class Worker:
         log.info("worker_stopped", worker=self.id, handed_back=len(held))
 
     async def _stay_registered(self, on_ready: Callable[[], None] | None) -> None:
+        await self._engine_ready.wait()
         await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
         self._registered.set()
         log.info("worker_ready", worker=self.id, models=self._models)

@@ -1,0 +1,150 @@
+"""What all ticks of one model and one latent shape share: the rows' state, and on a GPU the captured graphs.
+
+A captured tick is one launch for what is otherwise hundreds: gather and scale the latents, call the UNet, combine
+guidance, step every row by its own table. It reads and writes only what lies at fixed addresses: the row pool, the
+store of prompts, and its `TickInputs`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import torch
+from darkroom_kernels.step import scale_input, step_
+from torch import Tensor
+
+from darkroom.diffusion.loader import DiffusionModel
+from darkroom.engine.batcher import BatchKey
+from darkroom.engine.device import WARM_UP_CALLS, TickDevice, is_device_lost
+from darkroom.engine.inputs import TickInputs
+from darkroom.engine.pool import RowPool
+from darkroom.engine.prompts import PromptCache
+
+log = structlog.get_logger("darkroom.engine")
+
+
+@dataclass(frozen=True)
+class CapturedTick:
+    """A graph of the tick of one bucket, and the arguments that it reads."""
+
+    inputs: TickInputs
+    replay: Callable[[], None]
+
+
+class Lane:
+    """Ticks of `model` at the latent shape of `key`.
+
+    `num_slots` fixes the number of rows that it can hold; None lets it grow, and then nothing can be captured.
+    """
+
+    def __init__(
+        self,
+        device: TickDevice,
+        model: DiffusionModel,
+        key: BatchKey,
+        prompts: PromptCache,
+        *,
+        num_slots: int | None = None,
+    ) -> None:
+        self.device, self.model, self.key, self.prompts = device, model, key, prompts
+        self.shape = (model.latent_channels, key.height, key.width)
+        self.pool = RowPool(device, self.shape, num_slots)
+        self.ring = device.ticks_ahead + 1
+        self.graphs: dict[int, CapturedTick] = {}
+        self._turn = 0
+        self._done: list[torch.cuda.Event | None] = [None] * self.ring
+
+    @property
+    def is_idle(self) -> bool:
+        return self.pool.num_used == 0
+
+    def next_turn(self) -> int:
+        """The frame of the ring to write the next tick in, once the device is through with what it held."""
+        self._turn = (self._turn + 1) % self.ring
+        self.device.wait(self._done[self._turn])
+        return self._turn
+
+    def end_turn(self) -> torch.cuda.Event | None:
+        """Mark the end of the tick's work on the device."""
+        done = self._done[self._turn] = self.device.record()
+        return done
+
+    def inputs(self, num_rows: int, num_model_rows: int) -> TickInputs:
+        """New inputs for ticks that are launched call by call."""
+        time_projection = torch.empty(
+            (num_model_rows, self.model.unet.time_width), dtype=self.model.dtype, device=self.model.device
+        )
+        return TickInputs(self.device, num_rows, num_model_rows, time_projection, self.ring)
+
+    def compute(self, inputs: TickInputs, noise: Tensor | None, text_kv: Tensor, text_slots: Tensor | None) -> None:
+        """The tick itself: advance the rows of `inputs`, whose texts are `text_kv` `[S, L, text_kv_width]` by slot,
+        or one for each model row where there are no slots.
+        """
+        model, pool = self.model, self.pool
+        scaled = scale_input(
+            pool.latents, inputs.coefficients, inputs.slots, inputs.row_of, model.dtype, implementation=model.kernels
+        )
+        texts = (text_kv, None) if text_slots is None else (text_kv, None, text_slots)
+        step_(
+            pool.latents,
+            pool.previous,
+            model.unet(scaled, inputs.time_projection, *texts),
+            inputs.slots,
+            inputs.rows_cond,
+            inputs.rows_uncond,
+            inputs.guidance_scale,
+            inputs.coefficients,
+            noise,
+            inputs.is_finite,
+            implementation=model.kernels,
+        )
+
+    @torch.inference_mode()
+    def capture(self, buckets: Sequence[int], should_stop: Callable[[], bool]) -> None:
+        """Capture the tick of every bucket, largest first, so that smaller ones reuse its memory.
+
+        A bucket that cannot be captured is logged, and its ticks are launched call by call. Raises when the device is
+        lost.
+        """
+        device, model, store = self.device, self.model, self.prompts.store
+        if store is None:
+            raise ValueError("capture: expected a store of prompts at a fixed address")
+        started_s, reserved = time.monotonic(), device.graph_bytes()
+        largest = max(buckets)
+        hosts = [device.host_buffer((largest, *self.shape), torch.float32) for _ in range(self.ring)]
+        noise = hosts, device.buffer_like(hosts[0])
+        time_projection = torch.zeros((largest, model.unet.time_width), dtype=model.dtype, device=model.device)
+        for bucket in sorted(buckets, reverse=True):
+            if should_stop():
+                return
+            inputs = TickInputs(device, bucket, bucket, time_projection, self.ring, noise)
+            # No row has a slot, so nothing of the pool changes.
+            nobody: list[int] = []
+            fixed = inputs.pack(nobody, nobody, nobody, [0] * bucket, [0] * bucket, [])
+            inputs.frames[0].fixed[:] = fixed
+            inputs.send(inputs.frames[0], with_noise=False)
+
+            def work(inputs: TickInputs = inputs) -> None:
+                self.compute(inputs, inputs.noise, store, inputs.text_slots)
+
+            try:
+                for _ in range(WARM_UP_CALLS):
+                    work()
+                self.graphs[bucket] = CapturedTick(inputs, device.capture(work))
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                log.error("graph_not_captured", model=model.id, bucket=bucket, exc_info=error)
+        log.info(
+            "graphs_captured",
+            model=model.id,
+            width=self.key.width * model.vae_scale_factor,
+            height=self.key.height * model.vae_scale_factor,
+            graphs=len(self.graphs),
+            buckets=sorted(self.graphs),
+            seconds=round(time.monotonic() - started_s, 1),
+            pool_bytes=device.graph_bytes() - reserved,
+        )

@@ -1,0 +1,58 @@
+"""The state of all rows of one model and latent shape, side by side, so that one launch can step them all.
+
+A row holds a slot: an index into both tensors. Slots are handed out in the order of the device's work, see `device`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from darkroom.engine.device import TickDevice
+
+FIRST_SLOTS = 4
+
+
+class RowPool:
+    """`latents` `[S, C, H, W]` and `previous` `[S, 2, C, H, W]` (the last two denoised), fp32.
+
+    With `num_slots` there are exactly that many, at addresses that never change, as graphs need it; without, the pool
+    grows with its rows.
+    """
+
+    def __init__(self, device: TickDevice, shape: tuple[int, int, int], num_slots: int | None = None) -> None:
+        self._device = device
+        self._shape = shape
+        self._is_fixed = num_slots is not None
+        self.latents, self.previous = self._allocate(num_slots or FIRST_SLOTS)
+        self._free = list(range(len(self.latents)))[::-1]
+
+    @property
+    def num_used(self) -> int:
+        return len(self.latents) - len(self._free)
+
+    def take(self, latents: Tensor) -> int | None:
+        """A slot that holds `latents` `[C, H, W]` fp32 from the host and an empty history; None when all are in use."""
+        if not self._free:
+            if self._is_fixed:
+                return None
+            self._grow()
+        slot = self._free.pop()
+        self.latents[slot].copy_(self._device.upload(latents))
+        self.previous[slot].zero_()
+        return slot
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def _grow(self) -> None:
+        old_latents, old_previous = self.latents, self.previous
+        size = len(old_latents)
+        self.latents, self.previous = self._allocate(2 * size)
+        self.latents[:size].copy_(old_latents)
+        self.previous[:size].copy_(old_previous)
+        self._free = list(range(size, 2 * size))[::-1]
+
+    def _allocate(self, size: int) -> tuple[Tensor, Tensor]:
+        device = self._device.device
+        return torch.zeros((size, *self._shape), device=device), torch.zeros((size, 2, *self._shape), device=device)
