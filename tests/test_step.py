@@ -343,9 +343,9 @@ def test_a_choice_that_cannot_run_says_why(monkeypatch):
     from darkroom_kernels import backend
 
     backend.triton_problem.cache_clear()
-    backend.uses_triton.cache_clear()
+    backend._uses_triton.cache_clear()
     assert not interprets()
     with pytest.raises(KernelUnavailable, match="TRITON_INTERPRET"):
         step_(**arguments(), implementation="triton")
     backend.triton_problem.cache_clear()
-    backend.uses_triton.cache_clear()
+    backend._uses_triton.cache_clear()

@@ -69,7 +69,7 @@ def mark_failed(kernel: str, device: torch.device, reason: str) -> None:
     """Turn `auto` away from a kernel on a kind of device for the life of the process; by name it raises from now on."""
     _failed[kernel, device.type] = reason
     logger.error("kernel %s on %s: %s; it is not used", kernel, device.type, reason)
-    uses_triton.cache_clear()
+    _uses_triton.cache_clear()
 
 
 def failure(kernel: str, device: torch.device) -> str | None:
@@ -77,7 +77,7 @@ def failure(kernel: str, device: torch.device) -> str | None:
     return _failed.get((kernel, device.type))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> bool:
     """Whether a kernel with the implementations "auto", "triton" and "torch" takes its Triton form on `device`.
 
@@ -85,6 +85,11 @@ def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> 
     `kernel` is the name that a failed self-check is recorded under. Raises `KernelUnavailable` when "triton" cannot run
     and `ValueError` on an unknown name.
     """
+    return _uses_triton(implementation, device, kernel)
+
+
+@functools.cache
+def _uses_triton(implementation: str, device: torch.device, kernel: str) -> bool:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown, expected one of {list(IMPLEMENTATIONS)}")
     if implementation == "torch" or (implementation == "auto" and device.type == "cpu"):
