@@ -24,7 +24,7 @@ from tests.support.interpreter import rounds_to_nearest  # noqa: F401
 pytestmark = pytest.mark.usefixtures("rounds_to_nearest")
 SLOTS = 9
 IN_PLACE = ("latents", "previous", "is_finite")
-FORMS = ["torch", "triton"]
+FORMS = ["auto", "torch", "triton"]
 
 
 def arguments(rows=5, channels=4, height=7, width=3, dtype=torch.float32, noise=True, layout="nhwc"):

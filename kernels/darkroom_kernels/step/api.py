@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from darkroom_kernels.backend import uses_triton
-from darkroom_kernels.step import plain
+from darkroom_kernels.step import host, plain
 from darkroom_kernels.step.columns import NUM_COLUMNS
 
 OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,6 +44,8 @@ def scale_input(
         from darkroom_kernels.step.kernel import scale_input as launch
 
         return launch(latents, coefficients, slots, row_of, dtype)  # type: ignore[no-any-return]
+    if device.type == "cpu" and implementation == "auto":
+        return host.scale_input(latents, coefficients, slots, row_of, dtype)
     return plain.scale_input(latents, coefficients, slots, row_of, dtype)
 
 
@@ -111,6 +113,8 @@ def step_(
         from darkroom_kernels.step.kernel import step_ as launch
 
         launch(*arguments)
+    elif device.type == "cpu" and implementation == "auto":
+        host.step_(*arguments)
     else:
         plain.step_(*arguments)
 

@@ -1,4 +1,4 @@
-"""The step in PyTorch operators: what a CPU runs, and a GPU when Triton is not to be used.
+"""The step in PyTorch operators: what a GPU runs when Triton is not to be used.
 
 Nothing here depends on values on the host, so a CUDA graph can hold it: a row without a slot is computed like the
 others and its result is replaced by that of a row which has one.
@@ -60,8 +60,11 @@ def step_(
     finite = (following.isfinite() & denoised.isfinite()).flatten(1).all(1)
     is_finite.copy_(finite.logical_or_(is_row.logical_not()))
     is_any = is_row.any()
-    latents.index_copy_(0, slot, torch.where(is_any, following, x))
-    previous.index_copy_(0, slot, torch.where(is_any, torch.stack((denoised, last[:, 0]), 1), last))
+    following = torch.where(is_any, following, x)
+    history = torch.where(is_any, torch.stack((denoised, last[:, 0]), 1), last)
+    # Nothing is written before all is computed: a step that ran out of memory can be tried again.
+    latents.index_copy_(0, slot, following)
+    previous.index_copy_(0, slot, history)
 
 
 def _per_row(values: Tensor) -> Tensor:
