@@ -9,9 +9,9 @@ from darkroom_kernels import group_norm
 from darkroom_kernels.group_norm import kernel
 from darkroom_kernels.group_norm.reference import reference_group_norm
 
-from tests.support.interpreter import rounds_to_nearest  # noqa: F401
+from tests.support.interpreter import bf16_as_on_a_device  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("rounds_to_nearest")
+pytestmark = pytest.mark.usefixtures("bf16_as_on_a_device")
 LAST = torch.channels_last
 # Every width of the Stable Diffusion UNets and autoencoders, 32 groups each.
 WIDTHS = (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)

@@ -19,9 +19,9 @@ from darkroom_kernels.step import (
 )
 from darkroom_kernels.step.reference import step_reference
 
-from tests.support.interpreter import rounds_to_nearest  # noqa: F401
+from tests.support.interpreter import bf16_as_on_a_device  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("rounds_to_nearest")
+pytestmark = pytest.mark.usefixtures("bf16_as_on_a_device")
 SLOTS = 9
 IN_PLACE = ("latents", "previous", "is_finite")
 FORMS = ["auto", "torch", "triton"]

@@ -3,5 +3,15 @@
 from darkroom_kernels.attention import Implementation, attention, check_available
 from darkroom_kernels.geglu import geglu
 from darkroom_kernels.group_norm import group_norm
+from darkroom_kernels.layer_norm import layer_norm
+from darkroom_kernels.residual import add_residual_
 
-__all__ = ["Implementation", "attention", "check_available", "geglu", "group_norm"]
+__all__ = [
+    "Implementation",
+    "add_residual_",
+    "attention",
+    "check_available",
+    "geglu",
+    "group_norm",
+    "layer_norm",
+]

@@ -11,14 +11,18 @@ from darkroom_kernels.backend import interprets
 
 
 @pytest.fixture
-def rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fp32 becomes bf16 by rounding to the nearest, as on a device; the interpreter of Triton 3.9 cuts bits off."""
+def bf16_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 is rounded to the nearest and multiplied by value.
+
+    The interpreter of Triton 3.9 cuts bits off fp32 values, and takes the bits of bf16 ones for whole numbers in a dot.
+    """
     if not interprets():
         return
     from triton import language
     from triton.runtime import interpreter
 
     convert: Any = interpreter._convert_float
+    dot: Any = interpreter.InterpreterBuilder.create_dot
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if (source, target) != (language.float32, language.bfloat16):
@@ -26,4 +30,14 @@ def rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         floats = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
         return floats.bfloat16().view(torch.uint16).numpy().reshape(np.shape(values))
 
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != language.bfloat16:
+            return handle
+        floats = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.bfloat16).float()
+        return interpreter.TensorHandle(floats.numpy(), language.float32)
+
+    def product(builder: Any, a: Any, b: Any, *more: Any) -> Any:
+        return dot(builder, widened(a), widened(b), *more)
+
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)

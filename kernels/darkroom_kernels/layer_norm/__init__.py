@@ -1,0 +1,5 @@
+"""Layer normalisation with the addition before it fused in. The maths is in README.md."""
+
+from darkroom_kernels.layer_norm.api import layer_norm
+
+__all__ = ["layer_norm"]

@@ -1,0 +1,56 @@
+"""The Triton kernel. Channels lie side by side and nothing lies between, so places and channels are one long line."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from darkroom_kernels import backend
+from darkroom_kernels.backend import Build
+
+BLOCK = 4096
+NUM_WARPS = 4
+
+
+@triton.jit
+def _add_residual(p_y, p_residual, p_bias, numel, C: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    o = tl.arange(0, BLOCK)
+    m = o < numel - start
+    o_c = ((start % C).to(tl.int32) + o) % C
+    b_y = tl.load(p_y + start + o, mask=m, other=0.0).to(tl.float32)
+    b_y += tl.load(p_residual + start + o, mask=m, other=0.0).to(tl.float32)
+    b_y += tl.load(p_bias + o_c).to(tl.float32)
+    tl.store(p_y + start + o, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+def _add_residual_on_device(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    numel = y.numel()
+    _add_residual[(triton.cdiv(numel, BLOCK),)](
+        y, residual, bias.contiguous(), numel, C=bias.shape[0], BLOCK=BLOCK, **backend.launch_options(NUM_WARPS)
+    )
+
+
+def _fake(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    """In place, so there is nothing to make."""
+
+
+add_residual_ = backend.register(
+    "add_residual_(Tensor(a!) y, Tensor residual, Tensor bias) -> ()", _add_residual_on_device, _fake
+)
+
+
+def builds() -> list[Build]:
+    """Specialisations for the channels of the Stable Diffusion UNets and autoencoders."""
+    return [
+        Build(
+            name=f"add_residual {channels} {dtype}",
+            kernel=_add_residual,
+            signature=dict.fromkeys(("p_y", "p_residual", "p_bias"), f"*{dtype}")
+            | {"numel": "i32", "C": "constexpr", "BLOCK": "constexpr"},
+            constants={"C": channels, "BLOCK": BLOCK},
+            options=backend.launch_options(NUM_WARPS),
+        )
+        for channels, dtype in ((320, "fp16"), (1280, "fp16"), (128, "fp16"), (640, "bf16"), (128, "fp32"))
+    ]
