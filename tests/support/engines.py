@@ -66,11 +66,12 @@ def run_jobs(
     expected: int | None = None,
     deadline_in_s: float | None = None,
     on_tick: Callable[[Engine, TickReport, int], None] | None = None,
+    **options: Any,
 ) -> Outcome:
     """Submit `jobs` before the first tick and run until `expected` (default: all of them) have ended.
 
     `on_tick(engine, report, ticks so far)` runs on the tick thread, so what it submits or cancels is in time for the
-    next tick.
+    next tick. `options` are the engine's own.
     """
     outcome, expected = Outcome(), len(jobs) if expected is None else expected
 
@@ -85,7 +86,7 @@ def run_jobs(
         if on_tick is not None:
             on_tick(engine, report, len(outcome.ticks))
 
-    engine = Engine({model.id: model}, settings, on_event=ended, on_tick=ticked)
+    engine = Engine({model.id: model}, settings, on_event=ended, on_tick=ticked, **options)
     for job in jobs:
         engine.submit(job, deadline_in_s=deadline_in_s)
     thread = threading.Thread(target=engine.run, daemon=True)

@@ -64,7 +64,6 @@ class Batch:
             [row.guidance_scale for row in rows],
         )
 
-    @torch.inference_mode()
     def enqueue(self) -> Tick:
         """Let the device advance every row by one evaluation. On a CPU that has happened on return.
 

@@ -156,6 +156,7 @@ class Engine:
         self._jobs: dict[str, ActiveJob] = {}
         # From here on only the ticks' thread.
         self._lanes: dict[BatchKey, Lane] = {}
+        self._is_open = False
         self._postponed: list[ActiveJob] = []
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
@@ -170,8 +171,11 @@ class Engine:
         if job.request.model not in self.models:
             raise ValueError(f"model: got {job.request.model!r}, expected one of {sorted(self.models)}")
         now_s = self._clock()
-        deadline_s = None if deadline_in_s is None else now_s + deadline_in_s
-        self._submit(ActiveJob(job, now_s, deadline_s, self._on_event))
+        active = ActiveJob(job, now_s, None if deadline_in_s is None else now_s + deadline_in_s, self._on_event)
+        with self._wake:
+            self._jobs[job.id] = active
+            self._inbox.append(active)
+            self._wake.notify()
 
     def cancel(self, job_id: str, attempt: int = 0) -> None:
         """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first.
@@ -207,11 +211,12 @@ class Engine:
         """
         use_cpu_threads(self._num_threads)
         try:
-            with self._device.activated(is_reproducible=self._is_reproducible):
+            with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
                     self._capture()
                     for model in self.models.values():
                         self._draw_for_nobody(model)
+                self._is_open = True
                 if self._on_ready is not None and not self._is_stopping:
                     self._on_ready()
                 while self._turn():
@@ -220,12 +225,6 @@ class Engine:
                     self._complete()
         finally:
             self._decoder.close()
-
-    def _submit(self, active: ActiveJob) -> None:
-        with self._wake:
-            self._jobs[active.job.id] = active
-            self._inbox.append(active)
-            self._wake.notify()
 
     def _capture(self) -> None:
         """Capture the ticks of each model's own size, and of the sizes that the settings name."""
@@ -263,7 +262,7 @@ class Engine:
                 self._wake.notify()
 
         on_tick, self._on_tick = self._on_tick, None
-        self._submit(ActiveJob(Job(id="warm-up", request=request), self._clock(), None, on_end))
+        self._postponed.append(ActiveJob(Job(id="warm-up", request=request), self._clock(), None, on_end))
         while not ended and self._turn(until=lambda: bool(ended)):
             pass
         self._on_tick = on_tick
@@ -276,7 +275,7 @@ class Engine:
             while not (
                 self._rows
                 or self._in_flight
-                or self._inbox
+                or (self._inbox and self._is_open)
                 or self._postponed
                 or self._cancelled
                 or self._is_stopping
@@ -288,9 +287,11 @@ class Engine:
                 raise self._broken
             if self._is_stopping:
                 return False
-            arrived, self._inbox = self._postponed + self._inbox, []
+            arrived, self._postponed = self._postponed, []
+            if self._is_open:
+                arrived += self._inbox
+                self._inbox = []
             cancelled, self._cancelled = self._cancelled, []
-        self._postponed = []
         for active in cancelled:
             self._end(active, Cancelled(active.job))
         self._expire(arrived)

@@ -71,7 +71,6 @@ def make_rows(
     return rows
 
 
-@torch.inference_mode()
 def time_lines(
     device: TickDevice, model: DiffusionModel, request: GenerationRequest, table: SamplerTable, encoded: EncodedPrompt
 ) -> tuple[Tensor, ...]:

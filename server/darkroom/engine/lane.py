@@ -102,7 +102,6 @@ class Lane:
             implementation=model.kernels,
         )
 
-    @torch.inference_mode()
     def capture(self, buckets: Sequence[int], should_stop: Callable[[], bool]) -> None:
         """Capture the tick of every bucket, largest first, so that smaller ones reuse its memory.
 
@@ -126,6 +125,7 @@ class Lane:
             fixed = inputs.pack(nobody, nobody, nobody, [0] * bucket, [0] * bucket, [])
             inputs.frames[0].fixed[:] = fixed
             inputs.send(inputs.frames[0], with_noise=False)
+            device.wait(device.record())
 
             def work(inputs: TickInputs = inputs) -> None:
                 self.compute(inputs, inputs.noise, store, inputs.text_slots)
