@@ -160,25 +160,23 @@ def geglu_flops(x_shape: Any, weight_shape: Any, bias_shape: Any, *_: Any, **__:
 
 
 def builds() -> list[Build]:
-    """Specialisations for the feed-forward layers of the Stable Diffusion UNets: widths 320, 640 and 1280."""
+    """Specialisations for the feed-forward layers of the Stable Diffusion UNets."""
     found = []
-    for dtype, widths in (("fp16", (320, 640, 1280)), ("bf16", (1280,)), ("fp32", (320,))):
-        for inner in widths:
-            width = 4 * inner
-            gate = {"N": width, "BLOCK_R": GATE_ROWS, "BLOCK_N": GATE_COLUMNS}
-            found.append(
-                Build(
-                    name=f"geglu gate {width} {dtype}",
-                    kernel=_geglu_gate,
-                    signature=dict.fromkeys(("p_product", "p_bias", "p_y"), f"*{dtype}")
-                    | {"rows": "i32"}
-                    | dict.fromkeys(gate, "constexpr"),
-                    constants=gate,
-                    options=backend.launch_options(GATE_WARPS),
-                )
+    for dtype, inner in (("fp16", 320), ("bf16", 1280)):
+        width = 4 * inner
+        gate = {"N": width, "BLOCK_R": GATE_ROWS, "BLOCK_N": GATE_COLUMNS}
+        found.append(
+            Build(
+                name=f"geglu gate {width} {dtype}",
+                kernel=_geglu_gate,
+                signature=dict.fromkeys(("p_product", "p_bias", "p_y"), f"*{dtype}")
+                | {"rows": "i32"}
+                | dict.fromkeys(gate, "constexpr"),
+                constants=gate,
+                options=backend.launch_options(GATE_WARPS),
             )
-            if dtype != "fp32":
-                found += [_build(capability, dtype, inner, width) for capability in (80, 90, 100)]
+        )
+        found += [_build(capability, dtype, inner, width) for capability in (80, 90, 100)]
     return found
 
 

@@ -82,7 +82,7 @@ layer_norm = backend.register(
 def builds() -> list[Build]:
     """Specialisations for the widths of the Stable Diffusion UNets."""
     found = []
-    for width, dtype in ((320, "fp16"), (640, "fp16"), (1280, "fp16"), (2560, "fp16"), (1280, "bf16"), (640, "fp32")):
+    for width, dtype in ((320, "fp16"), (1280, "bf16"), (2560, "fp32")):
         block_r, block_c, num_warps = blocks(width)
         sizes = {"C": width, "BLOCK_R": block_r, "BLOCK_C": block_c, "HAS_SHIFT": True}
         found.append(

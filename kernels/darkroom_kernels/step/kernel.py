@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -229,57 +231,38 @@ step_ = backend.register(
 def builds() -> list[Build]:
     """Specialisations for 4-channel latents whose places are a multiple of 16, as launches find them."""
     block_c, block_p = _blocks(4)
-    sizes = {"C": 4, "BLOCK_C": block_c, "BLOCK_P": block_p}
-    found = []
-    for dtype in ("fp16", "bf16", "fp32"):
-        found.append(
-            Build(
-                f"scale_input {dtype}",
-                _scale_input,
-                {
-                    "p_latents": "*fp32",
-                    "p_coefficients": "*fp32",
-                    "p_slots": "*i64",
-                    "p_row_of": "*i64",
-                    "p_out": f"*{dtype}",
-                    "places": "i32",
-                }
-                | dict.fromkeys(sizes, "constexpr"),
-                sizes,
-                backend.launch_options(NUM_WARPS),
-            )
+    types = dict.fromkeys(("p_slots", "p_row_of", "p_cond", "p_uncond"), "*i64") | {
+        "p_is_finite": "*i1",
+        "p_progress": "*i32",
+        "places": "i32",
+        "stride_row": "i32",
+        "stride_place": "i32",
+    }
+    # A channel stride of 1 becomes a constant when a kernel is launched.
+    constants = {
+        "C": 4,
+        "BLOCK_C": block_c,
+        "BLOCK_P": block_p,
+        "stride_channel": 1,
+        "IS_CHANNELS_LAST": True,
+        "HAS_NOISE": True,
+    }
+
+    def build(name: str, kernel: Any, dtype: str) -> Build:
+        network = dict.fromkeys(("p_out", "p_output"), f"*{dtype}")
+        signature = {argument: (types | network).get(argument, "*fp32") for argument in kernel.arg_names}
+        held = {argument: value for argument, value in constants.items() if argument in signature}
+        return Build(
+            name=f"{name} {dtype}",
+            kernel=kernel,
+            signature=signature | dict.fromkeys(held, "constexpr"),
+            constants=held,
+            options=backend.launch_options(NUM_WARPS),
+            uneven=frozenset({"stride_place"} & signature.keys()),
         )
-        # A channel stride of 1 becomes a constant when a kernel is launched.
-        constants = sizes | {"stride_channel": 1, "IS_CHANNELS_LAST": True, "HAS_NOISE": True}
-        found.append(
-            Build(
-                f"step {dtype}",
-                _step,
-                {
-                    "p_latents": "*fp32",
-                    "p_previous": "*fp32",
-                    "p_output": f"*{dtype}",
-                    "p_slots": "*i64",
-                    "p_cond": "*i64",
-                    "p_uncond": "*i64",
-                    "p_guidance": "*fp32",
-                    "p_coefficients": "*fp32",
-                    "p_noise": "*fp32",
-                    "p_is_finite": "*i1",
-                    "p_progress": "*i32",
-                    "places": "i32",
-                    "stride_row": "i32",
-                    "stride_channel": "constexpr",
-                    "stride_place": "i32",
-                    "C": "constexpr",
-                    "BLOCK_C": "constexpr",
-                    "BLOCK_P": "constexpr",
-                    "IS_CHANNELS_LAST": "constexpr",
-                    "HAS_NOISE": "constexpr",
-                },
-                constants,
-                backend.launch_options(NUM_WARPS),
-                uneven=frozenset({"stride_place"}),
-            )
-        )
-    return found
+
+    return [
+        build("scale_input", _scale_input, "fp16"),
+        build("step", _step, "fp16"),
+        build("step", _step, "fp32"),
+    ]
