@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from darkroom_kernels import backend
 from darkroom_kernels.backend import Build
@@ -41,6 +42,38 @@ def _geglu_gate(p_product, p_bias, p_y, rows, N: tl.constexpr, BLOCK_R: tl.const
 
 
 @triton.jit
+def _tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Programs run in groups of GROUP_M tiles of rows by all tiles of columns."""
+    group = program // (GROUP_M * tiles_n)
+    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % group_m, within // group_m
+
+
+@triton.jit
+def _store_gated(
+    p_bias,
+    p_y,
+    acc_value,
+    acc_gate,
+    tile_m,
+    tile_n,
+    rows,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    acc_value += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    acc_gate += tl.load(p_bias + N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    b_y = _gated(acc_value, acc_gate)
+    p_y += o_m[:, None].to(tl.int64) * N + o_n[None, :]
+    tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & m_n[None, :])
+
+
+@triton.jit
 def _geglu(
     p_x,
     p_weight,
@@ -56,13 +89,7 @@ def _geglu(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Programs run in groups of GROUP_M tiles of rows by all tiles of columns.
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * tiles_n)
-    group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % (GROUP_M * tiles_n)
-    tile_m, tile_n = group * GROUP_M + within % group_m, within // group_m
-
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     # Rows and columns past the end are read as the first ones and never written, so that only K needs a mask.
     o_m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)) % rows
     o_n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)) % N
@@ -87,14 +114,34 @@ def _geglu(
         p_a += BLOCK_K
         p_b += BLOCK_K
 
-    o_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    acc_value += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    acc_gate += tl.load(p_bias + N + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    b_y = _gated(acc_value, acc_gate)
-    p_y += o_m[:, None].to(tl.int64) * N + o_n[None, :]
-    tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=(o_m < rows)[:, None] & m_n[None, :])
+    _store_gated(p_bias, p_y, acc_value, acc_gate, tile_m, tile_n, rows, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _geglu_described(
+    desc_x,
+    desc_weight,
+    p_bias,
+    p_y,
+    rows,
+    K,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As `_geglu`, with tiles fetched by descriptor; what lies past the edges comes as zeros."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    acc_value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        b_a = desc_x.load([tile_m * BLOCK_M, start])  # [BLOCK_M, BLOCK_K]
+        b_value = desc_weight.load([tile_n * BLOCK_N, start])  # [BLOCK_N, BLOCK_K]
+        b_gate = desc_weight.load([N + tile_n * BLOCK_N, start])
+        acc_value = tl.dot(b_a, b_value.T, acc_value)
+        acc_gate = tl.dot(b_a, b_gate.T, acc_gate)
+    _store_gated(p_bias, p_y, acc_value, acc_gate, tile_m, tile_n, rows, N, BLOCK_M, BLOCK_N)
 
 
 def _gate_on_device(product: Tensor, bias: Tensor) -> Tensor:
@@ -129,13 +176,27 @@ def _geglu_on_device(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         lines = lines.contiguous()
     rows, inner = lines.shape
     width = y.shape[-1]
+    weight, bias = weight.contiguous(), bias.contiguous()
     tile = tile_for(_capability(x.device), x.element_size())
-    _geglu[(triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n),)](
-        lines, weight.contiguous(), bias.contiguous(), y, rows, lines.stride(0), inner,
-        N=width, EVEN_K=inner % tile.block_k == 0, **_sizes(tile),
-        **backend.launch_options(tile.num_warps, tile.num_stages),
-    )  # fmt: skip
+    grid = (triton.cdiv(rows, tile.block_m) * triton.cdiv(width, tile.block_n),)
+    options = _sizes(tile) | backend.launch_options(tile.num_warps, tile.num_stages)
+    if tile.has_descriptors and _can_be_described(lines) and _can_be_described(weight):
+        _geglu_described[grid](
+            TensorDescriptor.from_tensor(lines, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
+            bias, y, rows, inner, N=width, **options,
+        )  # fmt: skip
+    else:
+        _geglu[grid](
+            lines, weight, bias, y, rows, lines.stride(0), inner,
+            N=width, EVEN_K=inner % tile.block_k == 0, **options,
+        )  # fmt: skip
     return y
+
+
+def _can_be_described(matrix: Tensor) -> bool:
+    """The copy engine wants every row to start at a multiple of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def _fake_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -182,14 +243,21 @@ def builds() -> list[Build]:
 
 def _build(capability: int, dtype: str, inner: int, width: int) -> Build:
     tile = tile_for(capability, 2)
-    sizes = {"N": width, "EVEN_K": inner % tile.block_k == 0} | _sizes(tile)
+    sizes = {"N": width} | _sizes(tile)
+    kernel = _geglu_described if tile.has_descriptors else _geglu
+    if not tile.has_descriptors:
+        sizes["EVEN_K"] = inner % tile.block_k == 0
+    types = {
+        "desc_x": f"tensordesc<{dtype}[{tile.block_m},{tile.block_k}]>",
+        "desc_weight": f"tensordesc<{dtype}[{tile.block_n},{tile.block_k}]>",
+    }
+    types |= dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y"), f"*{dtype}")
+    types |= dict.fromkeys(("rows", "stride_row", "K"), "i32")
     return Build(
         name=f"geglu {inner}→{width} {dtype} for sm_{capability}",
-        kernel=_geglu,
-        signature=dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y"), f"*{dtype}")
-        | dict.fromkeys(("rows", "stride_row", "K"), "i32")
-        | dict.fromkeys(sizes, "constexpr"),
-        constants=sizes,
+        kernel=kernel,
+        signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
+        constants={name: sizes[name] for name in kernel.arg_names if name in sizes},
         options=backend.launch_options(tile.num_warps, tile.num_stages),
         has_products=True,
         capabilities=(capability,),

@@ -15,6 +15,8 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    has_descriptors: bool = False
+    """Whether tiles are fetched by the hardware's copy engine (Hopper and newer), where the inputs' strides allow."""
 
 
 GROUP_M = 8
@@ -22,8 +24,8 @@ GROUP_M = 8
 
 TILES = {
     80: Tile(128, 64, 32, 4, 4),
-    90: Tile(128, 128, 64, 8, 4),
-    100: Tile(128, 128, 64, 8, 4),
+    90: Tile(128, 128, 64, 8, 4, has_descriptors=True),
+    100: Tile(128, 128, 64, 8, 4, has_descriptors=True),
     # Again less than 100 KiB of shared memory, and 80's kind of tensor cores.
     120: Tile(128, 64, 32, 4, 4),
 }
