@@ -77,7 +77,7 @@ def _normalise_whole(
     if HAS_SHIFT:
         b_shift = tl.load(p_shift + row * stride_shift + first + o_c, mask=m_c, other=0.0).to(tl.float32)
         b_x = tl.where(m, b_x + b_shift[None, :], 0.0)
-    count = (places * PER_GROUP).to(tl.float32)
+    count = places * PER_GROUP
     b_mean = _to_channels(_to_groups(tl.sum(b_x, 0), m_member) / count, m_member)
     b_x = tl.where(m, b_x - b_mean[None, :], 0.0)
     b_variance = _to_groups(tl.sum(b_x * b_x, 0), m_member) / count
@@ -195,7 +195,7 @@ def _normalise(
     b_mean = tl.sum(b_means * b_counts, 1) / places
     b_means -= b_mean[:, None]
     b_deviation = tl.sum(b_deviations + b_counts * PER_GROUP * b_means * b_means, 1)
-    b_scale = tl.rsqrt(b_deviation / (places * PER_GROUP).to(tl.float32) + eps)
+    b_scale = tl.rsqrt(b_deviation / (places * PER_GROUP) + eps)
 
     m_member = ((first + o_c) // PER_GROUP)[None, :] == o_g[:, None]  # [BLOCK_G, BLOCK_C]
     b_mean = _to_channels(b_mean, m_member)
