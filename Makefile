@@ -53,10 +53,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.concurrent --record
 	$(BIN)/python -m benchmarks.service --record
 	$(BIN)/python -m benchmarks.full_size_parity --record
+	$(BIN)/python -m benchmarks.quality --record
 
+# BENCH_ARGS="--quick" is all in 90 s; "--section models" is one section. A run that was stopped goes on where it was.
 bench-gpu: $(VENV)/.dev
-	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.single_image --record
-	DARKROOM_DEVICE=cuda $(BIN)/python -m benchmarks.concurrent --record
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 train-model: $(VENV)/.dev
 	$(BIN)/python -m training.train_vae --out runs/vae --minutes 13

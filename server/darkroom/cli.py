@@ -1,4 +1,4 @@
-"""The command line: `darkroom up | api | worker | generate | models`.
+"""The command line: `darkroom up | api | worker | generate | models | bench`.
 
 Exit codes: 0 done or stopped as asked, 1 failed, 2 a bad setting, model or request, 130 interrupted. What a command
 needs is imported inside it, so that `darkroom --help` is quick and the API never loads torch.
@@ -33,6 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 ModelPaths = Annotated[
     list[str] | None,
@@ -228,6 +231,23 @@ def models(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@bench.command()
+def kernels(
+    quick: Annotated[bool, typer.Option("--quick", help="SDXL's shapes alone.")] = False,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N; cpu runs toy shapes, which say nothing of speed.")] = (
+        "cuda"
+    ),
+) -> None:
+    """Time the kernels at the shapes of SD 1.5, SD 2.1 and SDXL, against what PyTorch offers."""
+    _settings("bench", log_level="error")
+    from darkroom.worker.main import choose_device
+
+    place = choose_device(device)
+    from darkroom_kernels.bench.report import bench_kernels
+
+    bench_kernels(place, quick=quick, say=typer.echo)
 
 
 def _leave() -> NoReturn:

@@ -74,6 +74,12 @@ def time_calls(calls: Sequence[Call], device: torch.device, *, budget_s: float =
         return Timing(statistics.median(_events(calls, turns) for _ in range(5)) / (turns * len(calls)), "events")
 
 
+def time_replays(replay: Call, device: torch.device, *, turns: int = 20) -> float:
+    """Median seconds of a captured graph, replays back to back."""
+    with torch.cuda.device(device):
+        return statistics.median(_events([replay], turns) for _ in range(5)) / turns
+
+
 def _wall(calls: Sequence[Call], budget_s: float) -> Timing:
     for call in calls:
         call()

@@ -67,7 +67,7 @@ class ServingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     example_prompts: list[str] = []
 
 
-@dataclass(repr=False)
+@dataclass
 class DiffusionModel:
     """A checkpoint, ready to serve: networks fused on their device, texts encodable, schedule and card read.
 
@@ -99,10 +99,10 @@ class DiffusionModel:
         return self.unet.config.time_cond_proj_dim is not None
 
     def time_ids(self, width: int, height: int) -> Tensor | None:
-        """SDXL's sizes of an uncropped picture, `[6]` fp32 on the host; None for the other families."""
+        """SDXL's sizes of an uncropped picture, `[6]` fp32; None for the other families."""
         if self.unet.config.addition_time_embed_dim is None:
             return None
-        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
 
 
 def load_model(

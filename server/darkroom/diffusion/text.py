@@ -109,14 +109,9 @@ class TextEncoder:
             return_tensors="pt",
         )
         device = self.body.final_layer_norm.weight.device
-        mask = _upload(tokens.attention_mask, device) if self.uses_attention_mask else None
-        output = self.model(_upload(tokens.input_ids, device), attention_mask=mask, output_hidden_states=all_layers)
+        mask = tokens.attention_mask.to(device) if self.uses_attention_mask else None
+        output = self.model(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=all_layers)
         return output, getattr(output, "text_embeds", None)
-
-
-def _upload(tokens: Tensor, device: torch.device) -> Tensor:
-    """Tokens on the device. To a GPU from pinned memory: from other memory the host would wait for ticks under way."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 class TextEncoders:

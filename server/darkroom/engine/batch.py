@@ -17,7 +17,7 @@ from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Tick:
     """A tick that was enqueued.
 

@@ -26,7 +26,7 @@ from darkroom.errors import JobError
 MAX_DECODE_PIXELS = 1 << 21
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Exposed:
     """A row's finished latents on their way to the VAE: `Decoder.submit`'s arguments."""
 

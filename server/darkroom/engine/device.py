@@ -68,10 +68,6 @@ class TickDevice:
         """
         raise NotImplementedError("a CPU has no graphs")
 
-    def is_usable(self) -> bool:
-        """Whether the device still answers after an error; a capture may fail and leave it sound."""
-        return True
-
     def graph_bytes(self) -> int:
         """Memory that is reserved on the device and that no live tensor uses, after what can be freed was freed."""
         return 0
@@ -130,13 +126,6 @@ class CudaDevice(TickDevice):
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph.replay
-
-    def is_usable(self) -> bool:
-        try:
-            torch.cuda.synchronize(self.device)
-        except RuntimeError:
-            return False
-        return True
 
     def graph_bytes(self) -> int:
         torch.cuda.synchronize(self.device)

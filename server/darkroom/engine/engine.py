@@ -79,7 +79,7 @@ class TickReport:
     progress: list[tuple[Job, int, int]]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class _InFlight:
     """A tick that was enqueued, and what its report will say. `joined` rows came with it, `waiting` rows did not."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import BatchKey
-from darkroom.engine.device import WARM_UP_CALLS, TickDevice
+from darkroom.engine.device import WARM_UP_CALLS, TickDevice, is_device_lost
 from darkroom.engine.inputs import TickInputs
 from darkroom.engine.pool import RowPool
 from darkroom.engine.prompts import PromptCache
@@ -26,7 +26,7 @@ from darkroom.engine.prompts import PromptCache
 log = structlog.get_logger("darkroom.engine")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class CapturedTick:
     """A graph of the tick of one bucket, and the arguments that it reads."""
 
@@ -135,9 +135,9 @@ class Lane:
                     work()
                 self.graphs[bucket] = CapturedTick(inputs, device.capture(work))
             except Exception as error:
-                if not device.is_usable():
+                if is_device_lost(error):
                     raise
-                log.error("graph_not_captured", model=model.id, bucket=bucket, error=f"{type(error).__name__}: {error}")
+                log.error("graph_not_captured", model=model.id, bucket=bucket, exc_info=error)
         log.info(
             "graphs_captured",
             model=model.id,

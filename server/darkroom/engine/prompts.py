@@ -25,7 +25,7 @@ class Prompt:
     is_negative: bool
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class EncodedPrompt:
     """`text_kv` `[L, text_kv_width]`, K and V of every cross-attention layer; `pooled` `[P]` or None.
 

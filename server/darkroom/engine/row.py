@@ -21,7 +21,7 @@ from darkroom.jobs import Job
 _row_ids = itertools.count()
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class ActiveJob:
     """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
 
@@ -55,7 +55,7 @@ class ActiveJob:
         return max((row.table.num_evaluations for row in self.rows), default=0)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Conditioning:
     """What the UNet is told in one model row: the text, and one line `[time_width]` per evaluation."""
 
@@ -63,7 +63,7 @@ class Conditioning:
     time_lines: tuple[Tensor, ...]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False)
 class Row:
     """One image's trajectory.
 
