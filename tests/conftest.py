@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 import torch
 from darkroom.config import Settings
 from darkroom.queue import EmbeddedRedis, JobQueue
@@ -16,6 +17,14 @@ from darkroom.queue import EmbeddedRedis, JobQueue
 from tests.support.devices import KERNEL_DEVICES, interpret_without_a_gpu
 
 interpret_without_a_gpu()
+# structlog's own way prints every local variable of a traceback, which takes a minute where those are networks.
+structlog.configure(
+    processors=[
+        structlog.processors.add_log_level,
+        structlog.dev.set_exc_info,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 _shards = itertools.count()
 

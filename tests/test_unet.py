@@ -11,6 +11,7 @@ from darkroom.errors import ModelError
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from support.tiny_models import FAMILIES, POOLED_WIDTH, UNET_CONFIGS, Family, fresh_seed, tiny_unet
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCE = 1e-4
 TIME_IDS = torch.tensor([64.0, 72.0, 0.0, 0.0, 64.0, 72.0])
@@ -24,13 +25,15 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def ours(theirs: UNet2DConditionModel, dtype: torch.dtype = torch.float32, **options: Any) -> UNet:
-    """Our network with the oracle's weights."""
+def ours(
+    theirs: UNet2DConditionModel, dtype: torch.dtype = torch.float32, *, for_cuda: bool = False, **options: Any
+) -> UNet:
+    """Our network with the oracle's weights, in a CPU's form or in CUDA's."""
     with torch.device("meta"):
         unet = UNet(dict(theirs.config), **options)
     values = {name: value.to(dtype, copy=True) for name, value in theirs.state_dict().items()}
     unet.load_state_dict(values, assign=True)
-    return unet.fuse()
+    return unet.fuse(for_cuda=for_cuda)
 
 
 def difference(expected: Tensor, got: Tensor) -> float:
@@ -65,8 +68,8 @@ class Inputs:
             lines.append(unet.time_projection(timestep[None], **extra))
         return torch.cat(lines)
 
-    def run(self, unet: UNet, lengths: Tensor | None = None) -> Tensor:
-        return unet(self.latents, self.time(unet), unet.text_kv(self.text), lengths)
+    def run(self, unet: UNet, lengths: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        return unet(self.latents, self.time(unet), unet.text_kv(self.text), lengths, slots)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 5), (7, 16)], ids=str)
@@ -88,6 +91,53 @@ def test_a_single_latent_pixel_works(family: Family) -> None:
     torch.manual_seed(5)
     inputs = Inputs(theirs, 1, 1, 1)
     assert difference(inputs.oracle(theirs, 0), inputs.run(ours(theirs))) < 0.01
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_form_of_cuda_equals_diffusers_too(family: Family, kernels: str) -> None:
+    """Where biases ride on other operations and products are added in place, with the kernels' interpreter as well."""
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet(family, seed, **({"layers_per_block": 1} if kernels == "triton" else {}))
+    inputs = Inputs(theirs, 2, 6, 4)
+    unet = ours(theirs, for_cuda=True, kernels=kernels)
+    before = [tensor.clone() for tensor in (inputs.latents, inputs.text)]
+    got = inputs.run(unet)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    for row in range(2):
+        assert difference(inputs.oracle(theirs, row), got[row : row + 1]) < TOLERANCE
+    assert torch.equal(inputs.run(unet), got), "a second call starts from what the first one left"
+    assert all(map(torch.equal, before, (inputs.latents, inputs.text)))
+
+
+@pytest.mark.parametrize("for_cuda", [False, True], ids=["cpu", "cuda form"])
+def test_rows_read_their_texts_from_a_store_by_slot(for_cuda: bool) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs = tiny_unet("sdxl", seed)
+    inputs = Inputs(theirs, 3, 4, 6, length=9)
+    unet = ours(theirs, for_cuda=for_cuda)
+    store = unet.text_kv(torch.cat([torch.full((1, 9, inputs.text.shape[2]), torch.nan), inputs.text.flip(0)]))
+    lengths = torch.tensor([9, 9, 4], dtype=torch.int32)
+    slots = torch.tensor([3, 3, 1])
+    got = unet(inputs.latents, inputs.time(unet), store, lengths, slots)
+    for row, (length, text) in enumerate(((9, 0), (9, 0), (4, 2))):
+        alone = Inputs.__new__(Inputs)
+        alone.__dict__ = {**vars(inputs), "text": inputs.text[[text] * 3]}
+        assert difference(alone.oracle(theirs, row, length), got[row : row + 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "teraflops"), [("Stable Diffusion 1.5", 64, 0.803), ("SDXL", 128, 6.761)], ids=str
+)
+def test_the_work_of_a_forward_is_counted_without_a_device(name: str, side: int, teraflops: float) -> None:
+    """Within 1 %: the count of diffusers' classes has the keys and values of the text, here made once per request."""
+    with torch.device("meta"):
+        unet = UNet(PUBLISHED[name][1], kernels="torch").to(torch.float16).fuse()
+        x, time = torch.empty(1, 4, side, side), torch.empty(1, unet.time_width, dtype=torch.float16)
+        text = torch.empty(1, 77, unet.text_kv_width, dtype=torch.float16)
+        with FlopCounterMode(display=False) as counter:
+            unet(x, time, text)
+    assert counter.get_total_flops() == pytest.approx(teraflops * 1e12, rel=0.01)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -117,12 +167,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("for_cuda", [False, True], ids=["cpu", "cuda form"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_of_the_config_equals_diffusers(name: str) -> None:
+def test_a_variant_of_the_config_equals_diffusers(name: str, for_cuda: bool) -> None:
     torch.manual_seed(seed := fresh_seed())
     theirs = tiny_unet("sd1", seed, **VARIANTS[name])
     inputs = Inputs(theirs, 2, 6, 7)
-    got = inputs.run(ours(theirs))
+    got = inputs.run(ours(theirs, for_cuda=for_cuda, kernels="torch" if for_cuda else "auto"))
     for row in range(2):
         assert difference(inputs.oracle(theirs, row), got[row : row + 1]) < TOLERANCE
 

@@ -29,19 +29,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def pair(name: str, seed: int) -> tuple[Any, VAE]:
+def pair(name: str, seed: int, *, for_cuda: bool = False, **options: Any) -> tuple[Any, VAE]:
     theirs = tiny_vae(seed, **VARIANTS[name])
     with torch.device("meta"):
-        vae = VAE(dict(theirs.config))
+        vae = VAE(dict(theirs.config), **options)
     vae.load_state_dict({key: value.clone() for key, value in theirs.state_dict().items()}, assign=True)
-    return theirs, vae.fuse()
+    return theirs, vae.fuse(for_cuda=for_cuda)
 
 
+@pytest.mark.parametrize("for_cuda", [False, True], ids=["cpu", "cuda form"])
 @pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_decoding_equals_diffusers(name: str, size: tuple[int, int]) -> None:
+def test_decoding_equals_diffusers(name: str, size: tuple[int, int], for_cuda: bool) -> None:
     torch.manual_seed(seed := fresh_seed())
-    theirs, vae = pair(name, seed)
+    theirs, vae = pair(name, seed, for_cuda=for_cuda)
     latents = torch.randn(2, vae.config.latent_channels, *size)
     with torch.no_grad():
         expected = theirs.decode(latents / theirs.config.scaling_factor + (theirs.config.shift_factor or 0.0)).sample
@@ -53,10 +54,20 @@ def test_decoding_equals_diffusers(name: str, size: tuple[int, int]) -> None:
     assert (expected.abs() < 1).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_encoding_equals_diffusers_in_the_denoisers_space(name: str) -> None:
+def test_the_kernels_of_cuda_decode_as_diffusers_does() -> None:
     torch.manual_seed(seed := fresh_seed())
-    theirs, vae = pair(name, seed)
+    theirs, vae = pair("stable diffusion", seed, for_cuda=True, kernels="triton")
+    latents = 0.2 * torch.randn(1, 4, 2, 3)
+    with torch.no_grad():
+        expected = theirs.decode(latents / theirs.config.scaling_factor).sample
+    assert (expected.clamp(-1, 1) - vae.decode(latents)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("for_cuda", [False, True], ids=["cpu", "cuda form"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_encoding_equals_diffusers_in_the_denoisers_space(name: str, for_cuda: bool) -> None:
+    torch.manual_seed(seed := fresh_seed())
+    theirs, vae = pair(name, seed, for_cuda=for_cuda)
     pixels = torch.rand(2, 3, 40, 72) * 2 - 1
     with torch.no_grad():
         posterior = theirs.encode(pixels).latent_dist

@@ -71,6 +71,18 @@ class Settings(BaseSettings):
     graph_sizes: str | None = Field(
         None, description="More picture sizes to capture, as 768x512,512x512; each adds start-up time and memory."
     )
+    vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="Weights and activations of the autoencoder; auto is fp16 on a GPU unless that overflows."
+    )
+    vae_tile_px: int = Field(
+        1536,
+        ge=128,
+        le=8192,
+        description="Longest side decoded in one piece, larger pictures in tiles; raising it costs memory.",
+    )
+    memory_budget_bytes: int = Field(
+        0, ge=0, description="GPU memory that a worker may plan with; 0 is what is free when it starts, less a margin."
+    )
     batching: Literal["fast", "reproducible"] = Field(
         "fast", description="reproducible pads every tick to one row bucket, so pictures are bit-equal in any crowd."
     )

@@ -1,4 +1,4 @@
-"""The blocks that UNet and autoencoder are made of, with diffusers' parameter names.
+"""The blocks that UNet and autoencoder are made of, with diffusers' parameter names, in the form that a CPU runs.
 
 Source of the structure: diffusers `models/unets/unet_2d_blocks.py`, `models/resnet.py`, `models/attention.py`.
 """
@@ -29,13 +29,15 @@ from darkroom.diffusion.layers import (
 class Conditioning:
     """What a UNet call knows besides the picture; a layer picks its own by index.
 
-    `time_shifts`: one `[B, C]` per residual block. `text`: keys, then values, each `[B, L, C]`, of one cross-attention
-    after the other. `text_lengths`: `[B]` int32, or None when no row is padded.
+    `time_shifts`: one `[B, C]` per residual block. `text`: keys, then values, each `[S, L, C]`, of one cross-attention
+    after the other. `text_lengths`: `[B]` int32, or None when no row is padded. `text_slots`: `[B]` int64, the text
+    that a row reads; None when row b reads text b.
     """
 
     time_shifts: Sequence[Tensor]
     text: Sequence[Tensor]
-    text_lengths: Tensor | None
+    text_lengths: Tensor | None = None
+    text_slots: Tensor | None = None
 
 
 class ResnetBlock(Layer):
@@ -77,12 +79,15 @@ class SelfAttention(Layer):
             self.to_qkv = concatenated([self.to_q, self.to_k, self.to_v])
             self.to_q = self.to_k = self.to_v = None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def attend(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """What goes into `to_out`: `[B, L, C]`, as `x`. Queries, keys and values are views of one product."""
         assert self.to_qkv is not None, "fuse() comes before the first call"  # noqa: S101
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         q, k, v = self.to_qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = darkroom_kernels.attention(q, k, v, implementation=self.attention)
-        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
+        return darkroom_kernels.attention(q, k, v, implementation=self.attention).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, residual: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.to_out[0](self.attend(x, conditioning), residual)  # type: ignore[no-any-return]
 
 
 class CrossAttention(Layer):
@@ -94,17 +99,25 @@ class CrossAttention(Layer):
         self.to_k: Linear | None = Linear(text_dim, width, bias=False)
         self.to_v: Linear | None = Linear(text_dim, width, bias=False)
         self.to_out = nn.ModuleList([Linear(width, width)])
-        self.width, self.heads, self.attention = width, heads, attention
+        self.heads, self.attention = heads, attention
         self.text_index = 0
 
-    def forward(self, x: Tensor, residual: Tensor, conditioning: Conditioning) -> Tensor:
-        batch, length, width = x.shape
+    def attend(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """What goes into `to_out`: `[B, L, C]`, as `x`."""
         sources = (self.to_q(x), conditioning.text[self.text_index], conditioning.text[self.text_index + 1])
-        shape = (batch, -1, self.heads, width // self.heads)
-        q, k, v = (part.view(shape).transpose(1, 2) for part in sources)
-        lengths = conditioning.text_lengths
-        out = darkroom_kernels.attention(q, k, v, key_lengths=lengths, implementation=self.attention)
-        return self.to_out[0](out.transpose(1, 2).reshape(batch, length, width), residual)  # type: ignore[no-any-return]
+        q, k, v = (part.view(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in sources)
+        out = darkroom_kernels.attention(
+            q,
+            k,
+            v,
+            key_lengths=conditioning.text_lengths,
+            key_slots=conditioning.text_slots,
+            implementation=self.attention,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, residual: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.to_out[0](self.attend(x, conditioning), residual)  # type: ignore[no-any-return]
 
 
 class FeedForward(Layer):
@@ -136,10 +149,7 @@ class TransformerBlock(Layer):
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        if isinstance(self.attn1, SelfAttention):
-            x = self.attn1(self.norm1(x), x)
-        else:
-            x = self.attn1(self.norm1(x), x, conditioning)
+        x = self.attn1(self.norm1(x), x, conditioning)
         x = self.attn2(self.norm2(x), x, conditioning)
         return self.ff(self.norm3(x), x)  # type: ignore[no-any-return]
 
@@ -173,6 +183,34 @@ class Transformer(Layer):
         for block in self.transformer_blocks:
             tokens = block(tokens, conditioning)
         return picture_of(self.proj_out(tokens, tokens_of(x)), x)
+
+
+class PictureAttention(Layer):
+    """Self-attention over all places of a picture, with one head, behind a group norm and inside a skip."""
+
+    def __init__(self, channels: int, groups: int, eps: float, attention: str):
+        super().__init__()
+        self.group_norm = GroupNorm(groups, channels, eps)
+        self.to_q: Linear | None = Linear(channels, channels)
+        self.to_k: Linear | None = Linear(channels, channels)
+        self.to_v: Linear | None = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])
+        self.to_qkv: Linear | None = None
+        self.attention = attention
+
+    def fuse(self) -> None:
+        if self.to_q is not None and self.to_k is not None and self.to_v is not None:
+            self.to_qkv = concatenated([self.to_q, self.to_k, self.to_v])
+            self.to_q = self.to_k = self.to_v = None
+
+    def attend(self, tokens: Tensor) -> Tensor:
+        """What goes into `to_out`: `[B, L, C]`, as `tokens`."""
+        assert self.to_qkv is not None, "fuse() comes before the first call"  # noqa: S101
+        q, k, v = self.to_qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
+        return darkroom_kernels.attention(q, k, v, implementation=self.attention).squeeze(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return picture_of(self.to_out[0](self.attend(tokens_of(self.group_norm(x))), tokens_of(x)), x)
 
 
 class Downsample(Layer):

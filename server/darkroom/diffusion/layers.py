@@ -1,4 +1,6 @@
-"""The leaves of the networks: parameters under diffusers' names, and the fastest way to apply them.
+"""The leaves of the networks: parameters under diffusers' names, and the fastest way to apply them on a CPU.
+
+What CUDA does otherwise with them is in `darkroom.diffusion.fused`.
 
 Weights are created empty and always loaded. Activations are channels-last, so `[B, C, H, W]` pictures and `[B, H·W, C]`
 tokens are two views of one memory.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import darkroom_kernels
@@ -57,12 +60,22 @@ def load_onednn() -> OneDNN | None:
         return None
 
 
-def onednn_for(weight: Tensor) -> OneDNN | None:
-    """The operators, if they can hold this weight."""
-    operators = load_onednn() if weight.device.type == "cpu" else None
-    if operators is None or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    return operators if weight.dtype is torch.float32 or operators.has_bf16 else None
+@dataclass(frozen=True)
+class Form:
+    """How a network runs. Chosen once, when its weights are loaded.
+
+    `onednn`: oneDNN's operators where layers may use them; None on CUDA. `kernels` names the implementation of
+    `darkroom_kernels`' norms, gate and residual.
+    """
+
+    onednn: OneDNN | None
+    kernels: str = "auto"
+
+    def onednn_for(self, weight: Tensor) -> OneDNN | None:
+        """The operators, if they can hold this weight."""
+        if self.onednn is None or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return self.onednn if weight.dtype is torch.float32 or self.onednn.has_bf16 else None
 
 
 class Layer(nn.Module):
@@ -71,7 +84,7 @@ class Layer(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
-    def prepare(self) -> None:
+    def prepare(self, form: Form) -> None:
         """Take the loaded parameters over as plain tensors, laid out for speed; their names go."""
         for name, parameter in self._parameters.items():
             setattr(self, f"_{name}", None if parameter is None else parameter.detach())
@@ -81,8 +94,9 @@ class Layer(nn.Module):
 class Conv2d(Layer):
     """A convolution with bias; `residual` is added to its result."""
 
+    bias: nn.Parameter | None
     _weight: Tensor | None
-    _bias: Tensor
+    _bias: Tensor | None
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, *, stride: int = 1, padding: int = 1):
         super().__init__()
@@ -94,9 +108,13 @@ class Conv2d(Layer):
         self._layouts: dict[bytes, Tensor] = {}
         self._onednn: OneDNN | None = None
 
-    def prepare(self) -> None:
-        self._onednn = onednn_for(self.weight)
-        super().prepare()
+    def take_bias(self) -> Tensor:
+        """Give the bias away, in fp32, to a layer that adds it on its own way; this one adds none from then on."""
+        return _taken_bias(self)
+
+    def prepare(self, form: Form) -> None:
+        self._onednn = form.onednn_for(self.weight)
+        super().prepare(form)
         if self._weight is not None and self._onednn is None:
             self._weight = self._weight.contiguous(memory_format=torch.channels_last)
 
@@ -105,6 +123,8 @@ class Conv2d(Layer):
         if onednn is None:
             padding, stride, _, _ = self._geometry
             y = torch.conv2d(x, self._weight, self._bias, stride, padding)  # type: ignore[arg-type]
+            # Nothing happens here on a device; only the shapes of meta tensors forget their layout.
+            y = y.contiguous(memory_format=torch.channels_last)
             return y if residual is None else y.add_(residual)
         weight = self._packed.get(x.shape[2:])
         if weight is None:
@@ -137,6 +157,7 @@ class Conv2d(Layer):
 class Linear(Layer):
     """A matrix; `residual` is added to its result. `as_conv` names the weight as a 1×1 convolution's."""
 
+    bias: nn.Parameter | None
     _weight: Tensor
     _bias: Tensor | None = None
 
@@ -147,10 +168,19 @@ class Linear(Layer):
         self.in_features, self.out_features = in_features, out_features
         self._onednn: OneDNN | None = None
 
-    def prepare(self) -> None:
+    def take_bias(self) -> Tensor:
+        """As `Conv2d.take_bias`."""
+        return _taken_bias(self)
+
+    def add_to_bias(self, more: Tensor) -> None:
+        """Add `more` `[out_features]` fp32 to the loaded bias."""
+        assert self.bias is not None  # noqa: S101
+        self.bias = nn.Parameter((self.bias.float() + more).to(self.bias.dtype), requires_grad=False)
+
+    def prepare(self, form: Form) -> None:
         # In fp32 torch's own matrix product is as fast and has less to do per call.
-        self._onednn = None if self.weight.dtype is torch.float32 else onednn_for(self.weight)
-        super().prepare()
+        self._onednn = None if self.weight.dtype is torch.float32 else form.onednn_for(self.weight)
+        super().prepare(form)
         self._weight = self._weight.flatten(1)
         if self._onednn is not None:
             self._weight = self._onednn.pack_linear(self._weight, USUAL_ROWS)
@@ -163,6 +193,14 @@ class Linear(Layer):
         if residual is None:
             return onednn.linear(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
         return onednn.linear_with(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
+
+    def accumulate_(self, y: Tensor, x: Tensor) -> None:
+        """Add the product of `x` `[..., in_features]` to `y` `[..., out_features]` in place, without the bias.
+
+        The product's own kernel reads and writes `y`. Out of place, torch would copy `y` first (`addmm_out_cuda_impl`
+        in its Blas.cpp). Both must be dense, else `view` raises.
+        """
+        y.view(-1, self.out_features).addmm_(x.view(-1, self.in_features), self._weight.t())
 
 
 class GroupNorm(Layer):
@@ -178,16 +216,25 @@ class GroupNorm(Layer):
         self.weight = nn.Parameter(torch.empty(num_channels))
         self.bias = nn.Parameter(torch.empty(num_channels))
         self.num_groups, self.eps = num_groups, eps
+        self._kernels = "auto"
 
-    def prepare(self) -> None:
-        super().prepare()
+    def prepare(self, form: Form) -> None:
+        super().prepare(form)
+        self._kernels = form.kernels
         # On a CPU norms compute in fp32 whatever the activations are, so their parameters are cast once, here.
         if self._weight.device.type == "cpu":
             self._weight, self._bias = self._weight.float(), self._bias.float()
 
     def forward(self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
         return darkroom_kernels.group_norm(
-            x, self.num_groups, self._weight, self._bias, self.eps, silu=silu, shift=shift
+            x,
+            self.num_groups,
+            self._weight,
+            self._bias,
+            self.eps,
+            silu=silu,
+            shift=shift,
+            implementation=self._kernels,
         )
 
 
@@ -216,11 +263,13 @@ class GEGLU(Layer):
         self._weights: tuple[Tensor, ...] = ()
         self._biases: tuple[Tensor, ...] = ()
         self._onednn: OneDNN | None = None
+        self._kernels = "auto"
 
-    def prepare(self) -> None:
+    def prepare(self, form: Form) -> None:
         weight, bias = self.proj.weight.detach(), self.proj.bias
         assert bias is not None  # noqa: S101
-        onednn = self._onednn = onednn_for(weight)
+        self._kernels = form.kernels
+        onednn = self._onednn = form.onednn_for(weight)
         if onednn is None:
             self._weights, self._biases = (weight,), (bias.detach(),)
         else:
@@ -230,11 +279,17 @@ class GEGLU(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._onednn is None:
-            return darkroom_kernels.geglu(x, *self._weights, *self._biases)
+            return darkroom_kernels.geglu(x, *self._weights, *self._biases, implementation=self._kernels)
         value, gate = self._weights
         value_bias, gate_bias = self._biases
         gated = self._onednn.linear(x, gate, gate_bias, "gelu", [], "none")
         return self._onednn.linear_with(x, gated, value, value_bias, "mul")  # type: ignore[no-any-return]
+
+
+def _taken_bias(layer: Conv2d | Linear) -> Tensor:
+    assert layer.bias is not None, "a bias is given away once"  # noqa: S101
+    bias, layer.bias = layer.bias.detach().float(), None
+    return bias
 
 
 def concatenated(layers: Sequence[Linear]) -> Linear:
@@ -248,13 +303,13 @@ def concatenated(layers: Sequence[Linear]) -> Linear:
     return fused
 
 
-def prepare(network: nn.Module) -> None:
+def prepare(network: nn.Module, form: Form) -> None:
     """Lay all weights of a loaded and fused network out for speed. It is not to be changed or moved after this."""
     # A gate takes its product apart and drops it, so gates come first.
     for is_gate in (True, False):
         for module in list(network.modules()):
             if isinstance(module, Layer) and isinstance(module, GEGLU) is is_gate:
-                module.prepare()
+                module.prepare(form)
     # nn.Module finds its parts by a slow detour, and its lists are slower still; plain attributes are not.
     for module in list(network.modules()):
         for name, part in module._modules.items():

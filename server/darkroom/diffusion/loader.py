@@ -6,6 +6,7 @@ Only what the allow-lists name is read, only safetensors are opened, and nothing
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 import torch
 from darkroom_kernels import check_available
+from darkroom_kernels.backend import uses_triton
 from torch import Tensor, nn
 
 from darkroom.diffusion.samplers import default_sampler
@@ -48,6 +51,8 @@ IGNORED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 REQUIRED_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 # SD 1.x autoencoders were published with the names of an older attention class.
 OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+log = structlog.get_logger("darkroom.diffusion")
+
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}(@[\w./-]{1,128})?")
 MAX_SIDE_PX = 2048
 
@@ -73,6 +78,7 @@ class DiffusionModel:
 
     `embeds_guidance` says that the UNet takes the guidance scale as an input (latent consistency models), so that one
     call does what two do elsewhere. `kernels` names the implementation of `darkroom_kernels.step` for its ticks.
+    `load_vae` reads the autoencoder again, in another dtype.
     """
 
     id: str
@@ -84,6 +90,7 @@ class DiffusionModel:
     card: ModelCard
     device: torch.device
     dtype: torch.dtype
+    load_vae: Callable[[torch.dtype], VAE]
     kernels: str = "auto"
 
     @property
@@ -97,6 +104,16 @@ class DiffusionModel:
     @property
     def embeds_guidance(self) -> bool:
         return self.unet.config.time_cond_proj_dim is not None
+
+    def upcast_vae(self) -> None:
+        """Replace an autoencoder whose decoding overflows by one in fp32."""
+        log.warning(
+            "vae_overflows",
+            model=self.id,
+            dtype=str(self.vae.dtype).removeprefix("torch."),
+            hint="decoding goes on in fp32; DARKROOM_VAE_DTYPE=fp32 does so from the start",
+        )
+        self.vae = self.load_vae(torch.float32)
 
     def time_ids(self, width: int, height: int) -> Tensor | None:
         """SDXL's sizes of an uncropped picture, `[6]` fp32; None for the other families."""
@@ -112,16 +129,21 @@ def load_model(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
     kernels: str = "auto",
+    vae_dtype: torch.dtype | None = None,
+    vae_tile_px: int | None = None,
 ) -> DiffusionModel:
     """Load a checkpoint from a directory, or from a hub id `org/name` or `org/name@revision`.
 
-    `dtype` is of the UNet, and on a GPU of the text encoders; None means fp16 on a GPU and fp32 on a CPU. The
-    autoencoder is always fp32. Raises `ModelError`, one sentence with the path, on anything that cannot be served as it
-    is, and `ConfigError` on a device or attention implementation that is not there.
+    `dtype` is of the UNet, and on a GPU of the text encoders; None means fp16 on a GPU and fp32 on a CPU. `vae_dtype`
+    None means what `choose_vae_dtype` says; `vae_tile_px` is the largest side decoded in one piece. Weights are cast on
+    the CPU, so a GPU never holds them wider than they stay. Raises `ModelError`, one sentence with the path, on what
+    cannot be served as it is, and `ConfigError` on a device or an implementation that is not there.
     """
+    started_s = time.monotonic()
     place = _device(device)
     try:
         check_available(attention)
+        uses_triton(kernels, place)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
@@ -135,9 +157,17 @@ def load_model(
     reader = _Reader(directory, place, prefer_fp16)
 
     unet_config = reader.config("unet")
-    unet = reader.network("unet", lambda: UNet(unet_config, attention=attention), dtype).fuse()
+    unet = reader.network("unet", lambda: UNet(unet_config, attention=attention, kernels=kernels), dtype).fuse()
     vae_config = reader.config("vae")
-    vae = reader.network("vae", lambda: VAE(vae_config, attention=attention), torch.float32, _modern_name).fuse()
+    is_sdxl = "text_encoder_2" in classes
+
+    def build_vae() -> VAE:
+        return VAE(vae_config, attention=attention, kernels=kernels, tile_px=vae_tile_px)
+
+    def load_vae(dtype: torch.dtype) -> VAE:
+        return reader.network("vae", build_vae, dtype, _modern_name).fuse()  # type: ignore[no-any-return]
+
+    vae = load_vae(vae_dtype or choose_vae_dtype(vae_config, place, dtype, is_sdxl=is_sdxl))
     text_dtype = dtype if place.type == "cuda" else torch.float32
     encoders = []
     for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
@@ -148,6 +178,7 @@ def load_model(
         text = TextEncoders(encoders, zero_empty_negative=zero_empty)
         _check_that_parts_fit(unet, vae, text)
     card = _card(directory, str(path), unet, vae, text, scheduler_config, content_hash(reader.files))
+    log.info("model_loaded", model=card.id, device=str(place), seconds=round(time.monotonic() - started_s, 2))
     return DiffusionModel(
         id=card.id,
         path=directory,
@@ -158,8 +189,24 @@ def load_model(
         card=card,
         device=place,
         dtype=dtype,
+        load_vae=load_vae,
         kernels=kernels,
     )
+
+
+def choose_vae_dtype(
+    config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, *, is_sdxl: bool
+) -> torch.dtype:
+    """The dtype of an autoencoder with this `vae/config.json`, beside a UNet in `dtype`.
+
+    fp16 on a GPU, where it halves the traffic of the largest activations there are; in bf16 eight bits of mantissa show
+    in smooth areas. fp32 on a CPU, beside a UNet in fp32, and where the weights are known to overflow: SDXL's, unless
+    `force_upcast` denies it. Source of the rule: diffusers `StableDiffusionXLPipeline`, `needs_upcasting`; its SD 1.x
+    and 2.x pipelines do not ask.
+    """
+    if device.type == "cpu" or dtype is torch.float32 or (is_sdxl and config.get("force_upcast", True)):
+        return torch.float32
+    return torch.float16
 
 
 @contextmanager

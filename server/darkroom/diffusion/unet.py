@@ -27,7 +27,8 @@ from darkroom.diffusion.blocks import (
     Upsample,
 )
 from darkroom.diffusion.config import check_fixed, is_whole, number, positive_int, positive_ints, refusal
-from darkroom.diffusion.layers import Conv2d, GroupNorm, Layer, Linear, concatenated, prepare
+from darkroom.diffusion.fused import FusedResnet, FusedTransformer
+from darkroom.diffusion.layers import Conv2d, Form, GroupNorm, Layer, Linear, concatenated, load_onednn, prepare
 
 MAX_LAYERS = 64
 
@@ -252,7 +253,7 @@ class UNetBlock(nn.Module):
             )
         # Plain lists, for the calls; the module lists beside them give the parameters diffusers' names.
         transformers = list(self.attentions) if block.has_attention else []
-        self.layers = list(zip_longest(self.resnets, transformers))
+        self.layers: list[tuple[Any, Any]] = list(zip_longest(self.resnets, transformers))
         self.resamplers: list[Downsample | Upsample] = []
         if downsample:
             self.resamplers.append(Downsample(block.channels, unet.downsample_padding))
@@ -260,6 +261,18 @@ class UNetBlock(nn.Module):
         if upsample:
             self.resamplers.append(Upsample(block.channels))
             self.upsamplers = nn.ModuleList(self.resamplers)
+
+    def fuse(self, input_bias: Tensor | None = None) -> None:
+        """Give the blocks the form of CUDA. `input_bias` is what the first one's input lacks."""
+        transformers = [None if plain is None else FusedTransformer(plain) for _, plain in self.layers]
+        resnets = []
+        for (plain, _), transformer in zip(self.layers, transformers, strict=True):
+            output_bias = None if transformer is None else transformer.output_bias
+            resnets.append(FusedResnet(plain, input_bias, output_bias))
+            input_bias = None
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(entry for entry in transformers if entry is not None)
+        self.layers = list(zip(resnets, transformers, strict=True))
 
 
 class TimestepEmbedding(Layer):
@@ -279,11 +292,11 @@ class UNet(nn.Module):
     """See the module's docstring. Load weights under diffusers' names, call `fuse()` once, then infer.
 
     `config` is the contents of `unet/config.json`; `attention` names the implementation of
-    `darkroom_kernels.attention`. Results are inference tensors: read them or compute with them under
-    `torch.inference_mode`. Raises `ModelError` on a config that cannot be honoured.
+    `darkroom_kernels.attention`, `kernels` that of its other operations. Results are inference tensors: read them or
+    compute with them under `torch.inference_mode`. Raises `ModelError` on a config that cannot be honoured.
     """
 
-    def __init__(self, config: Mapping[str, Any] | UNetConfig, *, attention: str = "auto"):
+    def __init__(self, config: Mapping[str, Any] | UNetConfig, *, attention: str = "auto", kernels: str = "auto"):
         super().__init__()
         self.config = config = config if isinstance(config, UNetConfig) else UNetConfig.from_dict(config)
         downs, mid, ups = config.down_blocks, config.mid_block, config.up_blocks
@@ -317,25 +330,30 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(
             first, config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
         )
+        self._kernels = kernels
         self._time_layers: Linear | None = None
         self._text_layers: Linear | None = None
         self._time_widths: list[int] = []
         self._text_widths: list[int] = []
         self.dtype = torch.float32
 
-    def fuse(self) -> UNet:
+    def fuse(self, *, for_cuda: bool | None = None) -> UNet:
         """Join the matrices that share an input: queries, keys and values of a self-attention; keys and values of all
-        cross-attentions; the time shifts of all residual blocks. Call it once, on loaded weights. The parts are
-        dropped, so afterwards parameters no longer carry diffusers' names. Returns self.
+        cross-attentions; the time shifts of all residual blocks. Then give the blocks their form: `for_cuda` that of
+        `darkroom.diffusion.fused`, which is the default for weights that are not on a CPU. Call it once, on loaded
+        weights. The parts are dropped, so afterwards parameters no longer carry diffusers' names. Returns self.
         """
         if self._time_layers is not None:
             return self
+        for_cuda = self.conv_in.weight.device.type != "cpu" if for_cuda is None else for_cuda
         time_layers: list[Linear] = []
         text_layers: list[Linear] = []
         for module in self.modules():
             if isinstance(module, ResnetBlock) and module.time_emb_proj is not None:
                 module.time_index = len(time_layers)
                 time_layers.append(module.time_emb_proj)
+                if for_cuda:
+                    module.time_emb_proj.add_to_bias(module.conv1.take_bias())
                 module.time_emb_proj = None
             elif isinstance(module, CrossAttention) and module.to_k is not None and module.to_v is not None:
                 module.text_index = len(text_layers)
@@ -347,9 +365,23 @@ class UNet(nn.Module):
         self._text_widths = [layer.out_features for layer in text_layers]
         self._time_layers = concatenated(time_layers)
         self._text_layers = concatenated(text_layers) if text_layers else None
-        self.dtype = self.conv_in.bias.dtype
-        prepare(self)
+        self.dtype = self.conv_in.weight.dtype
+        if for_cuda:
+            self._fuse_blocks()
+        prepare(self, Form(None if for_cuda else load_onednn(), self._kernels))
         return self
+
+    def _fuse_blocks(self) -> None:
+        for block in (*self._downs, *([self.mid_block] if self.mid_block else ())):
+            block.fuse()
+        bias = None
+        for block in self._ups:
+            if bias is not None:
+                # The first residual block reads what was upsampled, and beside it a skip that lacks nothing.
+                bias = F.pad(bias, (0, block.layers[0][0].conv1.weight.shape[1] - bias.shape[0]))
+            block.fuse(bias)
+            for upsample in block.resamplers:
+                bias = upsample.conv.take_bias()
 
     @property
     def time_width(self) -> int:
@@ -416,18 +448,25 @@ class UNet(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, x: Tensor, time_projection: Tensor, text_kv: Tensor, text_lengths: Tensor | None = None
+        self,
+        x: Tensor,
+        time_projection: Tensor,
+        text_kv: Tensor,
+        text_lengths: Tensor | None = None,
+        text_slots: Tensor | None = None,
     ) -> Tensor:
         """Predict for a batch of independent rows.
 
         `x` `[B, in_channels, H, W]` any float dtype; `time_projection` `[B, time_width]`, one line of `time_projection`
-        per row; `text_kv` `[B, L, text_kv_width]`; `text_lengths` `[B]` int32 masks the padding of shorter texts, None
-        when all have length L. Returns `[B, out_channels, H, W]` channels-last in the network's dtype.
+        per row; `text_kv` `[S, L, text_kv_width]`; `text_lengths` `[B]` int32 masks the padding of shorter texts, None
+        when all have length L; `text_slots` `[B]` int64 is the text of each row, None when S is B and row b reads text
+        b. Returns `[B, out_channels, H, W]` channels-last in the network's dtype.
         """
         conditioning = Conditioning(
             torch.split(time_projection, self._time_widths, 1),
             torch.split(text_kv, self._text_widths, 2) if self._text_widths else (),
             text_lengths,
+            text_slots,
         )
         if self.config.center_input_sample:
             x = 2 * x - 1.0

@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import darkroom_kernels
 import torch
 from torch import Tensor, nn
 
-from darkroom.diffusion.blocks import Downsample, ResnetBlock, Upsample
+from darkroom.diffusion.blocks import Downsample, PictureAttention, ResnetBlock, Upsample
 from darkroom.diffusion.config import check_fixed, number, positive_int, positive_ints, refusal
-from darkroom.diffusion.layers import Conv2d, GroupNorm, Linear, concatenated, picture_of, prepare, tokens_of
+from darkroom.diffusion.fused import FusedPictureAttention, FusedResnet
+from darkroom.diffusion.layers import Conv2d, Form, GroupNorm, load_onednn, prepare
+from darkroom.diffusion.tiles import decode_in_tiles
 
 NORM_EPS = 1e-6
+# Pictures are decoded together while they have this many pixels in all.
+MAX_DECODE_PIXELS = 1 << 21
 # What this autoencoder does in one way only: the key of the config, and the values that mean that way.
 FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
 
@@ -26,7 +29,8 @@ FIXED: dict[str, tuple[Any, ...]] = {"act_fn": ("silu", "swish"), "latents_mean"
 class VAEConfig:
     """A diffusers AutoencoderKL config with the defaults filled in.
 
-    `force_upcast` says that the weights overflow in fp16; they are served in fp32, so nothing hangs on it here.
+    `force_upcast` says that SDXL's weights overflow in fp16. Files that leave it out mean yes, as in diffusers; there
+    as here only SDXL's pipelines ask (`darkroom.diffusion.loader`).
     """
 
     in_channels: int
@@ -74,31 +78,6 @@ class VAEConfig:
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
-class PictureAttention(nn.Module):
-    """Self-attention over all places of a picture, with one head, behind a group norm and inside a skip."""
-
-    def __init__(self, channels: int, groups: int, attention: str):
-        super().__init__()
-        self.group_norm = GroupNorm(groups, channels, NORM_EPS)
-        self.to_q: Linear | None = Linear(channels, channels)
-        self.to_k: Linear | None = Linear(channels, channels)
-        self.to_v: Linear | None = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])
-        self.to_qkv: Linear | None = None
-        self.attention = attention
-
-    def fuse(self) -> None:
-        if self.to_q is not None and self.to_k is not None and self.to_v is not None:
-            self.to_qkv = concatenated([self.to_q, self.to_k, self.to_v])
-            self.to_q = self.to_k = self.to_v = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.to_qkv is not None, "fuse() comes before the first call"  # noqa: S101
-        q, k, v = self.to_qkv(tokens_of(self.group_norm(x))).unsqueeze(1).chunk(3, dim=-1)
-        out = darkroom_kernels.attention(q, k, v, implementation=self.attention)
-        return picture_of(self.to_out[0](out.squeeze(1), tokens_of(x)), x)
-
-
 class MidBlock(nn.Module):
     """Two residual blocks with attention between."""
 
@@ -106,9 +85,17 @@ class MidBlock(nn.Module):
         super().__init__()
         width, groups = config.block_out_channels[-1], config.norm_num_groups
         self.attentions = nn.ModuleList(
-            [PictureAttention(width, groups, attention)] if config.mid_block_add_attention else []
+            [PictureAttention(width, groups, NORM_EPS, attention)] if config.mid_block_add_attention else []
         )
         self.resnets = nn.ModuleList(ResnetBlock(width, width, None, groups, NORM_EPS) for _ in range(2))
+
+    def fuse(self, input_bias: Tensor | None) -> None:
+        """As `PictureBlock.fuse`; the output lacks nothing."""
+        plain: list[Any] = [*self.resnets, *self.attentions]
+        attentions = [FusedPictureAttention(attention) for attention in plain[2:]]
+        output_bias = attentions[0].output_bias if attentions else None
+        self.resnets = nn.ModuleList([FusedResnet(plain[0], input_bias, output_bias), FusedResnet(plain[1])])
+        self.attentions = nn.ModuleList(attentions)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.resnets[0](x)
@@ -138,6 +125,13 @@ class PictureBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(out_channels, 0)] if downsample else [])
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
+    def fuse(self, input_bias: Tensor | None) -> Tensor | None:
+        """Give the blocks the form of CUDA. `input_bias` is what the input lacks; returned is what the output lacks."""
+        resnets: list[Any] = list(self.resnets)
+        self.resnets = nn.ModuleList([FusedResnet(resnets[0], input_bias), *map(FusedResnet, resnets[1:])])
+        resamplers: list[Any] = [*self.downsamplers, *self.upsamplers]
+        return resamplers[0].conv.take_bias() if resamplers else None
+
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
             x = resnet(x)
@@ -165,6 +159,14 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
 
+    def fuse(self) -> None:
+        """Give all blocks the form of CUDA."""
+        bias: Tensor | None = self.conv_in.take_bias()
+        blocks: list[Any] = list(self.down_blocks)
+        for block in blocks:
+            bias = block.fuse(bias)
+        self.mid_block.fuse(bias)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
@@ -189,6 +191,14 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels)
 
+    def fuse(self) -> None:
+        """Give all blocks the form of CUDA."""
+        self.mid_block.fuse(self.conv_in.take_bias())
+        bias: Tensor | None = None
+        blocks: list[Any] = list(self.up_blocks)
+        for block in blocks:
+            bias = block.fuse(bias)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
@@ -199,12 +209,20 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """See the module's docstring. Load weights under diffusers' names, call `fuse()` once, then use.
 
-    `config` is the contents of `vae/config.json`; `attention` names the implementation of `darkroom_kernels.attention`.
-    Latents are in the denoiser's space: shift and scale of the config are applied here. Raises `ModelError` on a config
-    that cannot be honoured.
+    `config` is the contents of `vae/config.json`; `attention` names the implementation of `darkroom_kernels.attention`,
+    `kernels` that of its other operations. Pictures with a side above `tile_px` are decoded in tiles
+    (`darkroom.diffusion.tiles`); None: never. Latents are in the denoiser's space: shift and scale of the config are
+    applied here. Raises `ModelError` on a config that cannot be honoured.
     """
 
-    def __init__(self, config: Mapping[str, Any] | VAEConfig, *, attention: str = "auto"):
+    def __init__(
+        self,
+        config: Mapping[str, Any] | VAEConfig,
+        *,
+        attention: str = "auto",
+        kernels: str = "auto",
+        tile_px: int | None = None,
+    ):
         super().__init__()
         self.config = config = config if isinstance(config, VAEConfig) else VAEConfig.from_dict(config)
         latents = config.latent_channels
@@ -213,24 +231,44 @@ class VAE(nn.Module):
         self.quant_conv = Conv2d(2 * latents, 2 * latents, 1, padding=0) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latents, latents, 1, padding=0) if config.use_post_quant_conv else None
         self.dtype = torch.float32
+        self.tile_px = tile_px
+        self._kernels = kernels
 
-    def fuse(self) -> VAE:
-        """Join queries, keys and values, and lay weights out for speed. Call it once, on loaded weights."""
+    def fuse(self, *, for_cuda: bool | None = None) -> VAE:
+        """Join queries, keys and values, and lay weights out for speed. Call it once, on loaded weights.
+
+        `for_cuda` as in `UNet.fuse`.
+        """
+        for_cuda = self.decoder.conv_in.weight.device.type != "cpu" if for_cuda is None else for_cuda
         for module in self.modules():
             if isinstance(module, PictureAttention):
                 module.fuse()
-        self.dtype = self.decoder.conv_in.bias.dtype
-        prepare(self)
+        self.dtype = self.decoder.conv_in.weight.dtype
+        if for_cuda:
+            self.encoder.fuse()
+            self.decoder.fuse()
+        prepare(self, Form(None if for_cuda else load_onednn(), self._kernels))
         return self
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Turn latents `[B, C, h, w]` fp32 into pictures `[B, 3, H, W]` fp32 in [-1, 1], channels-last."""
+        """Turn latents `[B, C, h, w]` fp32 into pictures `[B, 3, H, W]` fp32 in [-1, 1], channels-last.
+
+        An overflow inside comes out as NaN, since infinity does not survive the norms.
+        """
+        scale = self.config.scale_factor
+        if self.tile_px is None or max(latents.shape[2:]) * scale <= self.tile_px:
+            pixels = self._decode(latents)
+        else:
+            pixels = decode_in_tiles(self._decode, latents, max(1, self.tile_px // scale), scale)
+        return pixels.float().clamp_(-1.0, 1.0)
+
+    def _decode(self, latents: Tensor) -> Tensor:
         x = latents / self.config.scaling_factor + self.config.shift_factor
         x = x.to(self.dtype, memory_format=torch.channels_last)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
-        return self.decoder(x).float().clamp_(-1.0, 1.0)  # type: ignore[no-any-return]
+        return self.decoder(x)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,19 @@
 """From finished latents to image bytes, beside the tick loop.
 
-One thread decodes latents in micro-batches; a small pool compresses pixels. Neither ever runs on the tick thread.
+One thread decodes latents in micro-batches, on a CUDA stream of its own; a small pool compresses pixels. Neither ever
+runs on the tick thread, and neither can crowd it out: the pool's threads yield to all others, and decoding waits when
+it is far ahead of them.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +23,14 @@ from torch import Tensor
 
 from darkroom import __version__
 from darkroom.diffusion.images import encode_image
+from darkroom.diffusion.loader import DiffusionModel
+from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.row import Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import JobError
 
-MAX_DECODE_PIXELS = 1 << 21
+# Lower priority, in the kernel's own unit: beside a busy thread, a quarter of its share.
+ENCODE_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,10 @@ class Decoder:
         self._on_developed = on_developed
         self._max_batch = max_batch
         self._waiting: queue.SimpleQueue[Exposed | None] = queue.SimpleQueue()
-        self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode")
+        self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode", initializer=_yield_to_others)
+        # Pictures that may wait for compression; latents are hundreds of times smaller.
+        self._room = threading.Semaphore(max_batch + 2 * encode_threads)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._thread = threading.Thread(target=self._run, name="vae-decode", daemon=True)
         self._thread.start()
 
@@ -94,7 +104,7 @@ class Decoder:
     def _decode(self, group: list[Exposed]) -> None:
         started_s = time.monotonic()
         try:
-            pixels = decode_latents(group)
+            pixels = decode_latents(group, self._stream(group[0].row.model.device))
         except Exception as error:
             if len(group) == 1:
                 self._on_developed(Developed(group[0].row, error))
@@ -105,9 +115,18 @@ class Decoder:
             return
         decode_s = time.monotonic() - started_s
         for exposed, image in zip(group, pixels, strict=True):
+            self._room.acquire()
             self._pool.submit(self._encode, exposed.row, image, decode_s)
 
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
+
     def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, decode_s: float) -> None:
+        self._room.release()
         started_s = time.monotonic()
         outcome: bytes | Exception
         if pixels is None:
@@ -126,15 +145,45 @@ class Decoder:
         self._on_developed(Developed(row, outcome, decode_s, time.monotonic() - started_s))
 
 
+def _yield_to_others() -> None:
+    """Linux gives each thread a priority of its own."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENCODE_NICENESS)
+
+
 @torch.inference_mode()
-def decode_latents(group: list[Exposed]) -> list[NDArray[np.uint8] | None]:
-    """Decode rows of one shape to `[H, W, 3]` uint8 each, or None where a picture holds NaN or infinity."""
-    for exposed in group:
-        if exposed.ready is not None:
-            exposed.ready.synchronize()
-    latents = torch.stack([exposed.latents for exposed in group])
-    pixels = group[0].row.model.vae.decode(latents)
+def decode_latents(group: list[Exposed], stream: torch.cuda.Stream | None) -> list[NDArray[np.uint8] | None]:
+    """Decode rows of one shape to `[H, W, 3]` uint8 each, or None where a picture holds NaN or infinity.
+
+    On CUDA everything is queued on `stream`, pixels are made bytes there, and the calling thread sleeps until they have
+    arrived. An autoencoder that overflows in fp16 is replaced, and decodes once more.
+    """
+    model = group[0].row.model
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        for exposed in group:
+            if stream is not None and exposed.ready is not None:
+                stream.wait_event(exposed.ready)
+        latents = torch.stack([exposed.latents for exposed in group])
+        pixels, is_finite = _decode(model, latents)
+        if model.vae.dtype is torch.float16 and (is_finite[0] & ~is_finite[1]).any():
+            model.upcast_vae()
+            pixels, is_finite = _decode(model, latents)
+    whole = is_finite.all(0).tolist()
+    return [image if good else None for image, good in zip(pixels.numpy(), whole, strict=True)]
+
+
+def _decode(model: DiffusionModel, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """In host memory: pictures `[B, H, W, 3]` uint8, and whether latents and pictures are finite, `[2, B]`."""
+    pixels = model.vae.decode(latents)
     # The decoder clamps, which turns infinity into a colour: the latents tell.
-    is_finite = (latents.isfinite().flatten(1).all(1) & pixels.isfinite().flatten(1).all(1)).tolist()
-    scaled = pixels.float().add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [image if finite else None for image, finite in zip(scaled, is_finite, strict=True)]
+    is_finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (latents, pixels)])
+    scaled = pixels.add(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if latents.device.type == "cpu":
+        return scaled, is_finite
+    there = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in (scaled, is_finite)]
+    for target, source in zip(there, (scaled, is_finite), strict=True):
+        target.copy_(source, non_blocking=True)
+    # The kind that sleeps: a thread that spins would hold a core that the ticks' launches need.
+    arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    arrived.record()
+    arrived.synchronize()
+    return there[0], there[1]

@@ -55,7 +55,13 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     models: dict[str, DiffusionModel] = {}
     for path in paths or [BUILTIN_MODEL]:
         model = load_model(
-            path, device=str(device), dtype=dtype, attention=settings.attention, kernels=settings.kernels
+            path,
+            device=str(device),
+            dtype=dtype,
+            attention=settings.attention,
+            kernels=settings.kernels,
+            vae_dtype=_DTYPES.get(settings.vae_dtype),
+            vae_tile_px=settings.vae_tile_px,
         )
         if model.id in models:
             raise ConfigError(f"--model: two models are called {model.id!r}: {models[model.id].path} and {model.path}")
