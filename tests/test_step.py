@@ -27,7 +27,18 @@ IN_PLACE = ("latents", "previous", "is_finite")
 FORMS = ["auto", "torch", "triton"]
 
 
-def arguments(rows=5, channels=4, height=7, width=3, dtype=torch.float32, noise=True, layout="nhwc"):
+@pytest.fixture
+def arguments(kernel_device):
+    """Makes arguments of a step on the device under test."""
+
+    def make(**options):
+        given = batch_of(**options)
+        return {name: None if value is None else value.to(kernel_device) for name, value in given.items()}
+
+    return make
+
+
+def batch_of(rows=5, channels=4, height=7, width=3, dtype=torch.float32, noise=True):
     """A batch in which rows 0 and 3 are not guided, rows 1 and 3 are clamped, and the slots are in no order."""
     generator = torch.Generator().manual_seed(rows)
     plane = (channels, height, width)
@@ -36,8 +47,7 @@ def arguments(rows=5, channels=4, height=7, width=3, dtype=torch.float32, noise=
     coefficients = torch.randn(rows, NUM_COLUMNS, generator=generator)
     coefficients[:, CLAMP] = (rows_cond % 2) * 0.8
     model_output = torch.randn(2 * rows, *plane, generator=generator).to(dtype)
-    if layout == "nhwc":
-        model_output = model_output.contiguous(memory_format=torch.channels_last)
+    model_output = model_output.contiguous(memory_format=torch.channels_last)
     return {
         "latents": torch.randn(SLOTS, *plane, generator=generator),
         "previous": torch.randn(SLOTS, 2, *plane, generator=generator),
@@ -54,7 +64,9 @@ def arguments(rows=5, channels=4, height=7, width=3, dtype=torch.float32, noise=
 
 def stepped(given, form):
     """`given` after the step, on copies of what is changed in place."""
-    given = given | {name: given[name].clone() for name in IN_PLACE}
+    device = given["latents"].device
+    given = {name: value if value is None else value.to(device) for name, value in given.items()}
+    given |= {name: given[name].clone() for name in IN_PLACE}
     step_(**given, implementation=form)
     return given
 
@@ -77,7 +89,7 @@ def expected_results(given):
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_equals_the_written_out_one(form, rows, noise, dtype):
+def test_every_form_equals_the_written_out_one(arguments, form, rows, noise, dtype):
     given = arguments(rows=rows, noise=noise, dtype=dtype)
     after = stepped(given, form)
     for got, expected in zip(row_results(after), expected_results(given), strict=True):
@@ -88,14 +100,14 @@ def test_every_form_equals_the_written_out_one(form, rows, noise, dtype):
 
 
 @pytest.mark.parametrize("plane", [(4, 16, 40), (1, 1, 1), (3, 5, 1), (16, 33, 9), (4, 1, 700)], ids=str)
-def test_the_kernel_takes_any_plane_with_one_or_many_programs_to_a_row(plane):
+def test_the_kernel_takes_any_plane_with_one_or_many_programs_to_a_row(arguments, plane):
     given = arguments(rows=3, channels=plane[0], height=plane[1], width=plane[2])
     for got, expected in zip(row_results(stepped(given, "triton")), expected_results(given), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_slots_of_others_are_left_alone(form):
+def test_slots_of_others_are_left_alone(arguments, form):
     given = arguments()
     after = stepped(given, form)
     others = [slot for slot in range(SLOTS) if slot not in given["slots"]]
@@ -107,12 +119,12 @@ def test_slots_of_others_are_left_alone(form):
 
 @pytest.mark.parametrize("is_row", [[True, False, True, False], [False, True, True, True], [False] * 4], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_without_a_slot_changes_nothing(form, is_row):
+def test_a_row_without_a_slot_changes_nothing(arguments, form, is_row):
     """Not even when all about it is NaN, and not the row whose slot is 0."""
     given = arguments(rows=4)
-    given["slots"] = torch.tensor([0, 5, 3, 8])
+    given["slots"] = given["slots"].new_tensor([0, 5, 3, 8])
     full = stepped(given, form)
-    is_row = torch.tensor(is_row)
+    is_row = given["is_finite"].new_tensor(is_row)
     slots, absent = given["slots"][is_row], torch.nonzero(~is_row)[:, 0]
     given["model_output"][absent] = torch.nan
     given["noise"][absent] = torch.nan
@@ -127,11 +139,11 @@ def test_a_row_without_a_slot_changes_nothing(form, is_row):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_strides_of_the_network_output_and_the_noise_do_not_matter(form):
+def test_strides_of_the_network_output_and_the_noise_do_not_matter(arguments, form):
     given = arguments(channels=8, height=6, width=5)
     expected = stepped(given, form)
     output = given["model_output"]
-    padded = torch.full((10, 8, 6, 9), torch.nan)
+    padded = output.new_full((10, 8, 6, 9), torch.nan)
     padded[..., :5] = output
     for strided in (output.contiguous(), output.transpose(2, 3).contiguous().transpose(2, 3), padded[..., :5]):
         noise = given["noise"].contiguous(memory_format=torch.channels_last)
@@ -141,35 +153,34 @@ def test_strides_of_the_network_output_and_the_noise_do_not_matter(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_number_worked_by_hand(form):
+def test_one_number_worked_by_hand(form, kernel_device):
     line = torch.zeros(1, NUM_COLUMNS)
     for column, value in ((C_SKIP, 2.0), (C_OUT, -1.0), (CLAMP, 4.0), (A_X, 0.5), (A_D, 3.0)):
         line[:, column] = value
     for column, value in ((A_D1, 10.0), (A_D2, 100.0), (A_NOISE, 1000.0)):
         line[:, column] = value
-    latents, previous = torch.full((1, 1, 1, 1), 1.0), torch.tensor([0.1, 0.02]).reshape(1, 2, 1, 1, 1)
-    step_(
-        latents=latents,
-        previous=previous,
-        model_output=torch.tensor([-1.0, 0.5]).reshape(2, 1, 1, 1),
-        slots=torch.tensor([0]),
-        rows_cond=torch.tensor([0]),
-        rows_uncond=torch.tensor([1]),
-        guidance_scale=torch.tensor([3.0]),
-        coefficients=line,
-        noise=torch.full((1, 1, 1, 1), 0.003),
-        is_finite=torch.zeros(1, dtype=torch.bool),
-        implementation=form,
-    )
+    given = {
+        "latents": torch.full((1, 1, 1, 1), 1.0),
+        "previous": torch.tensor([0.1, 0.02]).reshape(1, 2, 1, 1, 1),
+        "model_output": torch.tensor([-1.0, 0.5]).reshape(2, 1, 1, 1),
+        "slots": torch.tensor([0]),
+        "rows_cond": torch.tensor([0]),
+        "rows_uncond": torch.tensor([1]),
+        "guidance_scale": torch.tensor([3.0]),
+        "coefficients": line,
+        "noise": torch.full((1, 1, 1, 1), 0.003),
+        "is_finite": torch.zeros(1, dtype=torch.bool),
+    }
+    after = stepped({name: value.to(kernel_device) for name, value in given.items()}, form)
     # noise_pred = 0.5 + 3·(−1 − 0.5) = −4; denoised = 2·1 + 4 = 6, clamped to 4.
-    assert previous.flatten().tolist() == pytest.approx([4.0, 0.1])
-    assert latents.item() == pytest.approx(0.5 + 12 + 1 + 2 + 3)
+    assert after["previous"].flatten().tolist() == pytest.approx([4.0, 0.1])
+    assert after["latents"].item() == pytest.approx(0.5 + 12 + 1 + 2 + 3)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_without_guidance_sees_the_network_output_exactly(form):
+def test_a_row_without_guidance_sees_the_network_output_exactly(arguments, form):
     given = arguments(rows=4)
-    given["coefficients"] = torch.zeros(4, NUM_COLUMNS)
+    given["coefficients"].zero_()
     given["coefficients"][:, C_OUT] = 1
     _, denoised = row_results(stepped(given, form))
     for row in (0, 3):
@@ -178,7 +189,7 @@ def test_a_row_without_guidance_sees_the_network_output_exactly(form):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_that_went_wrong_is_flagged_and_its_neighbours_do_not_notice(form, bad):
+def test_a_row_that_went_wrong_is_flagged_and_its_neighbours_do_not_notice(arguments, form, bad):
     """A NaN is passed on and not clamped away; an infinity may be clamped, but not where no clamp is asked for."""
     given = arguments(height=40, width=33)
     expected = stepped(given, form)
@@ -195,7 +206,7 @@ def test_a_row_that_went_wrong_is_flagged_and_its_neighbours_do_not_notice(form,
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_clamp_does_not_hide_a_nan(form):
+def test_a_clamp_does_not_hide_a_nan(arguments, form):
     given = arguments()
     assert given["coefficients"][1, CLAMP] > 0
     given["model_output"][1] = torch.nan
@@ -203,7 +214,7 @@ def test_a_clamp_does_not_hide_a_nan(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_flags_are_written_anew_by_every_step(form):
+def test_flags_are_written_anew_by_every_step(arguments, form):
     given = arguments(height=30, width=30)
     for bad_row in (2, 0, None):
         broken = given | {"model_output": given["model_output"].clone()}
@@ -217,7 +228,7 @@ def test_flags_are_written_anew_by_every_step(form):
     ("column", "name", "index"), [(A_D1, "previous", 0), (A_D2, "previous", 1), (A_NOISE, "noise", 0)]
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_a_zero_coefficient_leaves_out_whatever_is_there(form, column, name, index):
+def test_a_zero_coefficient_leaves_out_whatever_is_there(arguments, form, column, name, index):
     """A fresh slot's history is what its last owner left, maybe NaN; stale noise is no better."""
     given = arguments(rows=2)
     given["coefficients"][0, column] = 0
@@ -233,7 +244,7 @@ def test_a_zero_coefficient_leaves_out_whatever_is_there(form, column, name, ind
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_row_is_stepped_alike_alone_and_in_any_batch(form):
+def test_a_row_is_stepped_alike_alone_and_in_any_batch(arguments, form):
     given = arguments(rows=6, height=32, width=20, dtype=torch.float16)
     together = stepped(given, form)
     per_row = ("slots", "rows_cond", "rows_uncond", "guidance_scale", "coefficients", "noise", "is_finite")
@@ -246,9 +257,9 @@ def test_a_row_is_stepped_alike_alone_and_in_any_batch(form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_network_sees_scaled_latents_in_its_own_layout(form, dtype):
+def test_the_network_sees_scaled_latents_in_its_own_layout(arguments, form, dtype):
     given = arguments(rows=3, height=31, width=17)
-    row_of = torch.tensor([0, 1, 2, 1, 2, 0, 0, 0])
+    row_of = given["slots"].new_tensor([0, 1, 2, 1, 2, 0, 0, 0])
     got = scale_input(given["latents"], given["coefficients"], given["slots"], row_of, dtype, implementation=form)
     scale = given["coefficients"][:, INPUT_SCALE, None, None, None]
     assert torch.equal(got, (given["latents"][given["slots"]] * scale)[row_of].to(dtype))
@@ -256,15 +267,13 @@ def test_the_network_sees_scaled_latents_in_its_own_layout(form, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_row_of_no_row_is_zero_whatever_the_pool_holds(form):
+def test_a_model_row_of_no_row_is_zero_whatever_the_pool_holds(arguments, form):
     given = arguments(rows=3)
     latents = torch.full_like(given["latents"], torch.nan)
     latents[2] = 1.0
-    slots = torch.tensor([-1, 2, -1])
-    got = scale_input(
-        latents, given["coefficients"], slots, torch.tensor([0, 1, 2, 0]), torch.float16, implementation=form
-    )
-    assert torch.equal(got[[0, 2, 3]], torch.zeros(3, 4, 7, 3, dtype=torch.float16))
+    slots, row_of = given["slots"].new_tensor([-1, 2, -1]), given["slots"].new_tensor([0, 1, 2, 0])
+    got = scale_input(latents, given["coefficients"], slots, row_of, torch.float16, implementation=form)
+    assert got[[0, 2, 3]].eq(0).all()
     assert got[1].isfinite().all()
 
 
@@ -287,15 +296,17 @@ def test_a_model_row_of_no_row_is_zero_whatever_the_pool_holds(form):
         ("is_finite", torch.zeros(5)),
     ],
 )
-def test_a_wrong_argument_is_named(name, wrong):
+def test_a_wrong_argument_is_named(arguments, name, wrong):
+    given = arguments()
+    wrong = wrong.to(given["latents"].device)
     with pytest.raises(ValueError, match=name):
-        step_(**arguments() | {name: wrong})
+        step_(**given | {name: wrong})
 
 
-def test_a_wrong_argument_of_the_input_scaling_is_named():
+def test_a_wrong_argument_of_the_input_scaling_is_named(arguments):
     given = arguments()
     latents, coefficients, slots = given["latents"], given["coefficients"], given["slots"]
-    row_of = torch.zeros(3, dtype=torch.int64)
+    row_of = torch.zeros_like(slots[:3])
     with pytest.raises(ValueError, match="row_of"):
         scale_input(latents, coefficients, slots, row_of.int(), torch.float16)
     with pytest.raises(ValueError, match="dtype"):
@@ -304,7 +315,7 @@ def test_a_wrong_argument_of_the_input_scaling_is_named():
         scale_input(latents, coefficients[:3], slots, row_of, torch.float16)
 
 
-def test_no_rows_are_refused():
+def test_no_rows_are_refused(arguments):
     empty = arguments(rows=0)
     with pytest.raises(ValueError, match="at least one"):
         step_(**empty)
@@ -313,7 +324,7 @@ def test_no_rows_are_refused():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_waits_for_the_device(form):
+def test_nothing_waits_for_the_device(arguments, form):
     """Meta tensors have no values, so reading one would fail here as it would stall on a GPU."""
     given = {name: value.to("meta") for name, value in arguments().items()}
     step_(**given, implementation=form)
@@ -324,7 +335,7 @@ def test_nothing_waits_for_the_device(form):
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_ops_keep_the_rules_of_torch_library():
+def test_the_ops_keep_the_rules_of_torch_library(arguments):
     from darkroom_kernels.step import kernel
 
     given = arguments(rows=2)
@@ -332,13 +343,51 @@ def test_the_ops_keep_the_rules_of_torch_library():
     torch.library.opcheck(kernel.step_, tuple(given.values()))
     torch.library.opcheck(
         kernel.scale_input,
-        (given["latents"], given["coefficients"], given["slots"], torch.tensor([1, 0, 1]), torch.bfloat16),
+        (given["latents"], given["coefficients"], given["slots"], given["slots"].new_tensor([1, 0, 1]), torch.bfloat16),
     )
+
+
+def test_a_compiler_sees_through(arguments):
+    given = arguments(rows=3)
+
+    def tick(latents, previous, is_finite):
+        given_now = given | {"latents": latents, "previous": previous, "is_finite": is_finite}
+        step_(**given_now, implementation="triton")
+        slots, coefficients = given["slots"], given["coefficients"]
+        return scale_input(latents, coefficients, slots, slots[:1] * 0, torch.float16, implementation="triton") + 1
+
+    eager, traced = ([given[name].clone() for name in IN_PLACE] for _ in range(2))
+    expected = tick(*eager)
+    assert torch.equal(torch.compile(tick, backend="eager", fullgraph=True)(*traced), expected)
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["torch", "triton"])
+def test_a_graph_steps_again_and_again_with_flags_of_its_own(form):
+    """Capture holds no look at a value, and each replay starts from clean flags."""
+    given = {name: value.cuda() for name, value in batch_of(height=64, width=64).items()}
+    eager = stepped(given, form)
+    state = {name: given[name].clone() for name in IN_PLACE}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step_(**given | state, implementation=form)
+    for bad_row in (None, 2, None):
+        for name in IN_PLACE:
+            state[name].copy_(given[name])
+        output = given["model_output"].clone()
+        if bad_row is not None:
+            given["model_output"][bad_row] = torch.nan
+        graph.replay()
+        given["model_output"].copy_(output)
+        assert state["is_finite"].tolist() == [row != bad_row for row in range(5)]
+    for name in IN_PLACE:
+        assert torch.equal(state[name], eager[name])
 
 
 def test_a_choice_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match="cuda_graph"):
-        step_(**arguments(), implementation="cuda_graph")
+        step_(**batch_of(), implementation="cuda_graph")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from darkroom_kernels import backend
 
@@ -346,6 +395,6 @@ def test_a_choice_that_cannot_run_says_why(monkeypatch):
     backend._uses_triton.cache_clear()
     assert not interprets()
     with pytest.raises(KernelUnavailable, match="TRITON_INTERPRET"):
-        step_(**arguments(), implementation="triton")
+        step_(**batch_of(), implementation="triton")
     backend.triton_problem.cache_clear()
     backend._uses_triton.cache_clear()
