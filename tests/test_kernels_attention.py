@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from darkroom_kernels import attention
-from darkroom_kernels.attention import api
+from darkroom_kernels import Implementation, attention
+from darkroom_kernels.attention import api, tiles
 from darkroom_kernels.attention.reference import reference_attention
+from darkroom_kernels.attention.xformers_form import xformers_problem
+from darkroom_kernels.backend import KernelUnavailable
 
 IMPLEMENTATIONS = ["auto", "sdpa", "reference"]
 
@@ -91,11 +95,54 @@ def test_an_unknown_name_is_refused() -> None:
         attention(*inputs(), implementation="flash")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may be there")
-@pytest.mark.parametrize("implementation", ["triton", "xformers"])
-def test_a_named_choice_that_cannot_run_says_why(implementation: str) -> None:
-    with pytest.raises(RuntimeError, match=f"'{implementation}' is unavailable: .+"):
-        attention(*inputs(), implementation=implementation)
+def test_a_named_choice_that_cannot_run_says_why_and_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "xformers_problem", lambda: "the package xformers is not installed")
+    monkeypatch.setattr(api, "triton_problem", lambda device: "the package triton cannot be imported")
+    api.forget_choices()
+    for name, reason in (("xformers", "xformers is not installed"), ("triton", "triton cannot be imported")):
+        with pytest.raises(KernelUnavailable, match=f"'{name}' is unavailable: the package {reason}"):
+            attention(*inputs(), implementation=name)
+    assert api.choose(torch.device("cuda"), torch.float16, 40, 4096, 4096) is Implementation.SDPA
+    api.forget_choices()
+
+
+def test_an_xformers_that_does_not_load_is_named_with_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").write_text("")
+    (tmp_path / "xformers" / "ops.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "xformers", raising=False)
+    assert xformers_problem.__wrapped__() == "xformers does not load (OSError: built for another torch)"
+    monkeypatch.delitem(sys.modules, "xformers", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "num_queries", "num_keys", "expected"),
+    [
+        (torch.float16, 40, 4096, 4096, "triton"),
+        (torch.bfloat16, 80, 1024, 1024, "triton"),
+        (torch.float16, 160, 256, 256, "triton"),
+        (torch.float16, 64, 4096, 4096, "sdpa"),
+        (torch.float16, 128, 4096, 4096, "sdpa"),
+        (torch.float16, 64, 4096, 77, "triton"),
+        (torch.float16, 64, 1024, 154, "triton"),
+        (torch.float16, 512, 4096, 4096, "sdpa"),
+        (torch.float32, 40, 4096, 4096, "sdpa"),
+        (torch.float64, 40, 4096, 4096, "sdpa"),
+    ],
+)
+def test_auto_takes_triton_where_it_should_be_ahead_and_sdpa_elsewhere(
+    dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choices without a measurement: a table that has been measured on this device would say its own."""
+    monkeypatch.setattr(tiles, "device_kinds", lambda device: ["sm_90"])
+    tiles.row_for.cache_clear()
+    api.forget_choices()
+    assert api.choose(torch.device("cuda"), dtype, head_dim, num_queries, num_keys).value == expected
+    tiles.row_for.cache_clear()
+    api.forget_choices()
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
@@ -119,8 +166,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    api.choose.cache_clear()
-    api._log_choice.cache_clear()
+    api.forget_choices()
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             attention(*inputs())

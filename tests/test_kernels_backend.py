@@ -18,7 +18,7 @@ without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interp
 @pytest.fixture(autouse=True)
 def fresh_choices() -> Iterator[None]:
     def forget() -> None:
-        backend._uses_triton.cache_clear()
+        backend.uses_triton.cache_clear()
         backend.triton_problem.cache_clear()
         backend._failed.clear()
 
@@ -36,7 +36,7 @@ def test_auto_takes_triton_on_a_cuda_device_and_never_on_a_cpu() -> None:
 @without_a_gpu
 def test_triton_by_name_runs_on_a_cpu_under_the_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.uses_triton("triton", CPU)
-    backend._uses_triton.cache_clear()
+    backend.uses_triton.cache_clear()
     backend.triton_problem.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(backend.KernelUnavailable, match=r"'triton' is unavailable: .*TRITON_INTERPRET=1"):

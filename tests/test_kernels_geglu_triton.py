@@ -161,8 +161,8 @@ def test_a_named_form_never_gives_way_to_another(form, monkeypatch):
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton_problem.cache_clear()
-    backend._uses_triton.cache_clear()
+    backend.uses_triton.cache_clear()
     with pytest.raises(KernelUnavailable, match="TRITON_INTERPRET"):
         geglu(*inputs((2, 5, 8), torch.device("cpu")), implementation=form)
     triton_problem.cache_clear()
-    backend._uses_triton.cache_clear()
+    backend.uses_triton.cache_clear()

@@ -392,9 +392,9 @@ def test_a_choice_that_cannot_run_says_why(monkeypatch):
     from darkroom_kernels import backend
 
     backend.triton_problem.cache_clear()
-    backend._uses_triton.cache_clear()
+    backend.uses_triton.cache_clear()
     assert not interprets()
     with pytest.raises(KernelUnavailable, match="TRITON_INTERPRET"):
         step_(**batch_of(), implementation="triton")
     backend.triton_problem.cache_clear()
-    backend._uses_triton.cache_clear()
+    backend.uses_triton.cache_clear()

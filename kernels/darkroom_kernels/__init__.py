@@ -1,6 +1,7 @@
 """Tensor operations of the denoising path. Imports nothing of `darkroom`."""
 
 from darkroom_kernels.attention import Implementation, attention, check_available
+from darkroom_kernels.check import check_kernels
 from darkroom_kernels.geglu import geglu
 from darkroom_kernels.group_norm import group_norm
 from darkroom_kernels.layer_norm import layer_norm
@@ -11,6 +12,7 @@ __all__ = [
     "add_residual_",
     "attention",
     "check_available",
+    "check_kernels",
     "geglu",
     "group_norm",
     "layer_norm",

@@ -11,12 +11,16 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch._ops import OpOverload
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 LEAST_CAPABILITY = (8, 0)
 IMPLEMENTATIONS = ("auto", "triton", "torch")
@@ -26,8 +30,33 @@ _library = torch.library.Library("darkroom", "FRAGMENT")
 _failed: dict[tuple[str, str], str] = {}
 
 
+class Decision(Protocol[P, R_co]):
+    """A function that answers a question once; `cache_clear` makes it ask again."""
+
+    _dynamo_marked_constant: bool
+    cache_clear: Callable[[], None]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
 class KernelUnavailable(RuntimeError):
     """A named implementation cannot run here; the message says why."""
+
+
+def decided_once(function: Callable[P, R]) -> Decision[P, R]:
+    """Remember each answer, as `functools.cache` does. torch.compile takes it as a constant, instead of warning of the
+    cache and tracing how the answer was found."""
+    cached = functools.lru_cache(maxsize=8192)(function)
+
+    @functools.wraps(function)
+    def decide(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    decision = cast(Decision[P, R], decide)
+    # What torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes seconds.
+    decision._dynamo_marked_constant = True
+    decision.cache_clear = cached.cache_clear
+    return decision
 
 
 def interprets() -> bool:
@@ -44,7 +73,7 @@ def _import_problem() -> str | None:
     return None
 
 
-@functools.cache
+@decided_once
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of `device`; None when they can.
 
@@ -69,7 +98,7 @@ def mark_failed(kernel: str, device: torch.device, reason: str) -> None:
     """Turn `auto` away from a kernel on a kind of device for the life of the process; by name it raises from now on."""
     _failed[kernel, device.type] = reason
     logger.error("kernel %s on %s: %s; it is not used", kernel, device.type, reason)
-    _uses_triton.cache_clear()
+    uses_triton.cache_clear()
 
 
 def failure(kernel: str, device: torch.device) -> str | None:
@@ -77,7 +106,7 @@ def failure(kernel: str, device: torch.device) -> str | None:
     return _failed.get((kernel, device.type))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@decided_once
 def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> bool:
     """Whether a kernel with the implementations "auto", "triton" and "torch" takes its Triton form on `device`.
 
@@ -85,11 +114,6 @@ def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> 
     `kernel` is the name that a failed self-check is recorded under. Raises `KernelUnavailable` when "triton" cannot run
     and `ValueError` on an unknown name.
     """
-    return _uses_triton(implementation, device, kernel)
-
-
-@functools.cache
-def _uses_triton(implementation: str, device: torch.device, kernel: str) -> bool:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is unknown, expected one of {list(IMPLEMENTATIONS)}")
     if implementation == "torch" or (implementation == "auto" and device.type == "cpu"):
@@ -112,13 +136,21 @@ def launch_options(num_warps: int, num_stages: int = 1, **more: Any) -> dict[str
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Define `torch.ops.darkroom.<name>` and return it, ready to call.
 
-    `schema` as torch writes it: "name(Tensor x, Tensor(a!) y) -> Tensor". `kernel` runs on CUDA tensors and, in the
-    interpreter, on CPU tensors; `fake` returns empty tensors of the right shape, strides and dtype.
+    `schema` as torch writes it: "name(Tensor x, Tensor(a!) y) -> Tensor", a tensor first. `kernel` runs on CUDA tensors
+    and, in the interpreter, on CPU tensors; `fake` returns empty tensors of the right shape, strides and dtype.
     """
     name = schema.partition("(")[0]
+
+    def on_its_device(first: torch.Tensor, *rest: Any) -> Any:
+        # Triton launches on the current device, whatever the tensors'.
+        if first.get_device() == torch.cuda.current_device():
+            return kernel(first, *rest)
+        with torch.cuda.device(first.device):
+            return kernel(first, *rest)
+
     _library.define(schema)
-    for key in ("CUDA", "CPU"):
-        _library.impl(name, kernel, key)
+    _library.impl(name, on_its_device, "CUDA")
+    _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"darkroom::{name}", fake, lib=_library)
     op: OpOverload = getattr(torch.ops.darkroom, name).default
     return op

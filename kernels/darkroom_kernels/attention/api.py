@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from darkroom_kernels.attention.launch import KERNEL, triton_attention
 from darkroom_kernels.attention.reference import reference_attention
+from darkroom_kernels.attention.tiles import MAX_FEW_KEYS, row_for
 from darkroom_kernels.attention.xformers_form import xformers_attention, xformers_problem
-from darkroom_kernels.backend import KernelUnavailable
+from darkroom_kernels.backend import KernelUnavailable, decided_once, failure, triton_problem
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,11 @@ class Implementation(str, Enum):
     REFERENCE = "reference"
 
 
-@functools.cache
+# Head sizes that the kernels of sdpa are made for. At the others they pad, and Triton's exact split wastes less.
+WELL_SERVED_HEAD_DIMS = (64, 128)
+
+
+@decided_once
 def check_available(name: str) -> Implementation:
     """Return the named implementation.
 
@@ -39,23 +45,67 @@ def check_available(name: str) -> Implementation:
         raise ValueError(
             f"attention {name!r} is unknown, expected one of {[i.value for i in Implementation]}"
         ) from None
+    problem = None
     if implementation is Implementation.TRITON:
-        raise KernelUnavailable("attention 'triton' is unavailable: this release has no Triton attention kernel")
-    if implementation is Implementation.XFORMERS and (problem := xformers_problem()) is not None:
-        raise KernelUnavailable(f"attention 'xformers' is unavailable: {problem}")
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        problem = triton_problem(here) or failure(KERNEL, here)
+    elif implementation is Implementation.XFORMERS:
+        problem = xformers_problem()
+    if problem is not None:
+        raise KernelUnavailable(f"attention {name!r} is unavailable: {problem}")
     return implementation
 
 
-@functools.lru_cache(maxsize=4096)
+@decided_once
+def triton_refusal(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int
+) -> str | None:
+    """Why the Triton kernels cannot take tensors of this device, dtype and size; None when they can."""
+    problem = triton_problem(device) or failure(KERNEL, device)
+    if problem is None and dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        problem = f"it computes fp16, bf16 and fp32, not {dtype}"
+    if problem is None:
+        try:
+            row_for(device, dtype.itemsize * 8, head_dim, num_queries, num_keys)
+        except LookupError as error:
+            problem = str(error)
+    return problem
+
+
+@decided_once
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int) -> Implementation:
-    """What `auto` means for tensors of this device, dtype and size. Each choice is logged once."""
-    _log_choice(device.type, Implementation.SDPA)
-    return Implementation.SDPA
+    """What `auto` means for tensors of this device, dtype and size: the measured winner of the table's row.
+
+    Without a measurement: sdpa on a CPU, in fp32 and at the head sizes that it is made for; Triton elsewhere and at few
+    keys. Each choice is logged once for a kind of size.
+    """
+    chosen, reason = Implementation.SDPA, "unmeasured"
+    if device.type == "cpu":
+        _log_choice("cpu", chosen)
+        return chosen
+    refusal = triton_refusal(device, dtype, head_dim, num_queries, num_keys)
+    if refusal is None:
+        row = row_for(device, dtype.itemsize * 8, head_dim, num_queries, num_keys)
+        if row.winner is not None and (row.winner != "xformers" or xformers_problem() is None):
+            chosen, reason = Implementation(row.winner), "measured"
+        elif dtype.itemsize == 2 and (head_dim not in WELL_SERVED_HEAD_DIMS or row.tile.kernel == "few_keys"):
+            chosen = Implementation.TRITON
+    else:
+        reason = f"triton: {refusal}"
+    keys = "few" if num_keys <= MAX_FEW_KEYS else "many"
+    _log_choice(f"{device.type}, {dtype}, heads of {head_dim}, {keys} keys ({reason})", chosen)
+    return chosen
 
 
 @functools.cache
 def _log_choice(what: str, implementation: Implementation) -> None:
     logger.info("attention on %s: %s", what, implementation.value)
+
+
+def forget_choices() -> None:
+    """Choose anew from now on: the table changed, or a kernel failed its check."""
+    for function in (check_available, triton_refusal, choose, _log_choice):
+        function.cache_clear()
 
 
 def attention(
@@ -101,6 +151,11 @@ def attention(
     chosen = check_available(implementation)
     if chosen is Implementation.AUTO:
         chosen = choose(q.device, q.dtype, dim, num_queries, num_keys)
+    if chosen is Implementation.TRITON:
+        if (refusal := triton_refusal(q.device, q.dtype, dim, num_queries, num_keys)) is not None:
+            raise KernelUnavailable(f"attention 'triton' is unavailable: {refusal}")
+        result: Tensor = triton_attention(q, k, v, key_lengths, key_slots, dim**-0.5 if scale is None else scale)
+        return result
     if key_slots is not None:
         k, v = k.index_select(0, key_slots), v.index_select(0, key_slots)
     if chosen is Implementation.REFERENCE:

@@ -1,0 +1,82 @@
+"""The self-check of a worker's start: every Triton kernel on small random inputs, on the device that will be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from darkroom_kernels.attention.check import TOLERANCE, check_attention
+from darkroom_kernels.backend import failure, mark_failed, triton_problem
+from darkroom_kernels.geglu import geglu
+from darkroom_kernels.group_norm import group_norm
+from darkroom_kernels.layer_norm import layer_norm
+from darkroom_kernels.residual import add_residual_
+
+CHANNELS = 64
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]) -> bool:
+    """Compare each Triton kernel with PyTorch in fp32, attention at the given head sizes; True when all are right.
+
+    A kernel that is wrong, or does not compile or launch, is not used for the life of the process: `auto` takes another
+    implementation, "triton" by name raises `KernelUnavailable`, and the error is logged. Where Triton cannot run at all
+    there is nothing to check. Takes seconds on a new device, because it compiles.
+    """
+    if triton_problem(device) is not None or device.type == "meta":
+        return True
+    checks: dict[str, Callable[[torch.device, torch.dtype], tuple[Tensor, Tensor]]] = {
+        "group_norm": _group_norm,
+        "layer_norm": _layer_norm,
+        "residual": _residual,
+        "geglu": _geglu,
+    }
+    results = [check_attention(device, dtype, head_dims)]
+    for kernel, check in checks.items():
+        if failure(kernel, device) is None and (problem := _problem(check, device, dtype)) is not None:
+            mark_failed(kernel, device, f"self-check in {dtype}: {problem}")
+        results.append(failure(kernel, device) is None)
+    return all(results)
+
+
+@torch.inference_mode()
+def _problem(
+    check: Callable[[torch.device, torch.dtype], tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype
+) -> str | None:
+    try:
+        got, expected = check(device, dtype)
+    except Exception as broken:  # a compiler or launch error, whatever its class, means: do not use it
+        return f"{type(broken).__name__}: {broken}"
+    error = float((got.float() - expected).abs().max() / expected.square().mean().sqrt())
+    return None if error <= TOLERANCE[dtype] else f"off by {error:.3g} of the result, {TOLERANCE[dtype]:.3g} accepted"
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def _group_norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = _random(device, dtype, 2, CHANNELS, 9, 7).contiguous(memory_format=torch.channels_last)
+    weight, bias = _random(device, dtype, CHANNELS), _random(device, dtype, CHANNELS)
+    arguments = (x.float(), 8, weight.float(), bias.float(), 1e-5)
+    return group_norm(x, 8, weight, bias, 1e-5, implementation="triton"), torch.group_norm(*arguments)
+
+
+def _layer_norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, weight, bias = (_random(device, dtype, *shape) for shape in ((35, CHANNELS), (CHANNELS,), (CHANNELS,)))
+    expected = torch.layer_norm(x.float(), (CHANNELS,), weight.float(), bias.float(), 1e-5)
+    return layer_norm(x, weight, bias, 1e-5, implementation="triton"), expected
+
+
+def _residual(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    y, residual, bias = (_random(device, dtype, *shape) for shape in ((35, CHANNELS), (35, CHANNELS), (CHANNELS,)))
+    expected = y.float() + residual.float() + bias.float()
+    return add_residual_(y, residual, bias, implementation="triton"), expected
+
+
+def _geglu(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, weight = _random(device, dtype, 35, CHANNELS), _random(device, dtype, 2 * CHANNELS, CHANNELS)
+    bias = _random(device, dtype, 2 * CHANNELS)
+    value, gate = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
+    return geglu(x, weight, bias, implementation="gate"), value * torch.nn.functional.gelu(gate)
