@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from darkroom.diffusion import layers
-from darkroom.diffusion.layers import Conv2d, load_onednn
+from darkroom.diffusion.layers import Conv2d, Form, load_onednn
 from torch import nn
 
 pytestmark = pytest.mark.skipif(load_onednn() is None, reason="this build of torch has no oneDNN")
@@ -18,7 +18,7 @@ def convolution(channels: int, dtype: torch.dtype, *, stride: int = 1) -> tuple[
     theirs = nn.Conv2d(channels, channels, 3, stride=stride, padding=1).requires_grad_(False).to(dtype)
     ours = Conv2d(channels, channels, stride=stride)
     ours.load_state_dict({name: value.clone() for name, value in theirs.state_dict().items()}, assign=True)
-    ours.prepare()
+    ours.prepare(Form(load_onednn()))
     return ours, theirs
 
 

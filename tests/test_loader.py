@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from darkroom.config import BUILTIN_MODEL
-from darkroom.diffusion.loader import files_to_fetch, load_model
+from darkroom.diffusion import weights
+from darkroom.diffusion.loader import files_to_fetch, load_model, read_card
 from darkroom.diffusion.weights import content_hash, read_header
 from darkroom.errors import ConfigError, ModelError
 from diffusers import StableDiffusionPipeline
@@ -172,6 +173,23 @@ def test_darkroom_json_wins_over_habits(checkpoint: Path) -> None:
 def test_a_wrong_darkroom_json_is_named(checkpoint: Path, own: dict[str, Any]) -> None:
     (checkpoint / "darkroom.json").write_text(json.dumps(own))
     assert "darkroom.json" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_card_is_read_without_reading_weights(
+    originals: dict[Family, Path], family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_model(originals[family]).card
+    monkeypatch.setattr(weights, "safe_open", None)
+    assert read_card(originals[family]) == expected
+
+
+def test_a_card_is_refused_where_its_model_would_be(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / UNET_FILE)
+    del tensors["conv_in.bias"]
+    save_file(tensors, checkpoint / UNET_FILE)
+    with pytest.raises(ModelError, match=r"conv_in\.bias is missing"):
+        read_card(checkpoint)
 
 
 def test_only_sdxl_embeds_sizes(originals: dict[Family, Path]) -> None:

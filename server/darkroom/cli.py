@@ -209,20 +209,16 @@ def models(
     """List the built-in model, given directories, or the models of a server."""
     import msgspec
 
-    settings = _settings("models", log_level="warning")
+    _settings("models", log_level="warning")
     if url is not None:
         from darkroom.generate import fetch_models
 
         cards = fetch_models(url)
     else:
         from darkroom.config import BUILTIN_MODEL
-        from darkroom.worker.main import load_models
+        from darkroom.worker.main import read_cards
 
-        on_cpu = settings.model_copy(update={"device": "cpu"})
-        cards = []
-        # One after the other: together they may not fit into memory.
-        for source in (str(BUILTIN_MODEL), *(path or [])):
-            cards += [msgspec.to_builtins(model.card) for model in load_models(on_cpu, [source]).values()]
+        cards = [msgspec.to_builtins(card) for card in read_cards([str(BUILTIN_MODEL), *(path or [])])]
     rows = [("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE")]
     for card in cards:
         size, digest = f"{card['width']}x{card['height']}", card["weights_hash"].rpartition(":")[2][:12]

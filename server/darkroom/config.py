@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     batching: Literal["fast", "reproducible"] = Field(
         "fast", description="reproducible pads every tick to one row bucket, so pictures are bit-equal in any crowd."
     )
+    compile: Literal["off", "on"] = Field(
+        "off", description="on lets torch.compile take the UNet over once it is ready; needs a C++ compiler on a CPU."
+    )
     max_rows: int = Field(32, ge=2, le=512, description="Most model rows in one tick; raising it costs memory.")
     reproducible_rows: int = Field(8, ge=2, le=512, description="The one row bucket of reproducible mode.")
     prompt_cache_bytes: int = Field(256 << 20, ge=0, description="Prompt embeddings kept for each model; 0 keeps none.")

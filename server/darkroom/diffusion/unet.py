@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -288,6 +288,14 @@ class TimestepEmbedding(Layer):
         return self.linear_2(F.silu(self.linear_1(x)))  # type: ignore[no-any-return]
 
 
+class Compiled(Protocol):
+    """Another way to compute a UNet's forward pass, for the inputs that it says it fits."""
+
+    def fits(self, x: Tensor, text_kv: Tensor, text_lengths: Tensor | None, text_slots: Tensor | None, /) -> bool: ...
+
+    def __call__(self, x: Tensor, time_projection: Tensor, text_kv: Tensor, /, *texts: Tensor | None) -> Tensor: ...
+
+
 class UNet(nn.Module):
     """See the module's docstring. Load weights under diffusers' names, call `fuse()` once, then infer.
 
@@ -336,12 +344,15 @@ class UNet(nn.Module):
         self._time_widths: list[int] = []
         self._text_widths: list[int] = []
         self.dtype = torch.float32
+        # Set between two calls, from any thread: the next call takes it up.
+        self.compiled: Compiled | None = None
 
-    def fuse(self, *, for_cuda: bool | None = None) -> UNet:
+    def fuse(self, *, for_cuda: bool | None = None, onednn: bool = True) -> UNet:
         """Join the matrices that share an input: queries, keys and values of a self-attention; keys and values of all
         cross-attentions; the time shifts of all residual blocks. Then give the blocks their form: `for_cuda` that of
-        `darkroom.diffusion.fused`, which is the default for weights that are not on a CPU. Call it once, on loaded
-        weights. The parts are dropped, so afterwards parameters no longer carry diffusers' names. Returns self.
+        `darkroom.diffusion.fused`, which is the default for weights that are not on a CPU; without `onednn` weights
+        stay as torch's compiler can read them. Call it once, on loaded weights. The parts are dropped, so afterwards
+        parameters no longer carry diffusers' names. Returns self.
         """
         if self._time_layers is not None:
             return self
@@ -368,7 +379,7 @@ class UNet(nn.Module):
         self.dtype = self.conv_in.weight.dtype
         if for_cuda:
             self._fuse_blocks()
-        prepare(self, Form(None if for_cuda else load_onednn(), self._kernels))
+        prepare(self, Form(load_onednn() if onednn and not for_cuda else None, self._kernels))
         return self
 
     def _fuse_blocks(self) -> None:
@@ -462,6 +473,9 @@ class UNet(nn.Module):
         when all have length L; `text_slots` `[B]` int64 is the text of each row, None when S is B and row b reads text
         b. Returns `[B, out_channels, H, W]` channels-last in the network's dtype.
         """
+        compiled = self.compiled
+        if compiled is not None and compiled.fits(x, text_kv, text_lengths, text_slots):
+            return compiled(x.to(self.dtype), time_projection, text_kv, text_lengths, text_slots)
         conditioning = Conditioning(
             torch.split(time_projection, self._time_widths, 1),
             torch.split(text_kv, self._text_widths, 2) if self._text_widths else (),

@@ -13,12 +13,14 @@ import structlog
 import torch
 
 from darkroom.config import BUILTIN_MODEL, Settings
-from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.diffusion.loader import DiffusionModel, load_model, read_card
 from darkroom.engine.engine import Engine
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
+from darkroom.jobs import ModelCard
 from darkroom.metrics import serve_metrics
 from darkroom.queue import JobQueue
+from darkroom.worker.compile import check_compile, prepare_compile
 from darkroom.worker.worker import Worker
 
 log = structlog.get_logger("darkroom.worker")
@@ -69,6 +71,11 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     return models
 
 
+def read_cards(paths: Sequence[str | Path]) -> list[ModelCard]:
+    """What the models of `paths` would be served as, without loading them. Raises `ModelError`."""
+    return [read_card(path) for path in paths]
+
+
 def run_worker(
     settings: Settings,
     redis_url: str,
@@ -80,6 +87,7 @@ def run_worker(
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
+    check_compile(settings, choose_device(settings.device))
     use_cpu_threads(1)
     models = load_models(settings, model_paths)
     metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
@@ -94,6 +102,7 @@ async def _serve(
     on_ready: Callable[[dict[str, object]], None] | None,
 ) -> None:
     queue = await _connect(settings, redis_url)
+    compile_on_ready = prepare_compile(models.values(), settings)
     try:
         worker = Worker(settings, queue, functools.partial(Engine, models, settings, warm_up=True))
         loop = asyncio.get_running_loop()
@@ -101,6 +110,7 @@ async def _serve(
             loop.add_signal_handler(number, _drain_or_exit, worker)
 
         def ready() -> None:
+            compile_on_ready()
             log.info("metrics", url=f"http://{settings.metrics_host}:{metrics_port}/metrics")
             if on_ready is not None:
                 on_ready({"worker": worker.id, "models": sorted(models), "metrics_port": metrics_port})
