@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from darkroom_kernels import attention, backend, check_kernels
-from darkroom_kernels.attention import api, check, launch, tiles
+from darkroom_kernels.attention import api, check, launch, tiles, tuning
 from darkroom_kernels.attention.reference import reference_attention
 from darkroom_kernels.backend import KernelUnavailable
 from torch import Tensor
@@ -283,3 +283,27 @@ def test_a_measured_table_is_written_and_read_back_with_its_winners(tmp_path: Pa
 def test_no_default_row_claims_a_measurement() -> None:
     for kind, rows in tiles.load_table().items():
         assert all(not row.measured and row.winner is None for row in rows) or kind not in ("sm_80", "sm_90", "sm_100")
+
+
+def test_tuning_writes_the_fastest_right_tile_and_the_winner(
+    kernel_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    wrong, slow, fast = (tiles.Tile("few_keys", 64, 0, 4, stages) for stages in (1, 2, 3))
+    monkeypatch.setattr(tiles, "candidate_tiles", lambda *sizes: [wrong, slow, fast])
+    times = iter([3e-6, 2e-6, 5e-6, 7e-6])
+
+    def by_tile(tile: tiles.Tile, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(q) if tile == wrong else attention(q, k, v, implementation="reference")
+
+    monkeypatch.setattr(tuning, "_by_tile", by_tile)
+    size = tuning.Size(batch=1, heads=1, head_dim=16, num_queries=20, num_keys=77)
+    (row,) = tuning.tune([size], kernel_device, torch.float16, lambda call: next(times), path)
+    assert row.tile == fast
+    assert row.winner == "triton"
+    assert row.times_us["triton"] == 2.0
+    assert row.times_us["sdpa"] == 5.0
+    (saved,) = next(iter(tiles.load_table(path).values()))
+    assert saved.tile == fast
+    assert saved.measured
