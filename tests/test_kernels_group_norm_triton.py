@@ -17,6 +17,12 @@ LAST = torch.channels_last
 WIDTHS = (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)
 
 
+def already_contiguous(tensor, memory_format=torch.contiguous_format):
+    """In place of `Tensor.contiguous` where a copy would be a mistake."""
+    assert tensor.is_contiguous(memory_format=memory_format)
+    return tensor
+
+
 @pytest.fixture(params=["whole", "in two"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Rows in tests are small; this makes them be divided as large ones are: 16 places a chunk, in two blocks each."""
@@ -156,7 +162,7 @@ def test_channels_of_a_wider_picture_and_one_shift_for_all_rows_need_no_copy(div
     x, weight, bias, shift = inputs((3, 48, 5, 4), kernel_device)
     part, one = x[:, 16:40], shift[:1, 16:40].expand(3, -1)
     expected = reference_group_norm(part, 6, weight[16:40], bias[16:40], 1e-5, shift=one)
-    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    monkeypatch.setattr(torch.Tensor, "contiguous", already_contiguous)
     got = group_norm(part, 6, weight[16:40], bias[16:40], 1e-5, shift=one, implementation="triton")
     monkeypatch.undo()
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
@@ -183,6 +189,24 @@ def test_how_a_row_is_divided_depends_on_the_row_alone():
             assert 32 % chosen.groups == 0
             assert chosen.block_c >= chosen.groups * channels // 32
             assert chosen.chunk == 0 or chosen.chunk % chosen.block_p == 0
+
+
+def test_programs_grow_only_where_enough_of_them_remain():
+    assert kernel.span_of(4096, 5 * 2) == 64
+    assert kernel.span_of(4096, 5 * 32) == 512
+    assert kernel.span_of(1 << 20, 2) == 512
+
+
+def test_a_result_does_not_depend_on_the_places_that_share_a_program(kernel_device, monkeypatch):
+    x, weight, bias, shift = inputs((2, 24, 9, 11), kernel_device, torch.float16)
+    monkeypatch.setattr(kernel, "WHOLE_VALUES", 0)
+    kernel.plan.cache_clear()
+    results = []
+    for span in (64, 128):
+        monkeypatch.setattr(kernel, "span_of", lambda *_, span=span: span)
+        results.append(group_norm(x, 4, weight, bias, 1e-5, silu=True, shift=shift, implementation="triton"))
+    kernel.plan.cache_clear()
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ STATISTICS_PLACES, STATISTICS_CHANNELS = 64, 128
 # Two running sums are held besides a block: with half the places they leave room for twice the programs.
 REPEATED_PLACES = 32
 FEW_CHUNKS, MANY_CHUNKS, MANY_PLACES = 64, 256, 1 << 14
+# Results: places and channels per block, blocks per program at most, and programs that surely fill a device.
 RESULT_PLACES, RESULT_CHANNELS = 64, 64
+MOST_PLACES, ENOUGH_PROGRAMS = 512, 1024
 
 
 @triton.jit
@@ -110,9 +112,9 @@ def _statistics(
     HAS_SHIFT: tl.constexpr,
 ):
     """Mean and sum of squared deviations of `GROUPS` groups over a chunk of one row's places."""
-    chunk = tl.program_id(0)
+    chunk = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * (GROUPS * PER_GROUP)
+    first = tl.program_id(0) * (GROUPS * PER_GROUP)
     o_c = tl.arange(0, BLOCK_C)
     o_p = tl.arange(0, BLOCK_P)
     m_c = o_c < GROUPS * PER_GROUP
@@ -148,8 +150,8 @@ def _statistics(
     b_mean = _to_groups(b_means, m_member) / PER_GROUP
     b_means -= _to_channels(b_mean, m_member)
     b_deviation = _to_groups(b_deviations + count * b_means * b_means, m_member)
-    chunks = tl.num_programs(0)
-    o_partial = (row * NUM_GROUPS + tl.program_id(1) * GROUPS + o_g) * 2 * chunks + chunk
+    chunks = tl.num_programs(1)
+    o_partial = (row * NUM_GROUPS + tl.program_id(0) * GROUPS + o_g) * 2 * chunks + chunk
     tl.store(p_partials + o_partial, b_mean, mask=o_g < GROUPS)
     tl.store(p_partials + o_partial + chunks, b_deviation, mask=o_g < GROUPS)
 
@@ -181,8 +183,10 @@ def _normalise(
     SILU: tl.constexpr,
 ):
     """The result for `SPAN` places of one row and `BLOCK_C` channels, which touch at most `BLOCK_G` groups."""
-    row = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_C
+    # Last places and rows first: those the statistics have just read are still in the L2 cache.
+    row = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * SPAN
+    first = tl.program_id(0) * BLOCK_C
     o_c = tl.arange(0, BLOCK_C)
     m_c = first + o_c < C
     o_g = first // PER_GROUP + tl.arange(0, BLOCK_G)
@@ -205,7 +209,6 @@ def _normalise(
         b_mean -= tl.load(p_shift + row * stride_shift + first + o_c, mask=m_c, other=0.0).to(tl.float32)
 
     o_p = tl.arange(0, BLOCK_P)
-    start = tl.program_id(0) * SPAN
     p_x += row * stride_row + start.to(tl.int64) * stride_place + first
     p_y += row * places * C + start.to(tl.int64) * C + first
     for done in range(0, SPAN, BLOCK_P):
@@ -229,8 +232,6 @@ class Plan:
     block_c: int
     chunk: int
     """Places that one program takes statistics of; 0: one program holds all places, and nothing is read twice."""
-    span: int
-    """Places that one program computes the result of."""
 
     @property
     def num_warps(self) -> int:
@@ -250,13 +251,23 @@ def plan(places: int, channels: int, num_groups: int, itemsize: int) -> Plan:
     for groups in (*(groups for groups in wide if groups in aligned), *wide):
         block_c = triton.next_power_of_2(groups * per_group)
         if block_p * block_c <= WHOLE_VALUES:
-            return Plan(groups, block_p, block_c, chunk=0, span=0)
+            return Plan(groups, block_p, block_c, chunk=0)
     groups = max((g for g in aligned if g * per_group <= STATISTICS_CHANNELS), default=1)
     chunks = FEW_CHUNKS if places <= MANY_PLACES else MANY_CHUNKS
     chunk = max(STATISTICS_PLACES, triton.next_power_of_2(triton.cdiv(places, chunks)))
-    span = max(RESULT_PLACES, min(chunk, 8 * RESULT_PLACES))
     block_p = STATISTICS_PLACES if chunk == STATISTICS_PLACES else REPEATED_PLACES
-    return Plan(groups, block_p, triton.next_power_of_2(groups * per_group), chunk, span)
+    return Plan(groups, block_p, triton.next_power_of_2(groups * per_group), chunk)
+
+
+def span_of(places: int, programs: int) -> int:
+    """Places that one program computes the result of, if `programs` share one place: many, once the device is full.
+
+    It may look at the whole batch, since a value's result does not depend on the others of its program.
+    """
+    span = RESULT_PLACES
+    while span < MOST_PLACES and programs * triton.cdiv(places, 2 * span) >= ENOUGH_PROGRAMS:
+        span *= 2
+    return span
 
 
 def touched_groups(block_c: int, per_group: int) -> int:
@@ -276,6 +287,7 @@ def _group_norm_on_device(
     if width == 1:
         stride_place = stride_high
     stride_shift = 0 if shift is None else shift.stride(0)
+    weight, bias = weight.contiguous(), bias.contiguous()
     chosen = plan(places, channels, num_groups, x.element_size())
     if not chosen.chunk:
         _normalise_whole[(num_groups // chosen.groups, batch)](
@@ -287,16 +299,18 @@ def _group_norm_on_device(
         return y
     chunks = triton.cdiv(places, chosen.chunk)
     partials = torch.empty((batch, num_groups, 2, chunks), dtype=torch.float32, device=x.device)
-    _statistics[(chunks, num_groups // chosen.groups, batch)](
+    _statistics[(num_groups // chosen.groups, chunks, batch)](
         x, shift, partials, stride_row, stride_place, stride_shift, places,
         PER_GROUP=per_group, GROUPS=chosen.groups, NUM_GROUPS=num_groups, CHUNK=chosen.chunk,
         BLOCK_G=triton.next_power_of_2(chosen.groups), BLOCK_P=chosen.block_p, BLOCK_C=chosen.block_c,
         HAS_SHIFT=shift is not None, **backend.launch_options(chosen.num_warps),
     )  # fmt: skip
     block_c = min(RESULT_CHANNELS, triton.next_power_of_2(channels))
-    _normalise[(triton.cdiv(places, chosen.span), triton.cdiv(channels, block_c), batch)](
+    blocks = triton.cdiv(channels, block_c)
+    span = span_of(places, blocks * batch)
+    _normalise[(blocks, triton.cdiv(places, span), batch)](
         x, partials, shift, weight, bias, y, stride_row, stride_place, stride_shift, places, chunks, eps,
-        C=channels, PER_GROUP=per_group, NUM_GROUPS=num_groups, CHUNK=chosen.chunk, SPAN=chosen.span,
+        C=channels, PER_GROUP=per_group, NUM_GROUPS=num_groups, CHUNK=chosen.chunk, SPAN=span,
         BLOCK_G=triton.next_power_of_2(touched_groups(block_c, per_group)),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK_P=RESULT_PLACES, BLOCK_C=block_c,
         HAS_SHIFT=shift is not None, SILU=silu, **backend.launch_options(chosen.num_warps),
@@ -338,7 +352,7 @@ def _builds(places: int, channels: int, dtype: str) -> list[Build]:
     types["eps"] = "fp32"
     sizes = {
         "C": channels, "PER_GROUP": per_group, "GROUPS": chosen.groups, "NUM_GROUPS": num_groups,
-        "CHUNK": chosen.chunk, "SPAN": chosen.span, "BLOCK_G": triton.next_power_of_2(chosen.groups),
+        "CHUNK": chosen.chunk, "SPAN": MOST_PLACES, "BLOCK_G": triton.next_power_of_2(chosen.groups),
         "BLOCK_P": chosen.block_p, "BLOCK_C": chosen.block_c, "HAS_SHIFT": True, "SILU": True,
     }  # fmt: skip
 

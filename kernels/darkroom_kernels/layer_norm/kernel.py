@@ -64,7 +64,8 @@ def _layer_norm_on_device(x: Tensor, weight: Tensor, bias: Tensor, eps: float, s
     rows = lines.shape[0]
     block_r, block_c, num_warps = blocks(width)
     _layer_norm[(triton.cdiv(rows, block_r),)](
-        lines, shift, weight, bias, y, lines.stride(0), rows, eps,
+        lines, None if shift is None else shift.contiguous(), weight.contiguous(), bias.contiguous(), y,
+        lines.stride(0), rows, eps,
         C=width, BLOCK_R=block_r, BLOCK_C=block_c, HAS_SHIFT=shift is not None, **backend.launch_options(num_warps),
     )  # fmt: skip
     return y
