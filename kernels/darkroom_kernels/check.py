@@ -13,6 +13,7 @@ from darkroom_kernels.geglu import geglu
 from darkroom_kernels.group_norm import group_norm
 from darkroom_kernels.layer_norm import layer_norm
 from darkroom_kernels.residual import add_residual_
+from darkroom_kernels.step import NUM_COLUMNS, scale_input, step_
 
 CHANNELS = 64
 
@@ -31,6 +32,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[
         "layer_norm": _layer_norm,
         "residual": _residual,
         "geglu": _geglu,
+        "step": _step,
     }
     results = [check_attention(device, dtype, head_dims)]
     for kernel, check in checks.items():
@@ -80,3 +82,29 @@ def _geglu(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     bias = _random(device, dtype, 2 * CHANNELS)
     value, gate = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
     return geglu(x, weight, bias, implementation="gate"), value * torch.nn.functional.gelu(gate)
+
+
+def _step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    slots, row_of = torch.tensor([4, -1, 1], device=device), torch.tensor([0, 1, 2, 2], device=device)
+    lines = torch.tensor([[0, 1, 2], [3, 1, 2]], device=device)
+    coefficients = _random(device, torch.float32, 3, NUM_COLUMNS)
+
+    def both(implementation: str) -> Tensor:
+        latents, previous = (_random(device, torch.float32, 5, *shape, 4, 9, 7) for shape in ((), (2,)))
+        scaled = scale_input(latents, coefficients, slots, row_of, dtype, implementation=implementation)
+        step_(
+            latents,
+            previous,
+            _random(device, dtype, 4, 4, 9, 7).contiguous(memory_format=torch.channels_last),
+            slots,
+            lines[0],
+            lines[1],
+            torch.full((3,), 5.0, device=device),
+            coefficients,
+            _random(device, torch.float32, 3, 4, 9, 7),
+            torch.empty(3, dtype=torch.bool, device=device),
+            implementation=implementation,
+        )
+        return torch.cat([part.float().flatten() for part in (scaled, latents, previous)])
+
+    return both("triton"), both("torch")

@@ -96,6 +96,12 @@ class UNetConfig:
     addition_time_embed_dim: int | None
     addition_input_dim: int | None
 
+    @property
+    def head_dims(self) -> set[int]:
+        """The widths of an attention head that occur."""
+        blocks = (*self.down_blocks, *self.up_blocks, *([self.mid_block] if self.mid_block else []))
+        return {block.channels // block.heads for block in blocks if block.has_attention}
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
         """Read `unet/config.json`. Raises `ModelError` naming the first key that cannot be honoured."""

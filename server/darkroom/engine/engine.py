@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 import torch
+from darkroom_kernels import check_kernels
 
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
@@ -213,6 +214,7 @@ class Engine:
         try:
             with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
+                    self._check_kernels()
                     self._capture()
                     for model in self.models.values():
                         self._draw_for_nobody(model)
@@ -225,6 +227,13 @@ class Engine:
                     self._complete()
         finally:
             self._decoder.close()
+
+    def _check_kernels(self) -> None:
+        """Turn away from kernels that are wrong on this device, before graphs hold them."""
+        for model in self.models.values():
+            if model.device.type == "cuda":
+                check_kernels(model.device, model.dtype, model.unet.config.head_dims)
+                check_kernels(model.device, model.vae.dtype, [])
 
     def _capture(self) -> None:
         """Capture the ticks of each model's own size, and of the sizes that the settings name."""
