@@ -59,10 +59,18 @@ def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _group_norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x = _random(device, dtype, 2, CHANNELS, 9, 7).contiguous(memory_format=torch.channels_last)
+    """Rows small enough for the kernel that reads them once, and rows for the two that share the work."""
     weight, bias = _random(device, dtype, CHANNELS), _random(device, dtype, CHANNELS)
-    arguments = (x.float(), 8, weight.float(), bias.float(), 1e-5)
-    return group_norm(x, 8, weight, bias, 1e-5, implementation="triton"), torch.group_norm(*arguments)
+    shift = _random(device, dtype, 2, CHANNELS)
+    found = []
+    for side in (7, 50):
+        x = _random(device, dtype, 2, CHANNELS, side, side).contiguous(memory_format=torch.channels_last)
+        got = group_norm(x, 8, weight, bias, 1e-5, silu=True, shift=shift, implementation="triton")
+        z = x.float() + shift.float()[:, :, None, None]
+        expected = torch.nn.functional.silu(torch.group_norm(z, 8, weight.float(), bias.float(), 1e-5))
+        found.append((got.flatten(), expected.flatten()))
+    gots, expecteds = zip(*found, strict=True)
+    return torch.cat(gots), torch.cat(expecteds)
 
 
 def _layer_norm(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,26 +93,32 @@ def _geglu(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows that several programs share, one of them without a slot and one with a NaN, and what is said of each."""
+    plane = (4, 30, 21)
+    model_output = _random(device, dtype, 4, *plane).contiguous(memory_format=torch.channels_last)
+    model_output[2, 3, 29, 20] = torch.nan
     slots, row_of = torch.tensor([4, -1, 1], device=device), torch.tensor([0, 1, 2, 2], device=device)
     lines = torch.tensor([[0, 1, 2], [3, 1, 2]], device=device)
     coefficients = _random(device, torch.float32, 3, NUM_COLUMNS)
 
     def both(implementation: str) -> Tensor:
-        latents, previous = (_random(device, torch.float32, 5, *shape, 4, 9, 7) for shape in ((), (2,)))
+        latents, previous = (_random(device, torch.float32, 5, *shape, *plane) for shape in ((), (2,)))
         scaled = scale_input(latents, coefficients, slots, row_of, dtype, implementation=implementation)
+        is_finite = torch.empty(3, dtype=torch.bool, device=device)
         step_(
             latents,
             previous,
-            _random(device, dtype, 4, 4, 9, 7).contiguous(memory_format=torch.channels_last),
+            model_output,
             slots,
             lines[0],
             lines[1],
             torch.full((3,), 5.0, device=device),
             coefficients,
-            _random(device, torch.float32, 3, 4, 9, 7),
-            torch.empty(3, dtype=torch.bool, device=device),
+            _random(device, torch.float32, 3, *plane),
+            is_finite,
             implementation=implementation,
         )
-        return torch.cat([part.float().flatten() for part in (scaled, latents, previous)])
+        parts = [part.float().flatten() for part in (scaled, latents, previous, is_finite)]
+        return torch.cat(parts).nan_to_num()
 
     return both("triton"), both("torch")
