@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -15,6 +16,8 @@ from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
 from darkroom.worker.main import load_models
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from tests.support.engines import job_for, pixels, request_for, run_jobs
 from tests.support.tiny_models import write_tiny_model
@@ -260,6 +263,23 @@ def test_infinite_latents_are_a_failure_not_a_white_picture(
     bad = run_jobs(model, [job_for(model, "bad", guidance_scale=1.0)], settings_with()).events["bad"]
     assert isinstance(bad, Failed)
     assert bad.failure.code == "non_finite"
+
+
+def test_an_autoencoder_that_overflows_in_fp16_is_replaced_and_the_picture_decoded_again(tmp_path: Path) -> None:
+    """Its first convolution gives values beyond 65504, which the norm behind it takes back to size."""
+    directory = write_tiny_model(tmp_path / "model", "sd1", seed=3)
+    file = directory / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.weight"] *= 1e5
+    save_file(weights, file)
+    exact, overflowing = load_model(directory), load_model(directory, vae_dtype=torch.float16)
+    jobs = [job_for(exact, "two", num_images_per_prompt=2)]
+    expected = run_jobs(exact, jobs, settings_with())
+    with capture_logs() as logs:
+        got = run_jobs(overflowing, jobs, settings_with())
+    assert got.images("two") == expected.images("two")
+    assert overflowing.vae.dtype is torch.float32
+    assert [entry["log_level"] for entry in logs if entry["event"] == "vae_overflows"] == ["warning"]
 
 
 def test_a_cancellation_of_an_earlier_attempt_leaves_the_present_one_alone(model: DiffusionModel) -> None:

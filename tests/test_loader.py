@@ -14,7 +14,7 @@ import pytest
 import torch
 from darkroom.config import BUILTIN_MODEL
 from darkroom.diffusion import weights
-from darkroom.diffusion.loader import files_to_fetch, load_model, read_card
+from darkroom.diffusion.loader import choose_vae_dtype, files_to_fetch, load_model, read_card
 from darkroom.diffusion.weights import content_hash, read_header
 from darkroom.errors import ConfigError, ModelError
 from diffusers import StableDiffusionPipeline
@@ -226,6 +226,26 @@ def test_loading_keeps_a_log_quiet(
         load_model(originals["sdxl"]).text.encode(["long " * 200])
     assert caplog.records == []
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "config", "is_sdxl", "expected"),
+    [
+        ("cuda", torch.float16, {}, False, torch.float16),
+        ("cuda", torch.float16, {"force_upcast": True}, False, torch.float16),
+        ("cuda", torch.float16, {}, True, torch.float32),
+        ("cuda", torch.float16, {"force_upcast": False}, True, torch.float16),
+        ("cuda", torch.bfloat16, {}, False, torch.float16),
+        ("cuda", torch.float32, {}, False, torch.float32),
+        ("cpu", torch.float32, {}, False, torch.float32),
+        ("cpu", torch.bfloat16, {}, True, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_an_autoencoder_is_fp16_on_a_gpu_unless_it_is_known_to_overflow(
+    device: str, dtype: torch.dtype, config: dict[str, bool], is_sdxl: bool, expected: torch.dtype
+) -> None:
+    assert choose_vae_dtype(config, torch.device(device), dtype, is_sdxl=is_sdxl) is expected
 
 
 def test_the_built_in_model_loads() -> None:

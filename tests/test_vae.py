@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from darkroom.config import BUILTIN_MODEL
+from darkroom.diffusion.loader import load_model
+from darkroom.diffusion.tiles import spread
 from darkroom.diffusion.vae import VAE
 from darkroom.errors import ModelError
 from support.tiny_models import VAE_CONFIG, fresh_seed, tiny_vae
+from torch import Tensor
 
 TOLERANCE = 1e-4
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -75,6 +80,54 @@ def test_encoding_equals_diffusers_in_the_denoisers_space(name: str, for_cuda: b
     mean, std = vae.encode(pixels)
     assert ((posterior.mean - shift) * scale - mean).abs().max() < TOLERANCE * mean.abs().max()
     assert (posterior.std * scale - std).abs().max() < TOLERANCE * std.abs().max()
+
+
+@pytest.fixture(scope="module")
+def trained() -> VAE:
+    """The built-in model's, since only a trained one says how a tile looks."""
+    return load_model(BUILTIN_MODEL).vae
+
+
+@pytest.fixture(scope="module")
+def scene(trained: VAE) -> Tensor:
+    """Latents of 384 × 256 px of bright discs on waves of colour, so that every part looks about like every other."""
+    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(384.0), indexing="ij")
+    picture = torch.stack([(rows / 15).sin(), (columns / 17).cos(), ((rows + columns) / 23).sin()])
+    picture[:, (rows % 48 - 24) ** 2 + (columns % 48 - 24) ** 2 < 150] = 0.9
+    mean, _ = trained.encode(0.8 * picture[None])
+    return mean
+
+
+def test_a_picture_that_is_not_too_large_is_decoded_in_one_piece(trained: VAE, scene: Tensor) -> None:
+    whole = trained.decode(scene)
+    for tile_px in (384, 4096):
+        trained.tile_px = tile_px
+        assert torch.equal(trained.decode(scene), whole)
+    trained.tile_px = None
+
+
+def test_tiles_look_like_the_whole_and_show_no_seams(trained: VAE, scene: Tensor) -> None:
+    whole = trained.decode(scene)
+    trained.tile_px = 160
+    tiled = trained.decode(scene)
+    trained.tile_px = None
+    assert tiled.shape == whole.shape
+    psnr_db = 10 * torch.log10(4 / (tiled - whole).square().mean()).item()
+    assert psnr_db > 30
+    # A seam is a line along which the difference to the whole jumps; faded tiles have none steeper than elsewhere.
+    for axis in (2, 3):
+        steps = (tiled - whole).diff(dim=axis).abs().mean(dim=(0, 1, 5 - axis))
+        assert steps.max() < 4 * steps.median() + 0.005
+
+
+@pytest.mark.parametrize(("length", "limit"), [(17, 16), (24, 16), (256, 192), (100, 7), (5, 2)])
+def test_tiles_are_equal_cover_everything_and_overlap(length: int, limit: int) -> None:
+    size, starts = spread(length, limit)
+    assert size <= limit
+    assert starts[0] == 0
+    assert starts[-1] + size == length
+    for one, other in pairwise(starts):
+        assert one + size >= other + (limit > 3)
 
 
 def test_decoding_what_was_encoded_keeps_the_size() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -205,11 +206,20 @@ def models(
         list[str] | None, typer.Argument(metavar="PATH...", help="Model directories to list as well.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="List the models of this server instead.")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Estimate the GPU memory of each, in GiB, by model rows in a tick.")
+    ] = False,
 ) -> None:
     """List the built-in model, given directories, or the models of a server."""
     import msgspec
 
-    _settings("models", log_level="warning")
+    settings = _settings("models", log_level="warning")
+    if memory:
+        from darkroom.config import BUILTIN_MODEL
+        from darkroom.worker.main import memory_table
+
+        _print_table(memory_table(settings, [str(BUILTIN_MODEL), *(path or [])]))
+        return
     if url is not None:
         from darkroom.generate import fetch_models
 
@@ -219,11 +229,15 @@ def models(
         from darkroom.worker.main import read_cards
 
         cards = [msgspec.to_builtins(card) for card in read_cards([str(BUILTIN_MODEL), *(path or [])])]
-    rows = [("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE")]
+    rows: list[tuple[str, ...]] = [("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE")]
     for card in cards:
         size, digest = f"{card['width']}x{card['height']}", card["weights_hash"].rpartition(":")[2][:12]
         steps, licence = str(card["num_inference_steps"]), card["license"] or "-"
         rows.append((card["id"], card["family"], size, steps, card["sampler"], digest, licence))
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -20,11 +20,12 @@ from darkroom_kernels import check_available
 from darkroom_kernels.backend import uses_triton
 from torch import Tensor, nn
 
+from darkroom.diffusion.memory import ModelMemory, measure
 from darkroom.diffusion.samplers import default_sampler
 from darkroom.diffusion.schedule import NoiseSchedule
 from darkroom.diffusion.text import TextEncoder, TextEncoders, build_text_model, load_tokenizer
-from darkroom.diffusion.unet import UNet
-from darkroom.diffusion.vae import VAE
+from darkroom.diffusion.unet import UNet, UNetConfig
+from darkroom.diffusion.vae import VAE, VAEConfig
 from darkroom.diffusion.weights import content_hash, load_weights, read_json, weight_files
 from darkroom.errors import ConfigError, ModelError, shorten
 from darkroom.jobs import ModelCard
@@ -173,6 +174,9 @@ def load_model(
     with _blaming(directory):
         _check_that_parts_fit(unet, vae, text)
     card = _card(directory, str(path), unet, vae, text, scheduler_config, content_hash(reader.files))
+    if place.type == "cuda":
+        # Weights were laid out on this thread's stream; whoever uses them has another.
+        torch.cuda.synchronize(place)
     log.info("model_loaded", model=card.id, device=str(place), seconds=round(time.monotonic() - started_s, 2))
     return DiffusionModel(
         id=card.id,
@@ -187,6 +191,41 @@ def load_model(
         load_vae=load_vae,
         kernels=kernels,
     )
+
+
+def measure_checkpoint(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None = None,
+    vae_tile_px: int | None = None,
+    kernels: str = "auto",
+    sizes_px: Sequence[tuple[int, int]] = (),
+) -> ModelMemory:
+    """What a checkpoint will take on a GPU, from its configs alone; arguments as of `load_model`.
+
+    `sizes_px` are (width, height) besides the model's own. Raises `ModelError`.
+    """
+    device = torch.device("cuda")
+    directory = _directory(path, prefer_fp16=dtype is torch.float16)
+    classes = _components(directory)
+    reader = _Reader(directory, device, prefer_fp16=dtype is torch.float16)
+    unet, vae = reader.config("unet"), reader.config("vae")
+    is_sdxl = "text_encoder_2" in classes
+    own = _own_defaults(directory)
+    with _blaming(directory):
+        size_px = _own_size(own, UNetConfig.from_dict(unet), VAEConfig.from_dict(vae), is_sdxl=is_sdxl)
+        return measure(
+            own.id or directory.name,
+            unet,
+            vae,
+            [(classes[name], reader.config(name)) for name in ("text_encoder", "text_encoder_2") if name in classes],
+            [size_px, *sizes_px],
+            dtype=dtype,
+            vae_dtype=vae_dtype or choose_vae_dtype(vae, device, dtype, is_sdxl=is_sdxl),
+            vae_tile_px=vae_tile_px,
+            kernels=kernels,
+        )
 
 
 def choose_vae_dtype(
@@ -387,14 +426,9 @@ def _card(
     weights_hash: str,
 ) -> ModelCard:
     """Serving defaults: darkroom.json where it speaks, else the family's habits."""
-    path = directory / "darkroom.json"
-    try:
-        own = msgspec.convert(read_json(path), ServingDefaults) if path.is_file() else ServingDefaults()
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{path}: {error}") from error
+    path, own = directory / "darkroom.json", _own_defaults(directory)
     family = "sdxl" if text.is_sdxl else "sd2" if unet.config.use_linear_projection else "sd1"
     scale = vae.config.scale_factor
-    side = (unet.config.sample_size or (1024 if family == "sdxl" else 512) // scale) * scale
     with _blaming(path if own.sampler else directory / "scheduler" / "scheduler_config.json"):
         sampler = own.sampler or default_sampler(scheduler_config)
         if sampler not in SAMPLERS:
@@ -410,7 +444,7 @@ def _card(
     else:
         guidance = 5.0 if family == "sdxl" else 7.5
     size_multiple = max(8, scale)
-    width, height = own.width or side, own.height or side
+    width, height = _own_size(own, unet.config, vae.config, is_sdxl=text.is_sdxl)
     steps = own.num_inference_steps or (4 if is_distilled else 25)
     if width % size_multiple or height % size_multiple or min(width, height, steps) < 1:
         raise ModelError(
@@ -439,6 +473,21 @@ def _card(
         license=own.license,
         example_prompts=own.example_prompts,
     )
+
+
+def _own_defaults(directory: Path) -> ServingDefaults:
+    path = directory / "darkroom.json"
+    try:
+        return msgspec.convert(read_json(path), ServingDefaults) if path.is_file() else ServingDefaults()
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _own_size(own: ServingDefaults, unet: UNetConfig, vae: VAEConfig, *, is_sdxl: bool) -> tuple[int, int]:
+    """Width and height in pixels of a request that names none."""
+    scale = vae.scale_factor
+    side = (unet.sample_size or (1024 if is_sdxl else 512) // scale) * scale
+    return own.width or side, own.height or side
 
 
 def _directory(path: str | Path, *, prefer_fp16: bool) -> Path:

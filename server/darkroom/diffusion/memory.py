@@ -32,8 +32,10 @@ FRAGMENTATION = 0.1
 MARGIN = 0.05
 # torch's CUDA allocator hands out multiples of this.
 BLOCK_BYTES = 512
-# A prompt of one chunk, the usual one; longer prompts take several.
+# What CLIP reads of a prompt.
 TEXT_TOKENS = 77
+# A worker holds twice the rows of a tick, and a prompt for each.
+HELD_PER_ROW = 2
 GIB = float(1 << 30)
 
 
@@ -167,8 +169,7 @@ class Needed:
         weights = sum(model.weights for model in models)
         decode = max(model.decode for model in models) * (1 + FRAGMENTATION)
         unet = max(model.unet for model in models) * (1 + FRAGMENTATION)
-        # Besides what the cache keeps, each row in flight holds its own prompt.
-        held = sum(model.text + model.row for model in models)
+        held = HELD_PER_ROW * sum(model.text + model.row for model in models)
         fixed = weights + len(models) * prompt_cache_bytes + int(decode) + FIXED_ALLOWANCE_BYTES
         return cls(weights, fixed, int(unet) + held)
 

@@ -13,7 +13,8 @@ import structlog
 import torch
 
 from darkroom.config import BUILTIN_MODEL, Settings
-from darkroom.diffusion.loader import DiffusionModel, load_model, read_card
+from darkroom.diffusion.loader import DiffusionModel, load_model, measure_checkpoint, read_card
+from darkroom.diffusion.memory import GIB, ModelMemory, Needed, check_memory
 from darkroom.engine.engine import Engine
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
@@ -25,6 +26,8 @@ from darkroom.worker.worker import Worker
 
 log = structlog.get_logger("darkroom.worker")
 
+# Row counts of `memory_table`: the buckets that graphs are captured for.
+TABLE_ROWS = (1, 2, 4, 8, 16, 32)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -54,8 +57,11 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    paths = paths or [BUILTIN_MODEL]
+    if device.type == "cuda":
+        check_that_models_fit(settings, paths, torch.cuda.mem_get_info(device)[0])
     models: dict[str, DiffusionModel] = {}
-    for path in paths or [BUILTIN_MODEL]:
+    for path in paths:
         model = load_model(
             path,
             device=str(device),
@@ -74,6 +80,46 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
 def read_cards(paths: Sequence[str | Path]) -> list[ModelCard]:
     """What the models of `paths` would be served as, without loading them. Raises `ModelError`."""
     return [read_card(path) for path in paths]
+
+
+def measure_models(settings: Settings, paths: Sequence[str | Path]) -> list[ModelMemory]:
+    """What each model will take on a GPU with these settings, from its configs. Raises `ModelError`."""
+    return [
+        measure_checkpoint(
+            path,
+            dtype=_DTYPES.get(settings.dtype, torch.float16),
+            vae_dtype=_DTYPES.get(settings.vae_dtype),
+            vae_tile_px=settings.vae_tile_px,
+            kernels=settings.kernels,
+            sizes_px=settings.graph_sizes_px,
+        )
+        for path in paths
+    ]
+
+
+def check_that_models_fit(settings: Settings, paths: Sequence[str | Path], free_bytes: int) -> None:
+    """Raise `ConfigError`, with numbers, when the models together do not fit into `free_bytes` of GPU memory."""
+    is_reproducible = settings.batching == "reproducible"
+    rows = settings.reproducible_rows if is_reproducible else settings.max_rows
+    needed = check_memory(
+        measure_models(settings, paths),
+        rows=rows,
+        rows_setting="DARKROOM_REPRODUCIBLE_ROWS" if is_reproducible else "DARKROOM_MAX_ROWS",
+        prompt_cache_bytes=settings.prompt_cache_bytes,
+        budget_bytes=settings.memory_budget_bytes,
+        free_bytes=free_bytes,
+    )
+    log.info("memory_planned", needed_bytes=needed.total(rows), weights_bytes=needed.weights, free_bytes=free_bytes)
+
+
+def memory_table(settings: Settings, paths: Sequence[str | Path]) -> list[tuple[str, ...]]:
+    """GiB of GPU memory that each model would take alone, by model rows in a tick, as rows of a table with its head."""
+    table = [("MODEL", "WEIGHTS", *(f"{rows} ROWS" for rows in TABLE_ROWS))]
+    for model in measure_models(settings, paths):
+        needed = Needed.by([model], settings.prompt_cache_bytes)
+        totals = [needed.weights, *map(needed.total, TABLE_ROWS)]
+        table.append((model.name, *(f"{total / GIB:.1f}" for total in totals)))
+    return table
 
 
 def run_worker(
