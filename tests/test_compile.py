@@ -30,6 +30,7 @@ from darkroom.worker.compile import (
     take_over,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 from tests.support.engines import job_for, run_jobs
 from tests.support.tiny_models import tiny_unet, write_tiny_model
@@ -231,10 +232,27 @@ def test_a_graph_that_cannot_be_compiled_is_left_to_the_hand_made_path() -> None
     unet.compiled = CompiledGraphs(unet, refuse)
     with structlog.testing.capture_logs() as lines:
         for _ in range(2):
-            torch.testing.assert_close(unet(*inputs), expected)
+            assert_close(unet(*inputs), expected)
     assert [(line["event"], line["reason"]) for line in lines] == [
         ("compile_failed", "RuntimeError: no such instruction")
     ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_form_of_cuda_can_be_exported_from_inference_mode() -> None:
+    """With texts by slot, as ticks on a GPU call it, and with everything that it does in place."""
+    theirs = tiny_unet("sd2", 5)
+    with torch.device("meta"):
+        unet = UNet(dict(theirs.config), kernels="torch")
+    unet.load_state_dict({name: value.clone() for name, value in theirs.state_dict().items()}, assign=True)
+    unet.fuse(for_cuda=True)
+    with torch.inference_mode():
+        x, time_projection, store = random_inputs(unet, 3, 8, 8, 7)
+        inputs = (x, time_projection, store, None, torch.tensor([2, 0, 0]))
+        expected = unet(*inputs)
+        exported = compiled.export(unet, inputs)
+        assert_close(exported(*inputs), expected)
+        assert_close(exported(*inputs), expected)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -248,7 +266,7 @@ def test_a_library_computes_what_the_network_computes(tmp_path: Path) -> None:
     for num_rows in (1, 3, 4):
         inputs = random_inputs(unet, num_rows, 8, 12, 7)
         assert library.fits(inputs[0], inputs[2], None, None)
-        torch.testing.assert_close(library(*inputs), unet(*inputs), atol=1e-4, rtol=1e-4)
+        assert_close(library(*inputs), unet(*inputs), atol=1e-4, rtol=1e-4)
     for num_rows, height, length in ((5, 8, 7), (1, 12, 7), (1, 8, 6)):
         inputs = random_inputs(unet, num_rows, height, 12, length)
         assert not library.fits(inputs[0], inputs[2], None, None)

@@ -72,7 +72,9 @@ class Settings(BaseSettings):
         None, description="More picture sizes to capture, as 768x512,512x512; each adds start-up time and memory."
     )
     vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
-        "auto", description="Weights and activations of the autoencoder; auto is fp16 on a GPU unless that overflows."
+        "auto",
+        description="Weights and activations of the autoencoder; auto is fp16 on a GPU unless that overflows, and on a "
+        "CPU bf16 where the UNet is.",
     )
     vae_tile_px: int = Field(
         1536,

@@ -82,6 +82,18 @@ def random_inputs(unet: UNet, num_rows: int, height: int, width: int, length: in
     )
 
 
+def export(unet: UNet, inputs: Sequence[Tensor | None], dynamic: tuple[Any, ...] | None = None) -> torch.fx.GraphModule:
+    """`UNet.forward` as one graph of torch's operations, for inputs like these; `dynamic` names what may vary of each.
+
+    The layers' own ways of calling each other are run, not read, so the graph has nothing of them.
+    """
+    with torch.no_grad():
+        exported = torch.export.export(
+            _Denoiser(unet), tuple(inputs), dynamic_shapes=None if dynamic is None else (dynamic,), strict=False
+        )
+    return exported.module()
+
+
 def compile_library(unet: UNet, path: Path, *, height: int, width: int, length: int, max_rows: int) -> None:
     """Write a shared library that computes `unet`, loaded with `is_plain`, to `path`. Takes a minute or more.
 
@@ -90,10 +102,9 @@ def compile_library(unet: UNet, path: Path, *, height: int, width: int, length: 
     """
     rows = {0: torch.export.Dim("rows", min=1, max=max_rows)}
     inputs = random_inputs(unet, min(8, max_rows), height, width, length)
+    options = {"freezing": True, "aot_inductor.output_path": str(path)}
     with torch.no_grad():
-        exported = torch.export.export(_Denoiser(unet), inputs, dynamic_shapes=((rows, rows, rows),), strict=False)
-        options = {"freezing": True, "aot_inductor.output_path": str(path)}
-        torch._inductor.aot_compile(exported.module(), inputs, options=options)
+        torch._inductor.aot_compile(export(unet, inputs, (rows, rows, rows)), inputs, options=options)
 
 
 class Library:
@@ -141,9 +152,7 @@ class Library:
 
 def compile_graph(unet: UNet, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
     """`UNet.forward` for inputs like these, compiled with torch's search for the fastest kernels."""
-    with torch.no_grad():
-        exported = torch.export.export(_Denoiser(unet), tuple(inputs), strict=False)
-    graph: Callable[..., Tensor] = torch.compile(exported.module(), dynamic=False, mode="max-autotune-no-cudagraphs")
+    graph: Callable[..., Tensor] = torch.compile(export(unet, inputs), dynamic=False, mode="max-autotune-no-cudagraphs")
     graph(*inputs)
     return graph
 
