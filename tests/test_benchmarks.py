@@ -16,8 +16,10 @@ import torch
 from darkroom.config import load_settings
 from darkroom.engine.batcher import BatchKey, Candidate
 from darkroom.worker.main import load_models
-from darkroom_kernels.bench.cases import SD15, SDXL, TOY, cases
+from darkroom_kernels.attention.tuning import Size
+from darkroom_kernels.bench.cases import NETWORKS, SD15, SDXL, TOY, cases
 from darkroom_kernels.bench.measure import measure_case
+from darkroom_kernels.bench.report import sizes_to_tune, tune_attention
 from darkroom_kernels.bench.timing import Limits, relative_error, time_calls
 
 from benchmarks.arrivals import MIXED_STEPS, Arrival, percentile, poisson_trace
@@ -222,6 +224,23 @@ def test_work_is_counted_as_products_and_traffic() -> None:
     assert case.num_bytes == 2 * 4 * 2 * 10 * 4096 * 64
 
 
+def test_tuning_measures_every_attention_once_and_stops_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = list(sizes_to_tune(NETWORKS))
+    assert len(set(sizes)) == len(sizes) == 20
+    assert Size(16, 10, 64, 4096, 77) in sizes
+    reached: list[Size] = []
+
+    def tune(sizes: Iterable[Size], *_: object) -> list[Any]:
+        reached.extend(sizes)
+        return []
+
+    monkeypatch.setattr("darkroom_kernels.bench.report.tune", tune)
+    said: list[str] = []
+    tune_attention(CPU, quick=False, time_limit_s=-1.0, say=said.append)
+    assert len(reached) == 1
+    assert "stopped at the time limit, after 1 shapes" in said
+
+
 def test_times_and_errors_are_what_they_say() -> None:
     calls: list[int] = []
     timing = time_calls([lambda: calls.append(0), lambda: calls.append(1)], CPU, budget_s=0.001)
@@ -273,6 +292,10 @@ def test_a_models_row_has_speed_and_quality_together(models_state: tuple[ModelsS
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix product"),
         ("void at::native::RowwiseMomentsCUDAKernel", "norm"),
         ("void at::native::vectorized_elementwise_kernel", "elementwise and copies"),
+        ("_statistics", "norm"),
+        ("_geglu_gate", "elementwise and copies"),
+        ("_geglu_described", "matrix product"),
+        ("few_keys_kernel", "attention"),
     ],
 )
 def test_kernels_are_told_apart_by_name(kernel: str, label: str) -> None:

@@ -61,7 +61,7 @@ def test_version() -> None:
 def test_help_names_every_command() -> None:
     code, out, _ = darkroom("--help")
     assert code == 0
-    for command in ("up", "api", "worker", "generate", "models"):
+    for command in ("up", "api", "worker", "generate", "models", "bench"):
         assert f" {command} " in out
 
 
@@ -73,6 +73,8 @@ def test_help_names_every_command() -> None:
         (["up", "--data-dir", "/proc/1/nowhere"], {}, "DARKROOM_DATA_DIR"),
         (["worker"], {}, "DARKROOM_REDIS_URL is not set"),
         (["api"], {}, "DARKROOM_REDIS_URL is not set"),
+        (["bench", "kernels", "--device", "cuda:99"], {}, "DARKROOM_DEVICE=cuda:99"),
+        (["bench", "kernels", "--device", "cpu", "--tune"], {}, "tuned on a CUDA device"),
         (["generate", "a fox", "-o", "fox.gif"], {}, "expected a name that ends in .png"),
         (["generate", "a fox", "-o", "/nowhere/fox.png"], {}, "expected a file in a directory that exists"),
         (["generate", "a fox", "--url", "localhost:8000"], {}, "expected an address such as http://127.0.0.1:8000"),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
+from darkroom.diffusion.memory import Needed, measure
 from darkroom.engine.batcher import Batcher
 from darkroom.jobs import GenerationRequest
 from darkroom.worker.main import choose_dtype, load_models
@@ -28,7 +29,7 @@ from benchmarks.gpu.op_classes import seconds_by_class
 from benchmarks.gpu.pipelines import Pipeline
 from benchmarks.gpu.running import Run, RunningEngine
 from benchmarks.gpu.sections import Item, Measured, NotYet, table
-from benchmarks.quality import compare, draw, plainest
+from benchmarks.quality import compare, draw, exact_fp32, plainest
 from benchmarks.record import Figure
 
 BATCHES = (1, 8, 4, 16, 32)
@@ -71,6 +72,7 @@ class ModelsSection:
         self._held: tuple[tuple[Any, ...], Any] | None = None
         self._prompts = (f"a picture, number {number}" for number in itertools.count())
         self._found: dict[str, dict[str, Any]] = {}
+        self._computed: dict[str, float] = {}
 
     def resume(self, found: dict[str, dict[str, Any]]) -> None:
         self._found = dict(found)
@@ -176,7 +178,8 @@ class ModelsSection:
         self.close()
         seeds = range(plan.num_seeds)
         plain = plainest(self.settings)
-        expected, _ = draw(self._model(family, plain), plain, plan.quality_steps, seeds)
+        with exact_fp32():
+            expected, _ = draw(self._model(family, plain), plain, plan.quality_steps, seeds)
         gc.collect()
         ours, _ = draw(self._model(family, self.settings), self.settings, plan.quality_steps, seeds)
         return Measured([], {"quality": f"{compare(ours, expected)}, {plan.quality_steps} steps"})
@@ -198,13 +201,13 @@ class ModelsSection:
         data = self._data(family, OURS, count, seconds) | {
             "sustained": sustained,
             "peak_gib": peak_gib,
-            "computed_gib": computed_gib(model, self.settings, count),
+            "computed_gib": self._computed_gib(family, model),
             "tick_s": steady_tick_s(runs),
             "decode_s": statistics.median(timings.decode_s for run in runs for timings in run.timings),
         }
         detail = f"{data['share']:.3f} of the floor's rate, sustained {sustained:.4g} images/s"
         if peak_gib is not None:
-            detail += f", peak {peak_gib:.2f} GiB"
+            detail += f", {peak_gib:.2f} GiB reserved at most, {data['computed_gib']:.2f} computed"
         return Measured(self._figures(family, OURS, count, seconds, self._quality(family), detail), data)
 
     def _measure_peer(self, family: Family, count: int, compile_mode: str | None) -> Measured:
@@ -295,8 +298,29 @@ class ModelsSection:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
+    def _computed_gib(self, family: Family, model: DiffusionModel) -> float:
+        """What the check at a worker's start reckons for this model at these settings, whatever the batch."""
+        if family.name not in self._computed:
+            texts = [
+                ("CLIPTextModelWithProjection" if i else "CLIPTextModel", text) for i, text in enumerate(family.text)
+            ]
+            memory = measure(
+                family.name,
+                family.unet,
+                family.vae,
+                texts,
+                [(family.side_px, family.side_px)],
+                dtype=self.dtype,
+                vae_dtype=model.vae.dtype,
+                vae_tile_px=self.settings.vae_tile_px,
+                kernels=self.settings.kernels,
+            )
+            needed = Needed.by([memory], self.settings.prompt_cache_bytes)
+            self._computed[family.name] = needed.total(self.settings.max_rows) / 2**30
+        return self._computed[family.name]
+
     def _peak_gib(self) -> float | None:
-        return torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else None
+        return torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else None
 
     def report(self, found: dict[str, dict[str, Any]], reasons: dict[str, str]) -> str:
         lines = []
@@ -369,8 +393,3 @@ def unet_call(model: DiffusionModel, model_rows: int) -> Callable[[], object]:
     projection = drawn(model_rows, unet.time_width)
     text_kv = drawn(model_rows, model.text.max_tokens, unet.text_kv_width)
     return lambda: unet(x, projection, text_kv, None)
-
-
-def computed_gib(model: DiffusionModel, settings: Settings, count: int) -> float | None:
-    """What the worker's memory budget reckons for this batch, where it reckons."""
-    return None

@@ -8,15 +8,17 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+OTHER = "elementwise and copies"
 # The first pattern that a kernel's name matches decides: cuDNN's attention is called a convolution too, and its
 # convolutions are called implicit products.
 CLASSES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    # The product before it is torch's and has a name of its own.
+    (OTHER, re.compile(r"_geglu_gate")),
     ("attention", re.compile(r"attention|attn|sdpa|flash|fmha|few_keys", re.I)),
-    ("norm", re.compile(r"norm|moments|welford", re.I)),
+    ("norm", re.compile(r"norm|moments|welford|_statistics", re.I)),
     ("convolution", re.compile(r"conv|cudnn|fprop|implicit|winograd|nhwcTo|nchwTo", re.I)),
     ("matrix product", re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|linear|addmm|\bmm\b|bmm|matmul|geglu", re.I)),
 )
-OTHER = "elementwise and copies"
 
 
 def class_of(name: str) -> str:

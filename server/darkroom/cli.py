@@ -245,7 +245,11 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 @bench.command()
 def kernels(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try the tiles of attention, and rewrite the table that `auto` reads.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="SDXL's shapes alone.")] = False,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="With --tune: begin no shape after this.")] = 480,
     device: Annotated[str, typer.Option(help="cuda or cuda:N; cpu runs toy shapes, which say nothing of speed.")] = (
         "cuda"
     ),
@@ -255,9 +259,14 @@ def kernels(
     from darkroom.worker.main import choose_device
 
     place = choose_device(device)
-    from darkroom_kernels.bench.report import bench_kernels
+    if tune and place.type == "cpu":
+        raise ConfigError("--tune: tiles are tuned on a CUDA device")
+    from darkroom_kernels.bench.report import bench_kernels, tune_attention
 
-    bench_kernels(place, quick=quick, say=typer.echo)
+    if tune:
+        tune_attention(place, quick=quick, time_limit_s=time_limit, say=typer.echo)
+    else:
+        bench_kernels(place, quick=quick, say=typer.echo)
 
 
 def _leave() -> NoReturn:

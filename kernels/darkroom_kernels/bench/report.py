@@ -1,15 +1,20 @@
-"""`darkroom bench kernels`: a table that can be read without knowing the kernels."""
+"""`darkroom bench kernels`: a table that can be read without knowing the kernels, and the tuning of attention."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from darkroom_kernels.bench.cases import NETWORKS, SDXL, TOY, Case, cases
+from darkroom_kernels.attention.tiles import TABLE
+from darkroom_kernels.attention.tuning import Size, tune
+from darkroom_kernels.bench.cases import NETWORKS, SDXL, TOY, Case, Network, cases
 from darkroom_kernels.bench.measure import Result, measure_case, rate
-from darkroom_kernels.bench.timing import measure_limits
+from darkroom_kernels.bench.timing import measure_limits, time_calls
 
+TUNED_ROWS = 16
 HEAD = ("kernel", "shape", "rows", "µs", "speed", "of limit", "best other", "µs", "faster", "error")
 
 
@@ -60,3 +65,42 @@ def _cells(case: Case, results: list[Result]) -> tuple[str, ...]:
         f"{best.seconds / auto.seconds:.2f}x" if best else "-",
         f"{auto.error:.0e}",
     )
+
+
+def tune_attention(
+    device: torch.device, *, quick: bool, time_limit_s: float, say: Callable[[str], None], path: Path = TABLE
+) -> None:
+    """Try every candidate tile at every attention shape, and rewrite this kind of device's rows of the table.
+
+    What is not reached within `time_limit_s` keeps the rows of the device's class.
+    """
+    began_s = time.monotonic()
+
+    def in_time() -> Iterator[Size]:
+        for number, size in enumerate(sizes_to_tune((SDXL,) if quick else NETWORKS)):
+            if number and time.monotonic() - began_s > time_limit_s:
+                say(f"stopped at the time limit, after {number} shapes")
+                return
+            say(f"{time.monotonic() - began_s:5.0f} s  {size}")
+            yield size
+
+    for row in tune(in_time(), device, torch.float16, lambda call: _seconds(call, device), path):
+        times = ", ".join(f"{name} {us:.1f} µs" for name, us in row.times_us.items())
+        say(f"head size {row.max_head_dim}, {row.max_queries} queries, {row.max_keys} keys: {row.winner} ({times})")
+    say(f"wrote {path}")
+
+
+def sizes_to_tune(networks: tuple[Network, ...]) -> Iterator[Size]:
+    """Self- and cross-attention of each level at 16 model rows, every size once."""
+    known = set()
+    for network in networks:
+        for level, heads in network.heads.items():
+            tokens, dim = network.level_side(level) ** 2, network.channels[level] // heads
+            for num_keys in (tokens, network.num_keys):
+                if (dim, tokens, num_keys) not in known:
+                    known.add((dim, tokens, num_keys))
+                    yield Size(TUNED_ROWS, heads, dim, tokens, num_keys)
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    return time_calls([call], device, budget_s=0.03).seconds
