@@ -57,11 +57,8 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
     """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    paths = paths or [BUILTIN_MODEL]
-    if device.type == "cuda":
-        check_that_models_fit(settings, paths, torch.cuda.mem_get_info(device)[0])
     models: dict[str, DiffusionModel] = {}
-    for path in paths:
+    for path in paths or [BUILTIN_MODEL]:
         model = load_model(
             path,
             device=str(device),
@@ -133,8 +130,11 @@ def run_worker(
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
-    check_compile(settings, choose_device(settings.device))
+    device = choose_device(settings.device)
+    check_compile(settings, device)
     use_cpu_threads(1)
+    if device.type == "cuda":
+        check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
     models = load_models(settings, model_paths)
     metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
