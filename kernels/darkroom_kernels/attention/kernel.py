@@ -70,13 +70,14 @@ def _flash_step(
     return b_acc1, b_acc2, b_new_max, b_sum
 
 
-STRIDES = [
-    "num_queries", "num_keys", "num_tiles", "stride_qb", "stride_qh", "stride_qm",
+# Integers that Triton shall not look into: one build serves all sizes, and a single head does not become a constant.
+UNSPECIALISED = [
+    "num_heads", "num_queries", "num_keys", "num_tiles", "stride_qb", "stride_qh", "stride_qm",
     "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=STRIDES)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def flash_kernel(
     p_q, p_k, p_v, p_out, p_lengths, p_slots, scale, num_heads, num_queries, num_keys, num_tiles,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -147,7 +148,7 @@ def _store(p_base, o_row, o_dim, stride, b, m_row, m_dim, HAS_M_ROW: tl.constexp
         tl.store(p, b)
 
 
-@triton.jit(do_not_specialize=[*STRIDES, "tiles_per_program"])
+@triton.jit(do_not_specialize=[*UNSPECIALISED, "tiles_per_program"])
 def few_keys_kernel(
     p_q, p_k, p_v, p_out, p_lengths, p_slots, scale, num_heads, num_queries, num_keys, num_tiles,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
