@@ -151,7 +151,7 @@ def make_section(name: str, options: argparse.Namespace) -> Any:
         if is_cpu:
             plan = Plan((TOY,), (1, 2), (), (2,), num_steps=3, num_seeds=2, quality_steps=2, rounds=1)
         elif quick:
-            plan = Plan((SD15,), (1, 8), (), (8,), num_seeds=4, rounds=1)
+            plan = Plan((SD15,), (1, 8), (), (8,), num_seeds=0, rounds=1)
         else:
             plan = Plan((SD15, SDXL, SD21), compile_mode=options.compile_mode)
         return ModelsSection(plan, settings, device, options.models_dir)
