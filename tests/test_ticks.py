@@ -291,6 +291,7 @@ def test_a_device_lost_while_decoding_ends_the_engine_too(
         (RuntimeError("CUDA error: device-side assert triggered"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
         (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
         (RuntimeError("expected x, got y"), False),
     ],
     ids=lambda value: str(value)[:40],

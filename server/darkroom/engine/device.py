@@ -144,6 +144,6 @@ def is_device_lost(error: BaseException) -> bool:
     Running out of memory does not; an illegal access, a failed assertion or a card that fell off the bus do.
     """
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
         return False
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "Triton Error [CUDA]" in text
