@@ -169,12 +169,12 @@ def _normalise(
     stride_shift,
     places,
     chunks,
+    span,
     eps,
     C: tl.constexpr,
     PER_GROUP: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -182,10 +182,10 @@ def _normalise(
     HAS_SHIFT: tl.constexpr,
     SILU: tl.constexpr,
 ):
-    """The result for `SPAN` places of one row and `BLOCK_C` channels, which touch at most `BLOCK_G` groups."""
+    """The result for `span` places of one row and `BLOCK_C` channels, which touch at most `BLOCK_G` groups."""
     # Last places and rows first: those the statistics have just read are still in the L2 cache.
     row = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * SPAN
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * span
     first = tl.program_id(0) * BLOCK_C
     o_c = tl.arange(0, BLOCK_C)
     m_c = first + o_c < C
@@ -211,7 +211,7 @@ def _normalise(
     o_p = tl.arange(0, BLOCK_P)
     p_x += row * stride_row + start.to(tl.int64) * stride_place + first
     p_y += row * places * C + start.to(tl.int64) * C + first
-    for done in range(0, SPAN, BLOCK_P):
+    for done in range(0, span, BLOCK_P):
         m = (o_p[:, None] < places - start - done) & m_c[None, :]  # [BLOCK_P, BLOCK_C]
         b_x = tl.load(p_x + o_p[:, None] * stride_place + o_c[None, :], mask=m, other=0.0).to(tl.float32)
         b_y = (b_x - b_mean[None, :]) * b_scale[None, :] + b_bias[None, :]
@@ -309,8 +309,8 @@ def _group_norm_on_device(
     blocks = triton.cdiv(channels, block_c)
     span = span_of(places, blocks * batch)
     _normalise[(blocks, triton.cdiv(places, span), batch)](
-        x, partials, shift, weight, bias, y, stride_row, stride_place, stride_shift, places, chunks, eps,
-        C=channels, PER_GROUP=per_group, NUM_GROUPS=num_groups, CHUNK=chosen.chunk, SPAN=span,
+        x, partials, shift, weight, bias, y, stride_row, stride_place, stride_shift, places, chunks, span, eps,
+        C=channels, PER_GROUP=per_group, NUM_GROUPS=num_groups, CHUNK=chosen.chunk,
         BLOCK_G=triton.next_power_of_2(touched_groups(block_c, per_group)),
         BLOCK_CHUNKS=triton.next_power_of_2(chunks), BLOCK_P=RESULT_PLACES, BLOCK_C=block_c,
         HAS_SHIFT=shift is not None, SILU=silu, **backend.launch_options(chosen.num_warps),
@@ -348,11 +348,11 @@ def _builds(places: int, channels: int, dtype: str) -> list[Build]:
     chosen = plan(places, channels, num_groups, 4 if dtype == "fp32" else 2)
     options = backend.launch_options(chosen.num_warps)
     pointers = dict.fromkeys(("p_x", "p_shift", "p_weight", "p_bias", "p_y"), f"*{dtype}") | {"p_partials": "*fp32"}
-    types = pointers | dict.fromkeys(("stride_row", "stride_place", "stride_shift", "places", "chunks"), "i32")
+    types = pointers | dict.fromkeys(("stride_row", "stride_place", "stride_shift", "places", "chunks", "span"), "i32")
     types["eps"] = "fp32"
     sizes = {
         "C": channels, "PER_GROUP": per_group, "GROUPS": chosen.groups, "NUM_GROUPS": num_groups,
-        "CHUNK": chosen.chunk, "SPAN": MOST_PLACES, "BLOCK_G": triton.next_power_of_2(chosen.groups),
+        "CHUNK": chosen.chunk, "BLOCK_G": triton.next_power_of_2(chosen.groups),
         "BLOCK_P": chosen.block_p, "BLOCK_C": chosen.block_c, "HAS_SHIFT": True, "SILU": True,
     }  # fmt: skip
 
