@@ -268,13 +268,16 @@ def test_a_measured_table_is_written_and_read_back_with_its_winners(tmp_path: Pa
     rows = [
         tiles.measured_row(16, 40, 4096, 4096, tile, {"triton": 90.0, "sdpa": 120.5}),
         tiles.measured_row(16, 40, 1024, 77, tile, {"triton": 9.0, "sdpa": 8.5}),
+        tiles.measured_row(16, 40, 256, 77, tile, {"triton": 3.0, "sdpa": 3.5}),
     ]
     tiles.save_table("NVIDIA H200 sm_90", rows, path)
     table = tiles.load_table(path)
-    text, picture = table["NVIDIA H200 sm_90"]
-    assert (text.winner, picture.winner) == ("sdpa", "triton")
-    assert text.holds(16, 40, 1000, 77)
-    assert not text.holds(16, 40, 4096, 77)
+    few, text, picture = table["NVIDIA H200 sm_90"]
+    assert (few.winner, text.winner, picture.winner) == ("triton", "sdpa", "triton")
+    assert few.holds(16, 40, 256, 77)
+    assert not few.holds(16, 40, 257, 77)
+    assert text.holds(16, 40, 9216, 77)
+    assert not text.holds(16, 40, 256, 78)
     assert picture.holds(16, 40, 9216, 9216)
     assert picture.times_us == {"triton": 90.0, "sdpa": 120.5}
     assert table["sm_90"] == tiles.load_table()["sm_90"]

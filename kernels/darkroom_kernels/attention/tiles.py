@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -147,13 +147,21 @@ def measured_row(
 def save_table(kind: str, rows: Iterable[Row], path: Path = TABLE) -> None:
     """Replace the rows of one device kind, the first of `device_kinds`, and keep those of the others.
 
-    Rows are put in order of size, so that a size between two measured ones takes the next larger's tile. The largest
-    keys and queries of each head size hold without bound.
+    Rows are put in order of size, so that a size between two measured ones takes the next larger's tile. The most
+    queries measured at a number of keys hold without bound, and so do the most keys of a head size.
     """
     ordered = sorted(rows, key=_order)
-    last = {(row.bits, row.max_head_dim): row for row in ordered}
-    rows = [replace(row, max_keys=None, max_queries=None) if row in last.values() else row for row in ordered]
-    write_table({**load_table(path), kind: rows}, path)
+    most_queries = {(row.bits, row.max_head_dim, row.max_keys): row for row in ordered}
+    most_keys = {(row.bits, row.max_head_dim): row.max_keys for row in ordered}
+    unbounded = [
+        replace(
+            row,
+            max_keys=None if row.max_keys == most_keys[row.bits, row.max_head_dim] else row.max_keys,
+            max_queries=None if row is most_queries[row.bits, row.max_head_dim, row.max_keys] else row.max_queries,
+        )
+        for row in ordered
+    ]
+    write_table({**load_table(path), kind: unbounded}, path)
 
 
 def _order(row: Row) -> tuple[int, int, float, float]:
@@ -161,7 +169,7 @@ def _order(row: Row) -> tuple[int, int, float, float]:
     return row.bits, row.max_head_dim, row.max_keys or infinity, row.max_queries or infinity
 
 
-def write_table(table: dict[str, Sequence[Row]] | dict[str, list[Row]], path: Path = TABLE) -> None:
+def write_table(table: dict[str, list[Row]], path: Path = TABLE) -> None:
     """One row a line, so that a change of one is seen as one."""
     kinds = []
     for kind, rows in table.items():
