@@ -38,7 +38,9 @@ def main() -> None:
 
     length = int(load_tokenizer(BUILTIN_MODEL / "tokenizer").model_max_length)
     figures = []
-    print(f"built-in UNet, {arguments.threads} threads; milliseconds of the fastest call, and ours over each")
+    print(
+        f"built-in UNet, {arguments.threads} threads; milliseconds of the fastest call, and how many times ours that is"
+    )
     for name in arguments.dtypes:
         sides = Sides(DTYPES[name], length, max(arguments.rows), not arguments.without_compiled_diffusers)
         for num_rows in arguments.rows:
