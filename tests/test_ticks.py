@@ -14,6 +14,7 @@ from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.decode import Decoder
 from darkroom.engine.device import is_device_lost
 from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, TickReport
+from darkroom.engine.pool import RowPool
 from darkroom.errors import ConfigError
 from darkroom.jobs import Job
 
@@ -316,6 +317,24 @@ def test_a_failed_tick_on_the_device_changes_no_picture(model: DiffusionModel, m
     monkeypatch.setattr(model.unet, "forward", fails_once)
     disturbed = run_jobs(model, jobs, settings, device=TwinDevice(has_graphs=False))
     assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+def test_a_row_that_finds_no_memory_for_its_state_fails_alone(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = RowPool.take
+
+    def refuse_wide(pool: RowPool, latents: torch.Tensor) -> int | None:
+        if latents.shape[-1] == 9:
+            raise torch.OutOfMemoryError("no")
+        return take(pool, latents)
+
+    monkeypatch.setattr(RowPool, "take", refuse_wide)
+    outcome = run_jobs(model, [job_for(model, "wide", width=72), job_for(model, "own")], settings_with())
+    assert outcome.images("own")
+    wide = outcome.events["wide"]
+    assert isinstance(wide, Failed)
+    assert wide.failure.code == "out_of_memory"
 
 
 def test_the_decoder_gets_latents_of_their_own_and_the_event_of_their_tick(

@@ -309,7 +309,7 @@ class Engine:
         joined = self._join([active for active in arrived if not active.is_over])
         self._seat()
         # A row that finds no place in its lane waits for one.
-        candidates = (row.candidate() for row in self._rows.values() if row.slot is not None)
+        candidates = (row.candidate() for row in self._rows.values() if row.slot is not None and not row.active.is_over)
         choice = self.batcher.choose(candidates, self._clock())
         if choice is not None:
             self._tick(choice, joined)
@@ -491,7 +491,13 @@ class Engine:
         unseated = [row for row in self._rows.values() if row.slot is None]
         for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
             assert row.first_latents is not None  # noqa: S101
-            row.slot = self._lane(row.key).pool.take(row.first_latents)
+            try:
+                row.slot = self._lane(row.key).pool.take(row.first_latents)
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                self._end(row.active, Failed(row.active.job, failure_of(error)))
+                continue
             if row.slot is not None:
                 row.first_latents = None
 

@@ -37,8 +37,8 @@ class RowPool:
             if self._is_fixed:
                 return None
             self._grow()
-        slot = self._free.pop()
-        self.latents[slot].copy_(self._device.upload(latents))
+        uploaded, slot = self._device.upload(latents), self._free.pop()
+        self.latents[slot].copy_(uploaded)
         self.previous[slot].zero_()
         return slot
 
@@ -46,11 +46,11 @@ class RowPool:
         self._free.append(slot)
 
     def _grow(self) -> None:
-        old_latents, old_previous = self.latents, self.previous
-        size = len(old_latents)
-        self.latents, self.previous = self._allocate(2 * size)
-        self.latents[:size].copy_(old_latents)
-        self.previous[:size].copy_(old_previous)
+        size = len(self.latents)
+        latents, previous = self._allocate(2 * size)
+        latents[:size].copy_(self.latents)
+        previous[:size].copy_(self.previous)
+        self.latents, self.previous = latents, previous
         self._free = list(range(size, 2 * size))[::-1]
 
     def _allocate(self, size: int) -> tuple[Tensor, Tensor]:
