@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from darkroom.config import load_settings
+from darkroom.config import BUILTIN_MODEL, load_settings
 from darkroom.diffusion.loader import load_model, measure_checkpoint
 from darkroom.diffusion.memory import (
     FIXED_ALLOWANCE_BYTES,
@@ -22,7 +22,7 @@ from darkroom.diffusion.memory import (
 from darkroom.diffusion.unet import UNet
 from darkroom.diffusion.vae import VAE
 from darkroom.errors import ConfigError
-from darkroom.worker.main import TABLE_ROWS, check_that_models_fit
+from darkroom.worker.main import TABLE_ROWS, check_that_models_fit, memory_table
 from test_readme import table_under
 
 from benchmarks.families import SD15, SD21, SDXL, Family
@@ -149,3 +149,12 @@ def test_readme_has_the_memory_of_the_families(family: Family, row: int) -> None
     assert figures == pytest.approx(
         [total / GIB for total in (needed.weights, *map(needed.total, TABLE_ROWS))], abs=0.3
     )
+
+
+def test_memory_is_listed_by_rows() -> None:
+    head, line = memory_table(load_settings(), [BUILTIN_MODEL])
+    assert head[0] == "MODEL"
+    assert head[-1] == "32 ROWS"
+    assert line[0] == "emoji-world"
+    figures = [float(cell) for cell in line[1:]]
+    assert figures == sorted(figures)
