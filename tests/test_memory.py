@@ -22,7 +22,7 @@ from darkroom.diffusion.memory import (
 from darkroom.diffusion.unet import UNet
 from darkroom.diffusion.vae import VAE
 from darkroom.errors import ConfigError
-from darkroom.worker.main import TABLE_ROWS, check_that_models_fit, memory_table
+from darkroom.worker.main import TABLE_ROWS, check_that_models_fit, chosen_vae_dtype, memory_table
 from test_readme import table_under
 
 from benchmarks.families import SD15, SD21, SDXL, Family
@@ -72,7 +72,7 @@ def test_weights_are_counted_exactly(family: str, tmp_path: Path) -> None:
     assert got.weights == pytest.approx(halves + stored["vae"], rel=0.05)
     model = load_model(directory)
     assert got.text == 77 * model.unet.text_kv_width * 2
-    assert got.row == 3 * 4 * 8 * 8 * 4
+    assert got.row == 3 * 4 * 8 * 8 * 4 + 50 * model.unet.time_width * 2
     assert got.name == model.id
 
 
@@ -158,3 +158,11 @@ def test_memory_is_listed_by_rows() -> None:
     assert line[0] == "emoji-world"
     figures = [float(cell) for cell in line[1:]]
     assert figures == sorted(figures)
+
+
+def test_reproducible_pictures_on_a_gpu_are_decoded_in_fp32() -> None:
+    """A decode that overflows in fp16 replaces the autoencoder, and pictures after it would have other bits."""
+    gpu = torch.device("cuda")
+    assert chosen_vae_dtype(load_settings(batching="reproducible"), gpu) is torch.float32
+    assert chosen_vae_dtype(load_settings(batching="reproducible", vae_dtype="fp16"), gpu) is torch.float16
+    assert chosen_vae_dtype(load_settings(), gpu) is None

@@ -73,8 +73,8 @@ class Settings(BaseSettings):
     )
     vae_dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto",
-        description="Weights and activations of the autoencoder; auto is fp16 on a GPU unless that overflows, and on a "
-        "CPU bf16 where the UNet is.",
+        description="Weights and activations of the autoencoder; auto is fp16 on a GPU unless that overflows or "
+        "batching is reproducible, and on a CPU bf16 where the UNet is.",
     )
     vae_tile_px: int = Field(
         1536,

@@ -36,13 +36,16 @@ BLOCK_BYTES = 512
 TEXT_TOKENS = 77
 # A worker holds twice the rows of a tick, and a prompt for each.
 HELD_PER_ROW = 2
+# Time embeddings that a row keeps, one for each of its evaluations; jobs of more take more.
+USUAL_EVALUATIONS = 50
 GIB = float(1 << 30)
 
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """Bytes that one model takes: `weights` of all networks; `text` keys and values of one prompt; `row` latents and
-    history of one row; `unet` activations of one model row in a UNet call; `decode` activations of one VAE call.
+    """Bytes that one model takes: `weights` of all networks; `text` keys and values of one prompt; `row` latents,
+    history and time embeddings of one row; `unet` activations of one model row in a UNet call; `decode` activations of
+    one VAE call.
     """
 
     name: str
@@ -149,6 +152,7 @@ def measure(
         unet_rows = max(unet_rows, unet_activation_bytes(unet, 1, height, width))
         together = max(1, MAX_DECODE_PIXELS // (width_px * height_px))
         decode = max(decode, decode_activation_bytes(vae, together, height, width))
+    row += USUAL_EVALUATIONS * unet.time_width * dtype.itemsize
     text = TEXT_TOKENS * unet.text_kv_width * dtype.itemsize
     return ModelMemory(name, weights, text, row, unet_rows, decode)
 

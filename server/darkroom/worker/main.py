@@ -53,10 +53,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def chosen_vae_dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    """The dtype of the autoencoder; None leaves it to the loader, which knows the model.
+
+    One that overflows in fp16 is replaced while it serves, and pictures change with that; reproducible ones must not.
+    """
+    if settings.vae_dtype == "auto" and settings.batching == "reproducible" and device.type == "cuda":
+        return torch.float32
+    return _DTYPES.get(settings.vae_dtype)
+
+
 def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, DiffusionModel]:
     """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
+    if device.type == "cuda" and dtype is torch.float32:
+        # torch computes convolutions of fp32 in TF32, with the digits of fp16, unless told otherwise.
+        torch.backends.cudnn.allow_tf32 = False
     models: dict[str, DiffusionModel] = {}
     for path in paths or [BUILTIN_MODEL]:
         model = load_model(
@@ -65,7 +78,7 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
             dtype=dtype,
             attention=settings.attention,
             kernels=settings.kernels,
-            vae_dtype=_DTYPES.get(settings.vae_dtype),
+            vae_dtype=chosen_vae_dtype(settings, device),
             vae_tile_px=settings.vae_tile_px,
         )
         if model.id in models:
@@ -85,7 +98,7 @@ def measure_models(settings: Settings, paths: Sequence[str | Path]) -> list[Mode
         measure_checkpoint(
             path,
             dtype=_DTYPES.get(settings.dtype, torch.float16),
-            vae_dtype=_DTYPES.get(settings.vae_dtype),
+            vae_dtype=chosen_vae_dtype(settings, torch.device("cuda")),
             vae_tile_px=settings.vae_tile_px,
             kernels=settings.kernels,
             sizes_px=settings.graph_sizes_px,
