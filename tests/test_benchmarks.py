@@ -226,8 +226,9 @@ def test_work_is_counted_as_products_and_traffic() -> None:
 
 def test_tuning_measures_every_attention_once_and_stops_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = list(sizes_to_tune(NETWORKS))
-    assert len(set(sizes)) == len(sizes) == 20
-    assert Size(16, 10, 64, 4096, 77) in sizes
+    assert len(set(sizes)) == len(sizes) == 30
+    for size in ((4096, 4096, False), (4096, 77, True), (4096, 154, True)):
+        assert Size(16, 10, 64, *size) in sizes
     reached: list[Size] = []
 
     def tune(sizes: Iterable[Size], *_: object) -> list[Any]:

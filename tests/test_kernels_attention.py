@@ -159,8 +159,9 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         attention(q, k.half(), v)
     with pytest.raises(ValueError, match="dense last axis"):
         attention(q, k.transpose(-1, -2).contiguous().transpose(-1, -2), v)
-    with pytest.raises(ValueError, match="scale above 0"):
-        attention(q, k, v, scale=-1.0)
+    for scale in (-1.0, 0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"finite scale above 0, got {scale}"):
+            attention(q, k, v, scale=scale)
     with pytest.raises(ValueError, match="keys of 3 rows"):
         attention(q, k[:2], v[:2])
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,10 +279,41 @@ def test_a_measured_table_is_written_and_read_back_with_its_winners(tmp_path: Pa
     assert few.holds(16, 40, 256, 77)
     assert not few.holds(16, 40, 257, 77)
     assert text.holds(16, 40, 9216, 77)
-    assert not text.holds(16, 40, 256, 78)
+    assert not text.holds(16, 40, 256, 81)
     assert picture.holds(16, 40, 9216, 9216)
     assert picture.times_us == {"triton": 90.0, "sdpa": 120.5}
     assert table["sm_90"] == tiles.load_table()["sm_90"]
+
+
+def test_a_measurement_speaks_for_its_head_size_and_for_few_keys_or_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(tiles.TABLE.read_text())
+    kind = "NVIDIA H200 sm_90"
+    tile = tiles.Tile("flash", 64, 32, 4, 2)
+    tiles.save_table(kind, [tiles.measured_row(16, 64, 4096, 4096, tile, {"triton": 9.0, "sdpa": 8.0})], path)
+    table = tiles.load_table(path)
+    monkeypatch.setattr(tiles, "load_table", lambda: table)
+    monkeypatch.setattr(tiles, "device_kinds", lambda device: [kind, "sm_90"])
+    find = functools.partial(tiles.row_for.__wrapped__, torch.device("cuda"), 16)
+    assert find(64, 9216, 9216).winner == "sdpa"
+    for sizes in ((40, 4096, 4096), (64, 4096, 77), (64, 4096, 154)):
+        assert find(*sizes) in table["sm_90"]
+        assert not find(*sizes).measured
+
+
+def test_tuning_again_replaces_only_the_head_sizes_that_it_measured(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    old, new = tiles.Tile("flash", 64, 32, 4, 2), tiles.Tile("flash", 128, 64, 4, 3)
+    sizes = ((40, 4096, 4096), (64, 9216, 9216), (64, 4096, 77))
+    tiles.save_table("x sm_90", [tiles.measured_row(16, *size, old, {"triton": 9.0}) for size in sizes], path)
+    tiles.save_table("x sm_90", [tiles.measured_row(16, 64, 4096, 4096, new, {"triton": 8.0})], path)
+    rows = tiles.load_table(path)["x sm_90"]
+    assert [(row.max_head_dim, row.max_keys, row.tile) for row in rows] == [
+        (40, None, old), (64, 80, old), (64, None, new),
+    ]  # fmt: skip
 
 
 def test_no_default_row_claims_a_measurement() -> None:
@@ -297,11 +330,11 @@ def test_tuning_writes_the_fastest_right_tile_and_the_winner(
     monkeypatch.setattr(tiles, "candidate_tiles", lambda *sizes: [wrong, slow, fast])
     times = iter([3e-6, 2e-6, 5e-6, 7e-6])
 
-    def by_tile(tile: tiles.Tile, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.zeros_like(q) if tile == wrong else attention(q, k, v, implementation="reference")
+    def by_tile(tile: tiles.Tile, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
+        return torch.zeros_like(q) if tile == wrong else attention(q, k, v, key_slots=slots, implementation="reference")
 
     monkeypatch.setattr(tuning, "_by_tile", by_tile)
-    size = tuning.Size(batch=1, heads=1, head_dim=16, num_queries=20, num_keys=77)
+    size = tuning.Size(batch=2, heads=1, head_dim=16, num_queries=20, num_keys=77, has_slots=True)
     (row,) = tuning.tune([size], kernel_device, torch.float16, lambda call: next(times), path)
     assert row.tile == fast
     assert row.winner == "triton"
@@ -310,3 +343,24 @@ def test_tuning_writes_the_fastest_right_tile_and_the_winner(
     (saved,) = next(iter(tiles.load_table(path).values()))
     assert saved.tile == fast
     assert saved.measured
+
+
+def test_a_size_that_fails_and_a_tile_that_spills_leave_the_others_tuned(
+    kernel_device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
+    spilling, good = (tiles.Tile("few_keys", 64, 0, 4, stages) for stages in (1, 2))
+    monkeypatch.setattr(tiles, "candidate_tiles", lambda *sizes: [spilling, good])
+    times = iter([1e-6, 2e-6, 5e-6, 5e-6])
+
+    def launched(tile: tiles.Tile, q: Tensor, *_: object) -> tuple[Tensor, object]:
+        return q, SimpleNamespace(n_spills=4 if tile == spilling else 0)
+
+    monkeypatch.setattr(tuning, "launch", launched)
+    sizes = [tuning.Size(1, 1, 16, 20, 0), tuning.Size(1, 1, 16, 20, 77)]
+    (row,) = tuning.tune(sizes, kernel_device, torch.float16, lambda call: next(times), path)
+    assert row.tile == good
+    with pytest.raises(RuntimeError, match="no size could be tuned"):
+        tuning.tune(sizes[:1], kernel_device, torch.float16, lambda call: 1.0, path)
+    assert [saved.tile for rows in tiles.load_table(path).values() for saved in rows] == [good]

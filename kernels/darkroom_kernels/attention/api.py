@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from enum import Enum
 
 import torch
@@ -123,9 +124,9 @@ def attention(
     `q` `[B, H, Lq, d]`; `k` and `v` `[S, H, Lk, d]`; one floating dtype, any strides with a dense last axis. S is B,
     unless `key_slots` `[B]` int64 is given: row `b` then reads `k[key_slots[b]]` and `v[key_slots[b]]`. `key_lengths`
     `[B]` int32: row `b` sees its first `key_lengths[b]` keys only; None: all. A row with no key gives zeros. `scale` is
-    above 0 and defaults to d^-1/2. Scores and softmax are held in fp32 whatever the dtype. Returns `[B, H, Lq, d]`,
-    a view of `[B, Lq, H, d]` memory, so that heads are joined without a copy. Raises `ValueError` on shapes or names
-    that do not fit, `KernelUnavailable` when a named implementation cannot run here.
+    finite, above 0, and defaults to d^-1/2. Scores and softmax are held in fp32 whatever the dtype. Returns
+    `[B, H, Lq, d]`, a view of `[B, Lq, H, d]` memory, so that heads are joined without a copy. Raises `ValueError` on
+    shapes, scales or names that do not fit, `KernelUnavailable` when a named implementation cannot run here.
     """
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[1] != k.shape[1] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -146,8 +147,9 @@ def attention(
         raise ValueError(f"expected key_slots [{batch}], got {list(key_slots.shape)}")
     if key_lengths is not None and key_lengths.shape != q.shape[:1]:
         raise ValueError(f"expected key_lengths [{batch}], got {list(key_lengths.shape)}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"expected a scale above 0, got {scale}")
+    # The kernels scale the largest score instead of all scores, which a scale below 0 would make the smallest.
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"expected a finite scale above 0, got {scale}")
     chosen = check_available(implementation)
     if chosen is Implementation.AUTO:
         chosen = choose(q.device, q.dtype, dim, num_queries, num_keys)

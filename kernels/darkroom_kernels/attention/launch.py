@@ -27,6 +27,13 @@ def run(
     tile: Tile, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_slots: Tensor | None, scale: float
 ) -> Tensor:
     """Attention by one kernel and tile. Arguments as `attention`'s, checked there."""
+    return launch(tile, q, k, v, key_lengths, key_slots, scale)[0]
+
+
+def launch(
+    tile: Tile, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_slots: Tensor | None, scale: float
+) -> tuple[Tensor, Any]:
+    """What `run` gives, and the compiled kernel; the interpreter has none and gives None."""
     from darkroom_kernels.attention import kernel
 
     batch, heads, num_queries, dim = q.shape
@@ -57,7 +64,7 @@ def run(
         constants["BLOCK_N"] = tile.block_n
         constants["EVEN_N"] = key_lengths is None and num_keys % tile.block_n == 0
         grid = (num_tiles * heads * batch,)
-        kernel.flash_kernel[grid](*pointers, *sizes, num_tiles, *strides, **constants, **options)
+        built = kernel.flash_kernel[grid](*pointers, *sizes, num_tiles, *strides, **constants, **options)
     else:
         constants["N1"], constants["N2"] = split(num_keys)
         constants["EVEN_N"] = key_lengths is None and num_keys == constants["N1"] + constants["N2"]
@@ -65,8 +72,8 @@ def run(
         each = max(1, min(tile.tiles_per_program, num_tiles * heads * batch // enough))
         num_programs = -(-num_tiles // each)
         grid = (num_programs * heads * batch,)
-        kernel.few_keys_kernel[grid](*pointers, *sizes, num_programs, *strides, each, **constants, **options)
-    return out.transpose(1, 2)
+        built = kernel.few_keys_kernel[grid](*pointers, *sizes, num_programs, *strides, each, **constants, **options)
+    return out.transpose(1, 2), built
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -34,7 +34,8 @@ class Row:
     """A line of the table: the tile for all sizes up to its bounds; None: no bound.
 
     `bits`: 16 for fp16 and bf16, 32 for fp32. `winner`: the implementation that was fastest there, and `times_us` what
-    each took, once `measured`.
+    each took, once `measured`. A measured row speaks for its own head size alone, and for either few keys or many:
+    elsewhere other kernels compete.
     """
 
     max_head_dim: int
@@ -46,7 +47,13 @@ class Row:
     winner: str | None = None
     times_us: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_few_keys(self) -> bool:
+        return self.max_keys is not None and self.max_keys <= MAX_FEW_KEYS
+
     def holds(self, bits: int, head_dim: int, num_queries: int, num_keys: int) -> bool:
+        if self.measured and (head_dim != self.max_head_dim or self.has_few_keys != (num_keys <= MAX_FEW_KEYS)):
+            return False
         return (
             self.bits == bits
             and head_dim <= self.max_head_dim
@@ -121,7 +128,7 @@ def candidate_tiles(bits: int, head_dim: int, num_queries: int, num_keys: int) -
         tiles += [
             Tile("few_keys", block_m, 0, num_warps, num_stages, tiles_per_program)
             for block_m, num_warps in ((64, 4), (128, 4), (128, 8))
-            for num_stages in (1, 2)
+            for num_stages in (1, 2, 3)
             for tiles_per_program in (1, 2, 4, 8)
             if tiles_per_program * block_m <= max(num_queries, 64)
         ]
@@ -131,10 +138,13 @@ def candidate_tiles(bits: int, head_dim: int, num_queries: int, num_keys: int) -
 def measured_row(
     bits: int, head_dim: int, num_queries: int, num_keys: int, tile: Tile, times_us: dict[str, float]
 ) -> Row:
-    """A row for one measured size. `times_us`: microseconds of each implementation, `triton` being that of `tile`."""
+    """A row for one measured size. `times_us`: microseconds of each implementation, `triton` being that of `tile`.
+
+    Of few keys it holds for all that need the same blocks.
+    """
     return Row(
         max_head_dim=head_dim,
-        max_keys=num_keys,
+        max_keys=sum(split(num_keys)) if num_keys <= MAX_FEW_KEYS else num_keys,
         max_queries=num_queries,
         tile=tile,
         bits=bits,
@@ -145,23 +155,27 @@ def measured_row(
 
 
 def save_table(kind: str, rows: Iterable[Row], path: Path = TABLE) -> None:
-    """Replace the rows of one device kind, the first of `device_kinds`, and keep those of the others.
+    """Put measured rows in the place of those that one device kind, the first of `device_kinds`, has for the same head
+    sizes at few keys or at many; its other rows and other kinds' stay.
 
     Rows are put in order of size, so that a size between two measured ones takes the next larger's tile. The most
-    queries measured at a number of keys hold without bound, and so do the most keys of a head size.
+    queries measured at a number of keys hold without bound, and so do the most keys of a head size when they are many.
     """
     ordered = sorted(rows, key=_order)
     most_queries = {(row.bits, row.max_head_dim, row.max_keys): row for row in ordered}
-    most_keys = {(row.bits, row.max_head_dim): row.max_keys for row in ordered}
-    unbounded = [
+    most_keys = {(row.bits, row.max_head_dim): row.max_keys for row in ordered if not row.has_few_keys}
+    measured = [
         replace(
             row,
-            max_keys=None if row.max_keys == most_keys[row.bits, row.max_head_dim] else row.max_keys,
+            max_keys=None if row.max_keys == most_keys.get((row.bits, row.max_head_dim)) else row.max_keys,
             max_queries=None if row is most_queries[row.bits, row.max_head_dim, row.max_keys] else row.max_queries,
         )
         for row in ordered
     ]
-    write_table({**load_table(path), kind: unbounded}, path)
+    table = load_table(path)
+    replaced = {(row.bits, row.max_head_dim, row.has_few_keys) for row in measured}
+    kept = [row for row in table.get(kind, ()) if (row.bits, row.max_head_dim, row.has_few_keys) not in replaced]
+    write_table({**table, kind: sorted([*kept, *measured], key=_order)}, path)
 
 
 def _order(row: Row) -> tuple[int, int, float, float]:

@@ -91,15 +91,15 @@ def tune_attention(
 
 
 def sizes_to_tune(networks: tuple[Network, ...]) -> Iterator[Size]:
-    """Self- and cross-attention of each level at 16 model rows, every size once."""
+    """Self-attention of each level and attention to texts of one chunk and of two, 16 model rows, every size once."""
     known = set()
     for network in networks:
         for level, heads in network.heads.items():
             tokens, dim = network.level_side(level) ** 2, network.channels[level] // heads
-            for num_keys in (tokens, network.num_keys):
+            for num_keys in (tokens, network.num_keys, 2 * network.num_keys):
                 if (dim, tokens, num_keys) not in known:
                     known.add((dim, tokens, num_keys))
-                    yield Size(TUNED_ROWS, heads, dim, tokens, num_keys)
+                    yield Size(TUNED_ROWS, heads, dim, tokens, num_keys, has_slots=num_keys != tokens)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
