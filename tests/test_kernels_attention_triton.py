@@ -16,6 +16,7 @@ from darkroom_kernels import attention, backend, check_kernels
 from darkroom_kernels.attention import api, check, launch, tiles, tuning
 from darkroom_kernels.attention.reference import reference_attention
 from darkroom_kernels.backend import KernelUnavailable
+from darkroom_kernels.geglu import kernel as geglu_kernel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -219,7 +220,26 @@ def forgetful() -> Iterator[None]:
 @pytest.mark.usefixtures("forgetful")
 def test_the_self_check_passes(kernel_device: torch.device) -> None:
     assert check_kernels(kernel_device, torch.float16, [16, 40])
-    assert check_kernels(kernel_device, torch.bfloat16, [16])
+    assert check_kernels(kernel_device, torch.bfloat16, [16], kernels="triton")
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_the_self_check_tries_what_a_tick_asks_for(
+    kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole tiles without lengths or slots, and the GEGLU that "triton" names: both are builds of their own."""
+
+    def wrong_when_plain(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, slots: Tensor | None, scale: float):
+        exact = reference_attention(q, k if slots is None else k[slots], v if slots is None else v[slots], lengths)
+        return exact.neg() if slots is None else exact
+
+    monkeypatch.setattr(check, "triton_attention", wrong_when_plain)
+    monkeypatch.setattr(geglu_kernel, "geglu", lambda x, weight, bias: x.new_zeros(x.shape[0], weight.shape[0] // 2))
+    assert not check_kernels(kernel_device, torch.float16, [16])
+    assert backend.failure("geglu", kernel_device) is None
+    assert any("head size 16 and 256 keys" in text for text in caplog.messages)
+    check_kernels(kernel_device, torch.float16, [], kernels="triton")
+    assert "off by" in (backend.failure("geglu", kernel_device) or "")
 
 
 @pytest.mark.usefixtures("forgetful")

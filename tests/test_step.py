@@ -267,8 +267,9 @@ def test_the_network_sees_scaled_latents_in_its_own_layout(arguments, form, dtyp
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_row_of_no_row_is_zero_whatever_the_pool_holds(arguments, form):
+def test_a_model_row_of_no_row_is_zero_whatever_the_pool_and_the_coefficients_hold(arguments, form):
     given = arguments(rows=3)
+    given["coefficients"][0], given["coefficients"][2] = torch.nan, torch.inf
     latents = torch.full_like(given["latents"], torch.nan)
     latents[2] = 1.0
     slots, row_of = given["slots"].new_tensor([-1, 2, -1]), given["slots"].new_tensor([0, 1, 2, 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,9 +19,10 @@ from darkroom_kernels.step import NUM_COLUMNS, scale_input, step_
 CHANNELS = 64
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[int]) -> bool:
+def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[int], *, kernels: str = "auto") -> bool:
     """Compare each Triton kernel with PyTorch in fp32, attention at the given head sizes; True when all are right.
 
+    `kernels` is the implementation that a model asks for: "triton" by name takes the one-kernel GEGLU, "auto" does not.
     A kernel that is wrong, or does not compile or launch, is not used for the life of the process: `auto` takes another
     implementation, "triton" by name raises `KernelUnavailable`, and the error is logged. Where Triton cannot run at all
     there is nothing to check. Takes seconds on a new device, because it compiles.
@@ -31,7 +33,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[
         "group_norm": _group_norm,
         "layer_norm": _layer_norm,
         "residual": _residual,
-        "geglu": _geglu,
+        "geglu": functools.partial(_geglu, implementation="triton" if kernels == "triton" else "gate"),
         "step": _step,
     }
     results = [check_attention(device, dtype, head_dims)]
@@ -85,11 +87,11 @@ def _residual(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return add_residual_(y, residual, bias, implementation="triton"), expected
 
 
-def _geglu(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _geglu(device: torch.device, dtype: torch.dtype, *, implementation: str) -> tuple[Tensor, Tensor]:
     x, weight = _random(device, dtype, 35, CHANNELS), _random(device, dtype, 2 * CHANNELS, CHANNELS)
     bias = _random(device, dtype, 2 * CHANNELS)
     value, gate = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
-    return geglu(x, weight, bias, implementation="gate"), value * torch.nn.functional.gelu(gate)
+    return geglu(x, weight, bias, implementation=implementation), value * torch.nn.functional.gelu(gate)
 
 
 def _step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

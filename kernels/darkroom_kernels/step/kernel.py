@@ -54,6 +54,8 @@ def _scale_input(
     m_held = (o_p < tl.where(slot >= 0, places, 0)) & (o_c < C)
     b_x = tl.load(p_latents + slot * C * places + o_c * places + o_p, mask=m_held, other=0.0)
     p_out += model_row.to(tl.int64) * C * places
+    # Coefficients of a row without a slot may be anything, and 0 · NaN is NaN.
+    scale = tl.where(slot >= 0, scale, 0.0)
     tl.store(p_out + o_p * C + o_c, (b_x * scale).to(p_out.dtype.element_ty), mask=m)
 
 

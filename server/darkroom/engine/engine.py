@@ -232,7 +232,7 @@ class Engine:
         """Turn away from kernels that are wrong on this device, before graphs hold them."""
         for model in self.models.values():
             if model.device.type == "cuda":
-                check_kernels(model.device, model.dtype, model.unet.config.head_dims)
+                check_kernels(model.device, model.dtype, model.unet.config.head_dims, kernels=self._settings.kernels)
                 check_kernels(model.device, model.vae.dtype, [])
 
     def _capture(self) -> None:
