@@ -191,6 +191,14 @@ def test_how_a_row_is_divided_depends_on_the_row_alone():
             assert chosen.chunk == 0 or chosen.chunk % chosen.block_p == 0
 
 
+def test_one_large_picture_is_shared_by_enough_programs_to_fill_a_device():
+    for places, channels, programs in ((1 << 18, 512, 1024), (1 << 20, 128, 512), (1 << 20, 256, 1024)):
+        for itemsize in (2, 4):
+            chosen = kernel.plan(places, channels, 32, itemsize)
+            assert 32 // chosen.groups * (places // chosen.chunk) == programs
+            assert chosen.block_p * chosen.block_c == 4096
+
+
 def test_programs_grow_only_where_enough_of_them_remain():
     assert kernel.span_of(4096, 5 * 2) == 64
     assert kernel.span_of(4096, 5 * 32) == 512

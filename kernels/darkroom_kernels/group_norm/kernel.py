@@ -28,6 +28,9 @@ STATISTICS_PLACES, STATISTICS_CHANNELS = 64, 128
 # Two running sums are held besides a block: with half the places they leave room for twice the programs.
 REPEATED_PLACES = 32
 FEW_CHUNKS, MANY_CHUNKS, MANY_PLACES = 64, 256, 1 << 14
+# A row this large is an autoencoder's: 128 channels, and often alone. Half the channels make twice the programs of it,
+# and twice the places keep as many reads under way in each.
+LARGE_PLACES, LARGE_CHANNELS = 1 << 18, 64
 # Results: places and channels per block, blocks per program at most, and programs that surely fill a device.
 RESULT_PLACES, RESULT_CHANNELS = 64, 64
 MOST_PLACES, ENOUGH_PROGRAMS = 512, 1024
@@ -252,11 +255,15 @@ def plan(places: int, channels: int, num_groups: int, itemsize: int) -> Plan:
         block_c = triton.next_power_of_2(groups * per_group)
         if block_p * block_c <= WHOLE_VALUES:
             return Plan(groups, block_p, block_c, chunk=0)
-    groups = max((g for g in aligned if g * per_group <= STATISTICS_CHANNELS), default=1)
+    most_channels = STATISTICS_CHANNELS if places <= LARGE_PLACES else LARGE_CHANNELS
+    groups = max((g for g in aligned if g * per_group <= most_channels), default=1)
+    block_c = triton.next_power_of_2(groups * per_group)
     chunks = FEW_CHUNKS if places <= MANY_PLACES else MANY_CHUNKS
     chunk = max(STATISTICS_PLACES, triton.next_power_of_2(triton.cdiv(places, chunks)))
     block_p = STATISTICS_PLACES if chunk == STATISTICS_PLACES else REPEATED_PLACES
-    return Plan(groups, block_p, triton.next_power_of_2(groups * per_group), chunk)
+    if places > LARGE_PLACES and block_c <= LARGE_CHANNELS:
+        block_p *= 2
+    return Plan(groups, block_p, block_c, chunk)
 
 
 def span_of(places: int, programs: int) -> int:
@@ -337,7 +344,7 @@ def builds() -> list[Build]:
     """Specialisations for rows of the Stable Diffusion UNets and autoencoders: every way of dividing one."""
     rows = [
         (64, 1280, "bf16"), (256, 1920, "fp16"), (1024, 2560, "fp16"), (4096, 320, "fp16"), (16384, 320, "fp16"),
-        (1048576, 128, "fp32"),
+        (1048576, 128, "fp32"), (1048576, 256, "bf16"),
     ]  # fmt: skip
     return [build for row in rows for build in _builds(*row)]
 
