@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.decode import Decoder
-from darkroom.engine.device import is_device_lost
+from darkroom.engine.device import CudaDevice, comes_from_cuda, is_device_lost
 from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, TickReport
 from darkroom.engine.pool import RowPool
 from darkroom.errors import ConfigError
 from darkroom.jobs import Job
+from structlog.testing import capture_logs
 
 from tests.support.engines import Outcome, job_for, run_jobs
 from tests.support.tiny_models import write_tiny_model
@@ -25,6 +28,7 @@ from tests.test_engine import CROWD
 
 REPRODUCIBLE = {"batching": "reproducible", "reproducible_rows": 6}
 LOST = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+NOT_PERMITTED = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +247,7 @@ def test_a_row_cancelled_while_a_tick_is_enqueued_leaves_no_trace_in_the_row_tha
         assert twin.images(job.id) == run_jobs(model, [job], settings).images(job.id)
 
 
-def run_until_it_breaks(model: DiffusionModel, jobs: list[Job], device: TwinDevice | None) -> list[Event]:
+def run_until_it_breaks(model: DiffusionModel, jobs: list[Job], device: TwinDevice) -> list[Event]:
     """Events of jobs until the engine gave up."""
     events: list[Event] = []
     engine = Engine({model.id: model}, settings_with(), on_event=events.append, device=device)
@@ -270,7 +274,7 @@ def test_a_lost_device_ends_the_engine_and_no_job_is_blamed(
         raise LOST
 
     monkeypatch.setattr(model.unet, "forward", lost)
-    assert run_until_it_breaks(model, jobs, None) == []
+    assert run_until_it_breaks(model, jobs, TwinDevice(has_graphs=False)) == []
     assert calls == 1, "nothing is tried again on a lost device"
 
 
@@ -281,13 +285,14 @@ def test_a_device_lost_while_decoding_ends_the_engine_too(
         raise LOST
 
     monkeypatch.setattr(model.vae, "decode", lost)
-    assert run_until_it_breaks(model, [job_for(model, "a")], None) == []
+    assert run_until_it_breaks(model, [job_for(model, "a")], TwinDevice(has_graphs=False)) == []
 
 
 @pytest.mark.parametrize(
-    ("error", "is_lost"),
+    ("error", "expected"),
     [
         (LOST, True),
+        (NOT_PERMITTED, True),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
@@ -297,8 +302,85 @@ def test_a_device_lost_while_decoding_ends_the_engine_too(
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_lost_device_is_told_from_an_error_that_leaves_it_usable(error: Exception, is_lost: bool) -> None:
-    assert is_device_lost(error) is is_lost
+def test_an_error_of_cuda_is_told_from_others_and_from_a_lack_of_memory(error: Exception, expected: bool) -> None:
+    assert comes_from_cuda(error) is expected
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_device_that_still_answers_is_not_lost(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    asked: list[object] = []
+
+    def synchronize(device: object) -> None:
+        asked.append(device)
+        if not answers:
+            raise LOST
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    place = torch.device("cuda", 1)
+    assert is_device_lost(NOT_PERMITTED, place) is not answers
+    assert asked == [place]
+    assert not is_device_lost(RuntimeError("expected x, got y"), place)
+    assert asked == [place], "only what CUDA says is a reason to ask"
+
+
+def test_a_capture_that_breaks_is_followed_by_captures_in_another_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[object] = []
+
+    @contextmanager
+    def graph(graph: object, *, pool: object, **_: object) -> Iterator[None]:
+        pools.append(pool)
+        yield
+
+    def breaks() -> None:
+        raise NOT_PERMITTED
+
+    for name, stand_in in (("graph", graph), ("graph_pool_handle", object), ("Stream", Mock()), ("CUDAGraph", Mock())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    device = CudaDevice(torch.device("cuda"), has_graphs=True)
+    device.capture(lambda: None)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        device.capture(breaks)
+    device.capture(lambda: None)
+    device.capture(lambda: None)
+    first, broken, third, fourth = pools
+    assert first is broken
+    assert third is fourth
+    assert third is not first
+
+
+@pytest.mark.parametrize("is_reproducible", [True, False])
+def test_cudnn_tries_algorithms_out_only_before_a_worker_is_ready(
+    monkeypatch: pytest.MonkeyPatch, is_reproducible: bool
+) -> None:
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    for name in ("Stream", "stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    device = CudaDevice(torch.device("cuda"), has_graphs=True)
+    with device.activated(is_reproducible=is_reproducible):
+        assert not torch.backends.cudnn.benchmark
+        with device.trying_algorithms(is_reproducible=is_reproducible):
+            assert torch.backends.cudnn.benchmark is not is_reproducible
+        assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.deterministic is is_reproducible
+
+
+def test_a_capture_that_cuda_refuses_is_logged_and_its_bucket_runs_call_by_call(model: DiffusionModel) -> None:
+    class Refusing(TwinDevice):
+        """Refuses the second capture, that of two model rows of 1, 2, 4."""
+
+        def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+            replay = super().capture(work)
+            if self.log.count("capture") == 2:
+                raise NOT_PERMITTED
+            return replay
+
+    with capture_logs() as logs:
+        twin, device = run_on_twin(model, [job_for(model, "two")], settings_with(max_rows=4), Refusing())
+    assert twin.images("two")
+    assert [entry["bucket"] for entry in logs if entry["event"] == "graph_not_captured"] == [2]
+    assert device.log.count("capture") == 3
+    assert device.log.count("replay") == 0
 
 
 def test_a_failed_tick_on_the_device_changes_no_picture(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ class TwinEvent:
 class TwinDevice(TickDevice):
     """See the module's docstring. `log` lists captures, replays, events recorded and waited for, in order.
 
-    `fails(n)` may return the error that the n-th event (from 1) brings.
+    `fails(n)` may return the error that the n-th event (from 1) brings. An illegal access is what loses the device.
     """
 
     ticks_ahead = 1
@@ -151,6 +151,9 @@ class TwinDevice(TickDevice):
             recording.replay()
 
         return replay
+
+    def is_lost(self, error: BaseException) -> bool:
+        return "illegal memory access" in str(error)
 
     @property
     def most_in_flight(self) -> int:

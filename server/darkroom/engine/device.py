@@ -21,12 +21,14 @@ class TickDevice:
     """A CPU: whatever was asked for is done when the call returns, and nothing is captured.
 
     `ticks_ahead` is how many ticks may be enqueued beside the one that runs; `has_graphs` whether `capture` may be
-    called; `has_stores` whether what ticks read should keep its address for good.
+    called; `has_stores` whether what ticks read should keep its address for good; `tries_algorithms` whether
+    `trying_algorithms` finds anything, so that each size should be computed once within it.
     """
 
     ticks_ahead = 0
     has_graphs = False
     has_stores = False
+    tries_algorithms = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -34,6 +36,14 @@ class TickDevice:
     @contextmanager
     def activated(self, *, is_reproducible: bool) -> Iterator[None]:
         """Make this the place where the calling thread's tensor work goes."""
+        yield
+
+    @contextmanager
+    def trying_algorithms(self, *, is_reproducible: bool) -> Iterator[None]:
+        """Let first calls of a size try out what the libraries offer; later calls of the same thread use the winner.
+
+        Only where nobody waits, and never where results must not depend on a measurement.
+        """
         yield
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -68,6 +78,10 @@ class TickDevice:
         """
         raise NotImplementedError("a CPU has no graphs")
 
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether `error` left this process without its device, so that trying again here is in vain."""
+        return False
+
     def graph_bytes(self) -> int:
         """Memory that is reserved on the device and that no live tensor uses, after what can be freed was freed."""
         return 0
@@ -78,6 +92,7 @@ class CudaDevice(TickDevice):
 
     ticks_ahead = 1
     has_stores = True
+    tries_algorithms = True
 
     def __init__(self, device: torch.device, *, has_graphs: bool) -> None:
         super().__init__(device)
@@ -87,13 +102,23 @@ class CudaDevice(TickDevice):
 
     @contextmanager
     def activated(self, *, is_reproducible: bool) -> Iterator[None]:
-        # cuDNN's choices are kept per thread, so trying its algorithms out pays only on the ticks' own thread.
-        torch.backends.cudnn.benchmark = not is_reproducible
+        # The switches are the whole process's. Under traffic nothing is tried out: a new size would time every
+        # algorithm, in the decoder's thread too, and end by giving all cached memory back to the driver.
+        torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = is_reproducible
         # Weights were written on another stream.
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self._stream):
             yield
+
+    @contextmanager
+    def trying_algorithms(self, *, is_reproducible: bool) -> Iterator[None]:
+        # torch keeps cuDNN's plans by thread and problem, and asks for them before it looks at this switch.
+        torch.backends.cudnn.benchmark = not is_reproducible
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = False
 
     def host_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
@@ -123,9 +148,18 @@ class CudaDevice(TickDevice):
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # thread_local: what the decoder's or the encoder's thread asks of CUDA meanwhile is no concern of this graph.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except BaseException:
+            # A capture that broke may leave its pool recording, and no other can use it then. Graphs that were
+            # captured keep theirs.
+            self._pool = None
+            raise
         return graph.replay
+
+    def is_lost(self, error: BaseException) -> bool:
+        return is_device_lost(error, self.device)
 
     def graph_bytes(self) -> int:
         torch.cuda.synchronize(self.device)
@@ -138,12 +172,30 @@ def device_for(device: torch.device, *, graphs: bool) -> TickDevice:
     return CudaDevice(device, has_graphs=graphs) if device.type == "cuda" else TickDevice(device)
 
 
-def is_device_lost(error: BaseException) -> bool:
-    """Whether a CUDA error leaves this process without its device, so that trying again here is in vain.
-
-    Running out of memory does not; an illegal access, a failed assertion or a card that fell off the bus do.
-    """
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no memory left for what was asked of it, in torch's own words or in a library's."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+
+
+def comes_from_cuda(error: BaseException) -> bool:
+    """Whether CUDA itself refused or failed; running out of memory apart, which is ordinary."""
+    if is_out_of_memory(error):
         return False
+    text = str(error)
     return isinstance(error, torch.AcceleratorError) or "CUDA error" in text or "Triton Error [CUDA]" in text
+
+
+def is_device_lost(error: BaseException, device: torch.device | None = None) -> bool:
+    """Whether a CUDA error leaves this process without its device (None: the current one).
+
+    An illegal access, a failed assertion or a card that fell off the bus do; a call that was merely not permitted, as
+    during a capture, does not. The device is asked: a context that is lost repeats its error for ever.
+    """
+    if not comes_from_cuda(error):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False

@@ -25,7 +25,7 @@ from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batch import Batch, Tick
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.decode import Decoder, Developed
-from darkroom.engine.device import TickDevice, device_for, is_device_lost
+from darkroom.engine.device import TickDevice, device_for
 from darkroom.engine.joining import key_of, make_rows, prompts_of
 from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
@@ -215,9 +215,10 @@ class Engine:
             with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
                     self._check_kernels()
-                    self._capture()
-                    for model in self.models.values():
-                        self._draw_for_nobody(model)
+                    with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
+                        self._capture()
+                        for model in self.models.values():
+                            self._draw_for_nobody(model)
                 self._is_open = True
                 if self._on_ready is not None and not self._is_stopping:
                     self._on_ready()
@@ -403,7 +404,7 @@ class Engine:
         An error that takes the device away is raised: nothing can be tried any more, and no job is to blame.
         """
         log.error("tick_failed", rows=len(rows), error=type(error).__name__, exc_info=error)
-        if is_device_lost(error):
+        if self._device.is_lost(error):
             raise error
         while self._in_flight:
             self._complete()
@@ -414,7 +415,7 @@ class Engine:
                 try:
                     tick = Batch(self._lanes[row.key], (row,), bucket).enqueue()
                 except Exception as alone:
-                    if is_device_lost(alone):
+                    if self._device.is_lost(alone):
                         raise
                     error = alone
                 else:
@@ -441,7 +442,7 @@ class Engine:
                 try:
                     rows = make_rows(self._device, model, active, encoded, self._clock())
                 except Exception as error:
-                    if is_device_lost(error):
+                    if self._device.is_lost(error):
                         raise
                     self._end(active, Failed(active.job, failure_of(error)))
                     continue
@@ -474,7 +475,7 @@ class Engine:
         try:
             return cache.encode([prompt for active in jobs for prompt in prompts_of(model, active.job)])
         except Exception as error:
-            if is_device_lost(error):
+            if self._device.is_lost(error):
                 raise
             if len(jobs) == 1:
                 self._end(jobs[0], Failed(jobs[0].job, failure_of(error)))
@@ -494,7 +495,7 @@ class Engine:
             try:
                 row.slot = self._lane(row.key).pool.take(row.first_latents)
             except Exception as error:
-                if is_device_lost(error):
+                if self._device.is_lost(error):
                     raise
                 self._end(row.active, Failed(row.active.job, failure_of(error)))
                 continue
@@ -516,7 +517,7 @@ class Engine:
     def _developed(self, developed: Developed) -> None:
         row, active = developed.row, developed.row.active
         if isinstance(developed.outcome, Exception):
-            if is_device_lost(developed.outcome):
+            if self._device.is_lost(developed.outcome):
                 with self._wake:
                     self._broken = developed.outcome
                     self._wake.notify()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import BatchKey
-from darkroom.engine.device import WARM_UP_CALLS, TickDevice, is_device_lost
+from darkroom.engine.device import WARM_UP_CALLS, TickDevice
 from darkroom.engine.inputs import TickInputs
 from darkroom.engine.pool import RowPool
 from darkroom.engine.prompts import PromptCache
@@ -135,7 +135,7 @@ class Lane:
                     work()
                 self.graphs[bucket] = CapturedTick(inputs, device.capture(work))
             except Exception as error:
-                if is_device_lost(error):
+                if device.is_lost(error):
                     raise
                 log.error("graph_not_captured", model=model.id, bucket=bucket, exc_info=error)
         log.info(
