@@ -14,8 +14,9 @@ import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.decode import Decoder
-from darkroom.engine.device import CudaDevice, comes_from_cuda, is_device_lost
+from darkroom.engine.device import WARM_UP_CALLS, CudaDevice, comes_from_cuda, is_device_lost
 from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, TickReport
+from darkroom.engine.lane import Lane
 from darkroom.engine.pool import RowPool
 from darkroom.errors import ConfigError
 from darkroom.jobs import Job
@@ -155,6 +156,27 @@ def test_a_bucket_that_cannot_be_captured_runs_call_by_call(
         assert twin.images(job.id)
         # What warms up is guided, so it has two model rows as well.
         assert device.log.count("replay") == (len(twin.ticks) if job.id == "one" else 0)
+
+
+def test_activations_of_the_warm_up_and_of_the_graphs_are_never_there_together(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph's memory is its own. Calls of one bucket between captures of others held as much again, unplanned."""
+    order: list[str] = []
+    compute, capture = Lane.compute, TwinDevice.capture
+
+    def computes(lane: Lane, *arguments: Any) -> None:
+        order.append("call")
+        compute(lane, *arguments)
+
+    def captures(device: TwinDevice, work: Callable[[], None]) -> Callable[[], None]:
+        order.append("capture")
+        return capture(device, work)
+
+    monkeypatch.setattr(Lane, "compute", computes)
+    monkeypatch.setattr(TwinDevice, "capture", captures)
+    run_on_twin(model, [job_for(model, "one")], settings_with(max_rows=4))
+    assert order[: 3 * WARM_UP_CALLS + 1] == ["call"] * 3 * WARM_UP_CALLS + ["capture"]
 
 
 def test_more_rows_than_slots_wait_for_each_other(model: DiffusionModel) -> None:

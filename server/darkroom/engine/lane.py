@@ -8,7 +8,8 @@ store of prompts, and its `TickInputs`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -116,6 +117,7 @@ class Lane:
         hosts = [device.host_buffer((largest, *self.shape), torch.float32) for _ in range(self.ring)]
         noise = hosts, device.buffer_like(hosts[0])
         time_projection = torch.zeros((largest, model.unet.time_width), dtype=model.dtype, device=model.device)
+        warm: list[tuple[int, TickInputs, Callable[[], None]]] = []
         for bucket in sorted(buckets, reverse=True):
             if should_stop():
                 return
@@ -130,14 +132,17 @@ class Lane:
             def work(inputs: TickInputs = inputs) -> None:
                 self.compute(inputs, inputs.noise, store, inputs.text_slots)
 
-            try:
+            with self._or_call_by_call(bucket):
                 for _ in range(WARM_UP_CALLS):
                     work()
-                self.graphs[bucket] = CapturedTick(inputs, device.capture(work))
-            except Exception as error:
-                if device.is_lost(error):
-                    raise
-                log.error("graph_not_captured", model=model.id, bucket=bucket, exc_info=error)
+                warm.append((bucket, inputs, work))
+        # A capture begins by freeing what the allocator holds unused, so the activations of these calls and those of
+        # the graphs, which have memory of their own, are never there together.
+        for bucket, inputs, tick in warm:
+            if should_stop():
+                return
+            with self._or_call_by_call(bucket):
+                self.graphs[bucket] = CapturedTick(inputs, device.capture(tick))
         log.info(
             "graphs_captured",
             model=model.id,
@@ -148,3 +153,13 @@ class Lane:
             seconds=round(time.monotonic() - started_s, 1),
             pool_bytes=device.graph_bytes() - reserved,
         )
+
+    @contextmanager
+    def _or_call_by_call(self, bucket: int) -> Iterator[None]:
+        """Log what keeps a bucket from being captured; raise only when the device is lost."""
+        try:
+            yield
+        except Exception as error:
+            if self.device.is_lost(error):
+                raise
+            log.error("graph_not_captured", model=self.model.id, bucket=bucket, exc_info=error)
