@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.diffusion.text import TextEmbedding
 from darkroom.engine.engine import Cancelled, Engine, Expired, Failed, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
@@ -230,6 +233,85 @@ def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
     monkeypatch.setattr(model.vae, "decode", small_device)
     outcome = run_jobs(model, [job_for(model, "four", num_images_per_prompt=4)], settings_with())
     assert len(outcome.images("four")) == 4
+
+
+class Attempt:
+    """Stands for the tensors of a call: fails with several rows, and remembers itself only weakly."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        self.call = call
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert all(held() is None for held in self.held), "a failed attempt still holds its memory"
+        if x.shape[0] > 1:
+            activations = torch.zeros(64)
+            self.held.append(weakref.ref(activations))
+            try:
+                raise ValueError("the cause")
+            except ValueError as error:
+                raise torch.OutOfMemoryError("no") from error
+        return self.call(x, *rest)
+
+
+def test_nothing_of_a_failed_tick_is_alive_when_its_rows_are_tried_alone(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Attempt(model.unet.forward)
+    monkeypatch.setattr(model.unet, "forward", attempt)
+    jobs = [job_for(model, name, guidance_scale=1.0) for name in "ab"]
+    outcome = run_jobs(model, jobs, settings_with())
+    assert attempt.held
+    assert all(outcome.images(name) for name in "ab")
+
+
+def test_nothing_of_a_failed_decoding_is_alive_when_its_pictures_are_tried_alone(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Attempt(model.vae.decode)
+    monkeypatch.setattr(model.vae, "decode", attempt)
+    outcome = run_jobs(model, [job_for(model, "four", num_images_per_prompt=4)], settings_with())
+    assert attempt.held
+    assert len(outcome.images("four")) == 4
+
+
+@pytest.mark.parametrize("failing", ["clone", "copy"])
+def test_an_encoding_that_fails_half_way_leaves_the_store_as_it_was(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    prompts = [Prompt(text, 0, False) for text in ("a", "b", "c")]
+    cache = PromptCache(model, 0, batch_alone=False, num_in_use=3)
+    calls = 0
+
+    class Failing(torch.Tensor):
+        """Finds no memory for its second clone or copy."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal calls
+            if func is (torch.Tensor.clone if failing == "clone" else torch.Tensor.copy_):
+                calls += 1
+                if calls == 2:
+                    raise torch.OutOfMemoryError("no")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    encode = type(model.text).encode
+
+    def with_pooled(*arguments: Any, **options: Any) -> list[TextEmbedding]:
+        found = encode(*arguments, **options)
+        return [TextEmbedding(one.prompt_embeds, torch.zeros(4).as_subclass(Failing)) for one in found]
+
+    assert cache.store is not None
+    store = cache.store
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.text), "encode", with_pooled)
+        cache.store = store.as_subclass(Failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.encode(prompts)
+        cache.store = store
+    assert calls == 2
+    assert (cache._used, sorted(cache._free)) == ({}, [0, 1, 2])
+    assert len({encoded.slot for encoded in cache.encode(prompts).values()}) == 3
 
 
 def test_only_the_ticks_have_several_cpu_threads(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:

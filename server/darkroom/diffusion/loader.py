@@ -117,10 +117,10 @@ class DiffusionModel:
         self.vae = self.load_vae(torch.float32)
 
     def time_ids(self, width: int, height: int) -> Tensor | None:
-        """SDXL's sizes of an uncropped picture, `[6]` fp32; None for the other families."""
+        """SDXL's sizes of an uncropped picture, `[6]` fp32 on the host; None for the other families."""
         if self.unet.config.addition_time_embed_dim is None:
             return None
-        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=self.device)
+        return torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
 
 
 def load_model(

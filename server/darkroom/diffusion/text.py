@@ -79,6 +79,11 @@ def clean_text(prompt: str) -> str:
     return prompt.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def _upload(tokens: Tensor, device: torch.device) -> Tensor:
+    """From pageable memory the host would wait for everything that is enqueued on a GPU."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+
+
 class TextEncoder:
     """One tokenizer and its encoder. `model` is in eval mode, on its device, with loaded weights."""
 
@@ -109,8 +114,8 @@ class TextEncoder:
             return_tensors="pt",
         )
         device = self.body.final_layer_norm.weight.device
-        mask = tokens.attention_mask.to(device) if self.uses_attention_mask else None
-        output = self.model(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=all_layers)
+        mask = _upload(tokens.attention_mask, device) if self.uses_attention_mask else None
+        output = self.model(_upload(tokens.input_ids, device), attention_mask=mask, output_hidden_states=all_layers)
         return output, getattr(output, "text_embeds", None)
 
 

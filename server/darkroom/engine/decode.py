@@ -27,6 +27,7 @@ from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.row import Row
 from darkroom.engine.threads import use_cpu_threads
+from darkroom.engine.tracebacks import release_frames
 from darkroom.errors import JobError
 
 # Lower priority, in the kernel's own unit: beside a busy thread, a quarter of its share.
@@ -103,13 +104,16 @@ class Decoder:
 
     def _decode(self, group: list[Exposed]) -> None:
         started_s = time.monotonic()
+        pixels = None
         try:
             pixels = decode_latents(group, self._stream(group[0].row.model.device))
         except Exception as error:
+            release_frames(error)
             if len(group) == 1:
                 self._on_developed(Developed(group[0].row, error))
                 return
-            # One may be the cause, or all were too many: each by itself.
+        if pixels is None:
+            # One may be the cause, or all were too many: each by itself, with nothing left of the attempt.
             for exposed in group:
                 self._decode([exposed])
             return

@@ -31,6 +31,7 @@ from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
 from darkroom.engine.row import ActiveJob, Row
 from darkroom.engine.threads import use_cpu_threads
+from darkroom.engine.tracebacks import release_frames
 from darkroom.errors import ConfigError, DarkroomError, JobError
 from darkroom.jobs import Failure, GenerationRequest, ImageInfo, Job, Result, Timings
 
@@ -132,8 +133,9 @@ class Engine:
                 has_graphs=self._device.has_stores,
             )
         )
-        # A worker holds up to twice what one tick takes, so that an urgent job need not wait for a place.
-        self._max_resident = 2 * max(settings.max_rows, self.batcher.max_model_rows)
+        # A worker holds up to twice what one tick takes, so that an urgent job need not wait for a place. Memory is
+        # planned for as many, see `diffusion.memory.HELD_PER_ROW`.
+        self._max_resident = 2 * self.batcher.max_model_rows
         self._prompts = {
             id_: PromptCache(
                 model,
@@ -214,7 +216,7 @@ class Engine:
         try:
             with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
-                    self._check_kernels()
+                    self.check_kernels()
                     with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
                         self._capture()
                         for model in self.models.values():
@@ -229,8 +231,8 @@ class Engine:
         finally:
             self._decoder.close()
 
-    def _check_kernels(self) -> None:
-        """Turn away from kernels that are wrong on this device, before graphs hold them."""
+    def check_kernels(self) -> None:
+        """Turn away from kernels that are wrong on this device. A warm-up does so before graphs hold them."""
         for model in self.models.values():
             if model.device.type == "cuda":
                 check_kernels(model.device, model.dtype, model.unet.config.head_dims, kernels=self._settings.kernels)
@@ -406,6 +408,7 @@ class Engine:
         log.error("tick_failed", rows=len(rows), error=type(error).__name__, exc_info=error)
         if self._device.is_lost(error):
             raise error
+        release_frames(error)
         while self._in_flight:
             self._complete()
         for row in rows:
@@ -417,6 +420,7 @@ class Engine:
                 except Exception as alone:
                     if self._device.is_lost(alone):
                         raise
+                    release_frames(alone)
                     error = alone
                 else:
                     self._enqueued(tick, started_s)

@@ -79,7 +79,7 @@ def time_lines(
     projection = model.unet.time_projection(
         device.upload(table.timesteps),
         pooled_prompt_embeds=encoded.pooled if time_ids is not None else None,
-        time_ids=time_ids,
+        time_ids=None if time_ids is None else device.upload(time_ids),
         guidance_embedding_scale=request.guidance_scale if model.embeds_guidance else None,
     )
     return projection.unbind()

@@ -33,6 +33,7 @@ def generate_images(
                 on_progress(step, num_steps)
 
     engine = Engine({model.id: model}, settings, on_event=on_event, on_tick=on_tick)
+    engine.check_kernels()
     engine.submit(Job(id=new_job_id(), request=request))
     engine.run()
     event = ended[0]

@@ -142,14 +142,22 @@ class PromptCache:
         )
         stacked = torch.stack([embedding.prompt_embeds for embedding in embeddings])
         text_kv = model.unet.text_kv(stacked.to(model.device, model.dtype))
-        result = []
-        for prompt, embedding, own in zip(prompts, embeddings, text_kv, strict=True):
-            pooled = embedding.pooled_prompt_embeds
-            slot, kept = self._keep(own)
-            # Each entry owns its memory: a view would keep the whole batch alive.
-            encoded = EncodedPrompt(prompt, kept, None if pooled is None else pooled.clone(), slot)
-            self._used[prompt] = encoded
-            result.append(encoded)
+        result: list[EncodedPrompt] = []
+        try:
+            for prompt, embedding, own in zip(prompts, embeddings, text_kv, strict=True):
+                # Each entry owns its memory: a view would keep the whole batch alive.
+                pooled = embedding.pooled_prompt_embeds
+                pooled = None if pooled is None else pooled.clone()
+                slot, kept = self._keep(own)
+                encoded = self._used[prompt] = EncodedPrompt(prompt, kept, pooled, slot)
+                result.append(encoded)
+        except BaseException:
+            # Nobody will hear of these.
+            for encoded in result:
+                del self._used[encoded.prompt]
+                if encoded.slot is not None:
+                    self._free.append(encoded.slot)
+            raise
         return result
 
     def _keep(self, text_kv: Tensor) -> tuple[int | None, Tensor]:
@@ -157,6 +165,8 @@ class PromptCache:
             return None, text_kv.clone()
         if not self._free:
             self._forget_oldest()
-        slot = self._free.pop()
+        # Taken only when it is filled: a copy may fail.
+        slot = self._free[-1]
         self.store[slot].copy_(text_kv)
+        self._free.pop()
         return slot, self.store[slot]
