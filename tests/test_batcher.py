@@ -32,6 +32,20 @@ def test_rows_of_two_shapes_never_share_a_tick():
     assert len(choice.ids) == 1
 
 
+def test_rows_that_found_no_memory_together_come_half_as_many():
+    batcher = Batcher((1, 2, 4, 8))
+    rows = [row() for _ in range(4)]
+    assert batcher.choose(rows, 0.0).bucket == 8
+    assert batcher.halve(SMALL, 8) == 4
+    assert batcher.choose(rows, 0.0).bucket == 4
+    assert batcher.halve(SMALL, 4) == 2
+    assert batcher.halve(SMALL, 2) == 1
+    assert batcher.choose(rows, 0.0).bucket == 2, "a guided row cannot be halved"
+    assert batcher.halve(SMALL, 1) is None
+    assert batcher.choose([row(LARGE) for _ in range(4)], 0.0).bucket == 8
+    assert Batcher((6,)).halve(SMALL, 6) is None
+
+
 def test_an_unguided_row_fills_the_last_model_row():
     rows = [row(remaining=1), row(remaining=2), row(model_rows=1, remaining=3)]
     choice = Batcher((3,)).choose(rows, 0.0)

@@ -64,6 +64,7 @@ class Batcher:
         self._virtual_s: dict[BatchKey, float] = {}
         self._floor_s = 0.0
         self._evaluation_s: dict[BatchKey, float] = {}
+        self._most: dict[BatchKey, int] = {}
 
     @property
     def max_model_rows(self) -> int:
@@ -80,11 +81,23 @@ class Batcher:
         ids: list[int] = []
         model_rows = 0
         for candidate in sorted(by_key[key], key=lambda c: self._urgency(c, now_s)):
-            if model_rows + candidate.model_rows <= self.max_model_rows:
+            # A single row always fits, whatever the limit.
+            if not ids or model_rows + candidate.model_rows <= self._most.get(key, self.max_model_rows):
                 ids.append(candidate.id)
                 model_rows += candidate.model_rows
         bucket = next(bucket for bucket in self.buckets if bucket >= model_rows)
         return Choice(key, tuple(ids), model_rows, bucket)
+
+    def halve(self, key: BatchKey, bucket: int) -> int | None:
+        """After a tick of `bucket` found no memory: let rows of `key` share ticks of half as many model rows at most.
+
+        Returns the new limit, None where no bucket is as small.
+        """
+        smaller = [other for other in self.buckets if other <= bucket // 2]
+        if not smaller:
+            return None
+        self._most[key] = smaller[-1]
+        return smaller[-1]
 
     def account(self, key: BatchKey, tick_s: float, rank: int) -> None:
         """Charge a tick of `tick_s` seconds, whose most urgent row had class `rank`, to its key."""

@@ -25,7 +25,7 @@ from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batch import Batch, Tick
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.decode import Decoder, Developed
-from darkroom.engine.device import TickDevice, device_for
+from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
 from darkroom.engine.joining import key_of, make_rows, prompts_of
 from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
@@ -409,6 +409,11 @@ class Engine:
         if self._device.is_lost(error):
             raise error
         release_frames(error)
+        # A captured tick has its memory, whatever else ran out of it.
+        if is_out_of_memory(error) and choice.bucket not in self._lanes[choice.key].graphs:
+            limit = self.batcher.halve(choice.key, choice.bucket)
+            if limit is not None:
+                log.warning("rows_limited", key=choice.key, bucket=choice.bucket, limit=limit)
         while self._in_flight:
             self._complete()
         for row in rows:
