@@ -21,14 +21,12 @@ class TickDevice:
     """A CPU: whatever was asked for is done when the call returns, and nothing is captured.
 
     `ticks_ahead` is how many ticks may be enqueued beside the one that runs; `has_graphs` whether `capture` may be
-    called; `has_stores` whether what ticks read should keep its address for good; `tries_algorithms` whether
-    `trying_algorithms` finds anything, so that each size should be computed once within it.
+    called; `has_stores` whether what ticks read should keep its address for good.
     """
 
     ticks_ahead = 0
     has_graphs = False
     has_stores = False
-    tries_algorithms = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -92,7 +90,6 @@ class CudaDevice(TickDevice):
 
     ticks_ahead = 1
     has_stores = True
-    tries_algorithms = True
 
     def __init__(self, device: torch.device, *, has_graphs: bool) -> None:
         super().__init__(device)

@@ -168,7 +168,7 @@ class Worker:
         try:
             while not self._drain.is_set():
                 self._room.clear()
-                room = self._settings.max_rows - self._engine.resident_model_rows()
+                room = self._engine.batcher.max_model_rows - self._engine.resident_model_rows()
                 claimed = await self._claim(room)
                 if room <= 0:
                     # Woken early by a row that leaves; an urgent class is noticed by asking again.
@@ -197,7 +197,7 @@ class Worker:
         min_rank = 0
         if room <= 0:
             min_rank = 1 + min((job.priority.rank for job in self._held.values()), default=Priority.HIGH.rank)
-            if min_rank > Priority.HIGH.rank or room <= -self._settings.max_rows:
+            if min_rank > Priority.HIGH.rank or room <= -self._engine.batcher.max_model_rows:
                 return 0
         try:
             async with self._claiming:
