@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -33,8 +35,6 @@ class Figure(NamedTuple):
 
 def device_name(kind: str | None = None) -> str:
     """The accelerator, else the processor and its core count; `kind` `cpu` asks for the processor in any case."""
-    import os
-
     import torch
 
     if torch.cuda.is_available() and kind != "cpu":
@@ -49,16 +49,24 @@ def device_name(kind: str | None = None) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
+@functools.cache
 def commit() -> str:
-    """The commit measured; `+` marks a tree with changes on top of it."""
+    """The commit measured; `+` marks a tree with changes on top of it. `BENCH_COMMIT` names it where git cannot."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent)
+        except OSError:
+            return ""
+        return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!*results.csv", ":!*.png")
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
 
 
+@functools.cache
 def versions(*packages: str) -> str:
     """`name=version` of torch and `packages`, those that are not installed left out."""
     found = []

@@ -297,6 +297,8 @@ class ModelsSection:
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _computed_gib(self, family: Family, model: DiffusionModel) -> float:

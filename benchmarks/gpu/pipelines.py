@@ -37,12 +37,17 @@ class Pipeline:
         pipeline.watermark = None
         pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
+        # Said here, so that it holds whatever ran before in this process.
+        torch.backends.cudnn.benchmark = True
         if compile_mode is not None:
             pipeline.fuse_qkv_projections()
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
-            pipeline.unet = torch.compile(pipeline.unet, mode=compile_mode, fullgraph=True)
-            pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, mode=compile_mode, fullgraph=True)
+            pipeline.unet = torch.compile(pipeline.unet, mode=compile_mode, fullgraph=True, dynamic=False)
+            decoder = pipeline.vae.decoder
+            decode = torch.compile(decoder.forward, mode=compile_mode, fullgraph=True, dynamic=False)
+            # A CUDA graph's output is overwritten by the next call, and slicing joins the outputs of several.
+            decoder.forward = lambda *args, **kwargs: decode(*args, **kwargs).clone()
         self.pipeline, self.device = pipeline, device
 
     @torch.inference_mode()
