@@ -129,15 +129,16 @@ def exact_fp32() -> Iterator[None]:
 
 def plainest(settings: Settings) -> Settings:
     """fp32 throughout, PyTorch's operators, no graphs: what every fast path is held against."""
+    on_gpu = choose_device(settings.device).type == "cuda"
     plain: dict[str, Any] = {
         "dtype": "fp32",
-        "attention": "reference" if settings.device.startswith("cuda") else "sdpa",
+        "attention": "reference" if on_gpu else "sdpa",
         "kernels": "torch",
         "graphs": "off",
         "vae_dtype": "fp32",
         "compile": "off",
     }
-    if settings.device.startswith("cuda"):
+    if on_gpu:
         # The reference holds all scores of a call at once.
         plain["max_rows"] = 4
     known = type(settings).model_fields

@@ -114,6 +114,7 @@ def run_one(name: str, options: argparse.Namespace) -> int:
             results=options.results if recording else None,
             command=f"python -m benchmarks.gpu --section {name}{quick}{device}",
             device=device_name("cpu" if is_cpu else "cuda"),
+            is_quick=options.quick,
             say=lambda line: print(line, flush=True),
         )
     except DeviceBroken:
@@ -136,7 +137,9 @@ def state_of(options: argparse.Namespace) -> State:
         "form": "quick" if options.quick else "full",
         "compile_mode": options.compile_mode,
     }
-    return State(options.state, identity)
+    # One file for each form, so that a quick run forgets nothing of a full one.
+    name = "-".join([options.state.stem, *(["quick"] if options.quick else []), options.compile_mode])
+    return State(options.state.with_stem(name), identity)
 
 
 def make_section(name: str, options: argparse.Namespace) -> Any:

@@ -358,8 +358,9 @@ def _step_cases(network: Network, rows: int, itemsize: int, *, is_compiled: bool
         step_(**i, implementation=name)
         return i["latents"]  # type: ignore[no-any-return]
 
-    # Latents read and written, two of history read and written, noise, and two outputs of the network.
-    per_value = 2 * 4 + 4 * 4 + 4 + 2 * itemsize
+    # Latents read and written, the last denoised read and two of history written (this table has no third order),
+    # noise, and two outputs of the network.
+    per_value = 2 * 4 + 3 * 4 + 4 + 2 * itemsize
     yield Case(
         op="step",
         network=network.name,
