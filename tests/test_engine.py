@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 
 from tests.support.engines import job_for, pixels, request_for, run_jobs
+from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
 
 CROWD = [
@@ -414,18 +415,25 @@ def test_the_manifest_says_what_happened(model: DiffusionModel) -> None:
     assert result.timings.denoise_s > 0
 
 
+def looked_up(change: Change) -> tuple[float, float]:
+    """Hits and misses of the prompt cache since `change` was made."""
+    hits, misses = (change("prompt_cache_requests_total", outcome=outcome) for outcome in ("hit", "miss"))
+    return hits, misses
+
+
 def test_prompts_are_encoded_once_and_the_cache_stays_within_its_bytes(model: DiffusionModel) -> None:
     prompts = [Prompt(text, 0, False) for text in ("a", "b", "c", "a")]
     size = PromptCache(model, 1 << 30, batch_alone=False).encode(prompts[:1])[prompts[0]].num_bytes
     cache = PromptCache(model, 2 * size, batch_alone=False)
+    change = Change()
     in_use = cache.encode(prompts)
-    assert (cache.hits, cache.misses) == (0, 3)
+    assert looked_up(change) == (0, 3)
     assert cache.encode([prompts[0]])[prompts[0]] is in_use[prompts[0]]
     cache.release([in_use[prompts[0]]])
     # What is in use is never dropped; of what is not, the two that were released last are kept.
     for prompt in prompts[:3]:
         cache.release([in_use[prompt]])
     cache.release(cache.encode([prompts[2]]).values())
-    assert (cache.hits, cache.misses) == (2, 3)
+    assert looked_up(change) == (2, 3)
     cache.encode([prompts[0]])
-    assert cache.misses == 4
+    assert looked_up(change)[1] == 4

@@ -814,6 +814,7 @@ async def test_nothing_is_left_when_everything_has_expired(settings: Settings, r
 async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueue, redis: Any, keys: Keys) -> None:
     before = set(await redis.keys("*"))
     await queue.register("w1", [make_card()])
+    await queue.heartbeat("w1", {MODEL: 100.0})
     for index in range(3):
         await enqueue(queue, idempotency_key=str(index))
     done, poison = await claim(queue, max_jobs=2)
@@ -827,8 +828,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     written = {key.decode() for key in set(await redis.keys("*")) - before}
     assert all(key.startswith(keys.prefix) for key in written)
     kinds = {key: key.removeprefix(keys.prefix).split(":")[0] for key in written}
-    # The last claim emptied the queue, and so the wake-up list and the waiting jobs.
-    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify"}
+    # The last claim emptied the queue, and so the wake-up list, the waiting jobs and their cost.
+    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify", "backlog"}
     for key, kind in kinds.items():
         assert (await redis.type(key)).decode() == KEY_TABLE[kind][0]
 
@@ -1063,3 +1064,59 @@ async def test_a_cancelled_call_does_not_poison_the_next_one(queue: JobQueue) ->
             await call
         await queue.ping()
         assert (await queue.status(job.id)).state == "queued"
+
+
+# The work that waits
+
+
+def costing(cost: float) -> Job:
+    return msgspec.structs.replace(make_job(), cost=cost)
+
+
+async def backlog_cost(queue: JobQueue) -> float:
+    """The cost that waits; one worker of rate 1 would take as many seconds."""
+    return (await queue.stats()).backlog_s.get(MODEL, 0.0)
+
+
+async def test_the_backlog_follows_every_way_into_and_out_of_the_waiting_jobs(
+    settings: Settings, queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    await queue.register("w1", [make_card()])
+    await queue.heartbeat("w1", {MODEL: 1.0})
+    jobs = [await enqueue(queue, costing(10.0**power)) for power in range(5)]
+    assert await backlog_cost(queue) == 11111
+    claimed = {job.id: job for job in await claim(queue, max_jobs=2)}
+    assert await backlog_cost(queue) == 11100
+    await queue.cancel(jobs[2].id)
+    assert await backlog_cost(queue) == 11000
+    await queue.hand_back("w1", claimed[jobs[0].id])
+    await lose_lease(redis, keys, jobs[1])
+    await queue.reap()
+    assert await backlog_cost(queue) == 11011
+    await enqueue(queue, costing(500.0), deadline_s=0)
+    await queue.reap()
+    assert await backlog_cost(queue) == 11011
+    # A record that cannot be read cannot say what it cost; that is made good once nothing waits.
+    await redis.delete(keys.job(jobs[4].id))
+    for job in await claim(queue):
+        await succeed(queue, job)
+    await enqueue(queue, costing(3.0))
+    assert await backlog_cost(queue) == 3
+
+
+async def test_the_backlog_is_divided_by_what_all_live_workers_do_in_a_second(queue: JobQueue) -> None:
+    await enqueue(queue, costing(1200.0))
+    assert (await queue.stats()).backlog_s == {}, "nobody knows how fast a worker is"
+    await queue.register("w1", [make_card()])
+    await queue.heartbeat("w1", {MODEL: 100.0})
+    assert (await queue.stats()).backlog_s == {MODEL: 12.0}
+    await queue.register("w2", [make_card()])
+    await queue.heartbeat("w2", {MODEL: 100.0})
+    assert (await queue.stats()).backlog_s == {MODEL: 6.0}
+    for _ in range(200):
+        await queue.heartbeat("w1", {MODEL: 100.0})
+        await queue.heartbeat("w2", {MODEL: 200.0})
+    assert (await queue.stats()).backlog_s[MODEL] == pytest.approx(4.0, rel=0.05)
+    for worker in ("w1", "w2"):
+        await queue.unregister(worker)
+    assert (await queue.stats()).backlog_s[MODEL] == pytest.approx(8.0, rel=0.05), "one worker would take this long"

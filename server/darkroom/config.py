@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")
     metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of a process's metrics; 0 picks a free one.")
+    metrics_public: bool = Field(
+        False, description="Whether the API's own port serves /metrics too, for all who reach it."
+    )
     wait_timeout_s: float = Field(
         120.0, gt=0, le=3600, description="How long POST /generate waits before it answers 202; raising it holds calls."
     )

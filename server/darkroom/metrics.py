@@ -7,7 +7,23 @@ size.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+import platform
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 from darkroom import __version__
 from darkroom.errors import ConfigError
@@ -20,7 +36,7 @@ _CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 # A tick is one UNet call: a few milliseconds on a large GPU, seconds on a CPU.
 _TICK_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 4, 8)
 # Parts of a job: from a cached prompt to a long wait in a full queue.
-_PART_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+_PART_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 
@@ -36,11 +52,12 @@ def _histogram(name: str, documentation: str, buckets: tuple[float, ...], *label
     return Histogram(name, documentation, labels, namespace="darkroom", buckets=buckets, registry=REGISTRY)
 
 
-BUILD_INFO = _gauge("build_info", "Always 1; the label is the release.", "version")
-BUILD_INFO.labels(__version__).set(1)
+BUILD_INFO = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
+BUILD_INFO.labels(__version__, platform.python_version()).set(1)
 
 # The API.
 HTTP_REQUESTS = _counter("http_requests_total", "HTTP calls answered.", "method", "route", "status")
+HTTP_REQUESTS_IN_FLIGHT = _gauge("http_requests_in_flight", "HTTP calls that are being answered.")
 HTTP_REQUEST_SECONDS = _histogram(
     "http_request_duration_seconds", "From the call's head to the reply's last byte.", _CALL_SECONDS, "route"
 )
@@ -51,26 +68,115 @@ JOBS_ANSWERED = _counter(
     "outcome",
 )
 REJECTS = _counter("rejects_total", "Calls refused or failed, by error code.", "reason")
+
+# The whole queue, as each API process sees it once a second: take the max over processes, never the sum. While Redis
+# is away only queue_reachable has a value.
 QUEUE_REACHABLE = _gauge("queue_reachable", "1 while Redis answers this process, else 0.")
-QUEUE_DEPTH = _gauge("queue_depth", "Jobs waiting for a worker, in the whole queue.")
-QUEUE_IN_FLIGHT = _gauge("queue_in_flight", "Jobs held by workers, in the whole queue.")
+QUEUE_DEPTH = _gauge("queue_depth", "Jobs waiting for a worker.", "model")
+QUEUE_BACKLOG_SECONDS = _gauge(
+    "queue_backlog_seconds",
+    "Work that waits, over the measured rate of the live workers (of one, while none lives). No value before any "
+    "worker has measured its rate.",
+    "model",
+)
+QUEUE_IN_FLIGHT = _gauge("queue_in_flight", "Jobs held by workers.")
+QUEUE_OLDEST_WAIT_SECONDS = _gauge("queue_oldest_wait_seconds", "Age of the oldest waiting job; 0 when none waits.")
+QUEUE_RESERVED_BYTES = _gauge("queue_reserved_bytes", "Memory kept free in Redis for results of accepted jobs.")
+QUEUE_DEAD_LETTERS = _gauge("queue_dead_letters", "Jobs on the dead-letter stream.")
 LIVE_WORKERS = _gauge("live_workers", "Workers whose heartbeat is alive.")
+REDIS_MEMORY_BYTES = _gauge("redis_memory_bytes", "Memory of the Redis server: used, and its limit if any.", "kind")
+
+# Whoever looks after lost leases: API and workers.
+REDELIVERIES = _counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
+DEAD_LETTERS = _counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
 
 # The worker and its engine.
+WORKER_STATE = _gauge("worker_state", "1 for the state the worker is in: starting, ready or draining.", "state")
+MODEL_LOAD_SECONDS = _gauge("model_load_seconds", "Time to load a model's weights.", "model")
+WARM_UP_SECONDS = _gauge("warm_up_seconds", "Time to check kernels, capture graphs and draw a first picture.")
+JOBS_CLAIMED = _counter("jobs_claimed_total", "Jobs this worker took: for the first time, or again.", "delivery")
 JOBS_FINISHED = _counter("jobs_finished_total", "Jobs this worker brought to an end.", "outcome")
 JOBS_FAILED = _counter("jobs_failed_total", "Jobs this worker failed, by error code.", "code")
+JOB_SECONDS = _histogram(
+    "job_duration_seconds", "From a job's acceptance to its end by this worker.", _PART_SECONDS, "outcome"
+)
 LEASES_LOST = _counter("leases_lost_total", "Jobs this worker gave up because another owns them now.")
 IMAGES = _counter("images_total", "Images finished by this worker.")
+PIXELS = _counter("pixels_total", "Pixels of those images.")
+MAX_MODEL_ROWS = _gauge("max_model_rows", "Most model rows that one tick of this worker holds.")
+RESIDENT_ROWS = _gauge("resident_rows", "Model rows this worker holds or is about to hold.")
 TICKS = _counter("ticks_total", "UNet calls.")
 ROW_STEPS = _counter("row_steps_total", "Denoising updates, one per image and UNet evaluation.")
 PADDED_ROWS = _counter("padded_rows_total", "Model rows computed only to fill a fixed batch shape.")
 TICK_ROWS = _histogram("tick_rows", "Model rows in one UNet call, padding left out.", _ROWS)
-TICK_SECONDS = _histogram("tick_seconds", "One tick: gather, UNet, guidance, sampler update.", _TICK_SECONDS)
+TICK_PADDED_ROWS = _histogram("tick_padded_rows", "Model rows of padding in one UNet call.", (0, *_ROWS))
+TICK_SECONDS = _histogram(
+    "tick_seconds", "One tick, by its row bucket: gather, UNet, guidance, sampler update.", _TICK_SECONDS, "bucket"
+)
+ROWS_JOINED = _counter("rows_joined_total", "Images that joined the running batch between two ticks.")
+ROWS_LEFT = _counter(
+    "rows_left_total", "Images that left it: finished, or early because their job ended (cancelled, failed).", "reason"
+)
+ROWS_NOT_TAKEN = _counter(
+    "rows_not_taken_total",
+    "Images that a tick left waiting: other_shape (another size or model had its turn), no_room (the tick was full), "
+    "no_slot (no place for their latents yet).",
+    "reason",
+)
+PROMPT_CACHE = _counter("prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome")
+OUT_OF_MEMORY = _counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
+NON_FINITE = _counter("non_finite_total", "Images that came out as NaN or infinity.", "where")
+VAE_UPCASTS = _counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
 QUEUE_WAIT_SECONDS = _histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
 ENCODE_SECONDS = _histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
 DENOISE_SECONDS = _histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
 DECODE_SECONDS = _histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
 IMAGE_ENCODE_SECONDS = _histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
+
+
+class _QueueJobs(Collector):
+    """Jobs of the whole queue by what became of them, as Redis counts them."""
+
+    def __init__(self) -> None:
+        self._counts: Mapping[str, int] = {}
+
+    def set(self, counts: Mapping[str, int]) -> None:
+        """`counts` by state: accepted and the terminal ones. Empty while Redis is away."""
+        self._counts = counts
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "darkroom_queue_jobs",
+            "Jobs of the whole queue: accepted, and by the state of their end.",
+            labels=["state"],
+        )
+        for state, count in self._counts.items():
+            family.add_metric([state], count)
+        yield family
+
+
+QUEUE_JOBS = _QueueJobs()
+REGISTRY.register(QUEUE_JOBS)
+
+
+class Declared(NamedTuple):
+    """What a metric was declared as."""
+
+    name: str
+    documentation: str
+    labels: tuple[str, ...]
+
+
+def declared() -> list[Declared]:
+    """Every metric of Darkroom's own, whether or not this process has a value of it."""
+    own = (metric for metric in globals().values() if isinstance(metric, MetricWrapperBase))
+    declared = [Declared(metric._name, metric._documentation, metric._labelnames) for metric in own]
+    return [*declared, Declared("darkroom_queue_jobs", "Jobs of the whole queue, by state.", ("state",))]
+
+
+def exposition() -> tuple[bytes, str]:
+    """This process's metrics as text, and its content type."""
+    return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
 
 
 def serve_metrics(host: str, port: int) -> int:

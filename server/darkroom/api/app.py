@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
-import structlog
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from darkroom import __version__, metrics
 from darkroom.api import generate, health, jobs, page, schema
+from darkroom.api.observe import Observe
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
 from darkroom.api.service import Service
 from darkroom.config import Settings
 from darkroom.errors import DarkroomError
 from darkroom.queue import JobQueue
-
-log = structlog.get_logger("darkroom.api")
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -51,6 +47,8 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
     app.state.service = Service(settings, queue)
     for surface in (generate, jobs, health, page):
         app.include_router(surface.router)
+    if settings.metrics_public:
+        app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)
     app.add_middleware(Observe)
     app.add_exception_handler(DarkroomError, _on_darkroom_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -73,48 +71,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     allowed = (error.headers or {}).get("Allow")
     detail = f"this address takes {allowed}" if allowed else "see /docs for the addresses there are"
     return respond(problem_of(code, detail), error.headers)
-
-
-class Observe:
-    """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        status = 0
-
-        async def observed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message.setdefault("headers", []).append((b"x-content-type-options", b"nosniff"))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, observed)
-        except Exception:
-            log.exception("unexpected_error", method=scope["method"], route=_route(scope))
-            metrics.REJECTS.labels("internal").inc()
-            if status == 0:
-                detail = "the error was logged; trying again may help"
-                await respond(problem_of("internal", detail))(scope, receive, observed)
-        finally:
-            route = _route(scope)
-            metrics.HTTP_REQUESTS.labels(_method(scope), route, str(status)).inc()
-            metrics.HTTP_REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)
-
-
-def _route(scope: Scope) -> str:
-    return str(getattr(scope.get("route"), "path", "unmatched"))
-
-
-def _method(scope: Scope) -> str:
-    return scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT") else "other"
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

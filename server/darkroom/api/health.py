@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from darkroom import __version__
+from darkroom import __version__, metrics
 from darkroom.api.problems import documented, respond_to
 from darkroom.api.schema import Live, Models, Ready
 from darkroom.api.service import service_of
@@ -79,6 +79,12 @@ async def ready(request: Request) -> Response:
         in_flight=stats.in_flight,
     )
     return Response(msgspec.json.encode(reply), media_type="application/json", headers=_NO_STORE)
+
+
+async def exposed_metrics(request: Request) -> Response:
+    """This process's metrics on the API's own port; added to the routes where a setting asks for it."""
+    content, media_type = metrics.exposition()
+    return Response(content, headers={**_NO_STORE, "Content-Type": media_type})
 
 
 def _not_ready(error: Unavailable, *, was_ready: bool) -> Response:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import structlog
 from starlette.requests import HTTPConnection
 
-from darkroom import metrics
+from darkroom.api.observe import observe_outage, observe_queue
 from darkroom.api.resolve import accepted_values
 from darkroom.config import Settings
 from darkroom.errors import Draining, QueueUnavailable
@@ -98,7 +98,7 @@ class Service:
                 self._queue = await JobQueue.connect(self.settings, self.settings.redis_url or "")
             # Workers do it too; this one ends overdue jobs also where no worker is left.
             await self._queue.reap()
-            stats = await self._queue.stats()
+            observe_queue(await self._queue.stats(), await self._queue.memory())
         except QueueUnavailable as error:
             if self._reached is not False:
                 log.error(
@@ -108,15 +108,11 @@ class Service:
                     meanwhile="work is answered 503; the connection is tried again every second",
                 )
             self._reached = False
-            metrics.QUEUE_REACHABLE.set(0)
+            observe_outage()
             return
         if self._reached is False:
             log.info("queue_reached", redis=_without_password(self.settings.redis_url))
         self._reached = True
-        metrics.QUEUE_REACHABLE.set(1)
-        metrics.QUEUE_DEPTH.set(stats.waiting)
-        metrics.QUEUE_IN_FLIGHT.set(stats.in_flight)
-        metrics.LIVE_WORKERS.set(stats.live_workers)
 
 
 def service_of(connection: HTTPConnection) -> Service:

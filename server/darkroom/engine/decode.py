@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darkroom import __version__
+from darkroom import __version__, metrics
 from darkroom.diffusion.images import encode_image
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
+from darkroom.engine.device import is_out_of_memory
 from darkroom.engine.row import Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
@@ -109,6 +110,8 @@ class Decoder:
             pixels = decode_latents(group, self._stream(group[0].row.model.device))
         except Exception as error:
             release_frames(error)
+            if is_out_of_memory(error):
+                metrics.OUT_OF_MEMORY.labels("decode").inc()
             if len(group) == 1:
                 self._on_developed(Developed(group[0].row, error))
                 return
@@ -134,6 +137,7 @@ class Decoder:
         started_s = time.monotonic()
         outcome: bytes | Exception
         if pixels is None:
+            metrics.NON_FINITE.labels("decode").inc()
             outcome = JobError("the picture came out as NaN or infinity", code="non_finite")
         else:
             try:
@@ -170,6 +174,7 @@ def decode_latents(group: list[Exposed], stream: torch.cuda.Stream | None) -> li
         pixels, is_finite = _decode(model, latents)
         if model.vae.dtype is torch.float16 and (is_finite[0] & ~is_finite[1]).any():
             model.upcast_vae()
+            metrics.VAE_UPCASTS.inc()
             pixels, is_finite = _decode(model, latents)
     whole = is_finite.all(0).tolist()
     return [image if good else None for image, good in zip(pixels.numpy(), whole, strict=True)]

@@ -20,6 +20,7 @@ import structlog
 import torch
 from darkroom_kernels import check_kernels
 
+from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batch import Batch, Tick
@@ -70,26 +71,30 @@ Event = Finished | Failed | Cancelled | Expired
 
 @dataclass(frozen=True)
 class TickReport:
-    """What one tick did. `progress` is (job, evaluations done by its slowest image, evaluations in all)."""
+    """What one tick did.
+
+    `joined` images are in a batch for the first time, `left` had their last evaluation. `not_taken` counts the images
+    that it left waiting, by reason. `progress` is (job, evaluations done by its slowest image, evaluations in all).
+    """
 
     choice: Choice
     seconds: float
     num_rows: int
     joined: int
     left: int
-    waiting: int
+    not_taken: dict[str, int]
     progress: list[tuple[Job, int, int]]
 
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A tick that was enqueued, and what its report will say. `joined` rows came with it, `waiting` rows did not."""
+    """A tick that was enqueued, and what its report will say."""
 
     tick: Tick
     choice: Choice
     started_s: float
     joined: int
-    waiting: int
+    not_taken: dict[str, int]
 
 
 class Engine:
@@ -216,11 +221,13 @@ class Engine:
         try:
             with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
+                    started_s = self._clock()
                     self.check_kernels()
                     with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
                         self._capture()
                         for model in self.models.values():
                             self._draw_for_nobody(model)
+                    metrics.WARM_UP_SECONDS.set(self._clock() - started_s)
                 self._is_open = True
                 if self._on_ready is not None and not self._is_stopping:
                     self._on_ready()
@@ -324,7 +331,7 @@ class Engine:
         """Enqueue a tick, then settle what is complete by then."""
         started_s = self._clock()
         rows = tuple(self._rows[id_] for id_ in choice.ids)
-        waiting = len(self._rows) - len(rows)
+        not_taken = self._not_taken(choice) if len(rows) < len(self._rows) else {}
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
@@ -334,9 +341,19 @@ class Engine:
             self._fail_tick(choice, rows, error)
             return
         self._enqueued(tick, started_s)
-        self._in_flight.append(_InFlight(tick, choice, started_s, joined, waiting))
+        self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
             self._complete()
+
+    def _not_taken(self, choice: Choice) -> dict[str, int]:
+        """How many rows the choice leaves waiting, by reason."""
+        reasons: dict[str, int] = {}
+        taken = set(choice.ids)
+        for row in self._rows.values():
+            if row.id not in taken and not row.active.is_over:
+                reason = "no_slot" if row.slot is None else "no_room" if row.key == choice.key else "other_shape"
+                reasons[reason] = reasons.get(reason, 0) + 1
+        return reasons
 
     def _enqueued(self, tick: Tick, started_s: float) -> None:
         """What can be known of a tick before it is complete."""
@@ -367,7 +384,7 @@ class Engine:
                     num_rows=len(tick.rows),
                     joined=flight.joined,
                     left=len(tick.finished),
-                    waiting=flight.waiting,
+                    not_taken=flight.not_taken,
                     progress=[(active.job, active.step, active.num_steps) for active in jobs],
                 )
             )
@@ -380,6 +397,7 @@ class Engine:
             active.last_tick_s = now_s
             active.max_batch_rows = max(active.max_batch_rows, choice.model_rows)
             if not is_finite:
+                metrics.NON_FINITE.labels("tick").inc()
                 error = JobError("the picture came out as NaN or infinity", code="non_finite")
                 self._end(active, Failed(active.job, failure_of(error)))
             elif row in tick.finished:
@@ -388,6 +406,8 @@ class Engine:
     def _drop(self, row: Row) -> None:
         """Take a row out: its slot and its texts are free for others, whose use of them comes after its last tick."""
         del self._rows[row.id]
+        if self._is_open:
+            metrics.ROWS_LEFT.labels("finished" if row.is_denoised else "ended_early").inc()
         if row.slot is not None:
             self._lanes[row.key].pool.release(row.slot)
             row.slot = None
@@ -409,6 +429,8 @@ class Engine:
         if self._device.is_lost(error):
             raise error
         release_frames(error)
+        if is_out_of_memory(error):
+            metrics.OUT_OF_MEMORY.labels("tick").inc()
         # A captured tick has its memory, whatever else ran out of it.
         if is_out_of_memory(error) and choice.bucket not in self._lanes[choice.key].graphs:
             limit = self.batcher.halve(choice.key, choice.bucket)
@@ -463,6 +485,8 @@ class Engine:
                 self._rows.update((row.id, row) for row in rows)
                 joined += len(rows)
             cache.release(encoded.values())
+        if joined and self._is_open:
+            metrics.ROWS_JOINED.inc(joined)
         return joined
 
     def _admit(self, model: DiffusionModel, jobs: list[ActiveJob]) -> list[ActiveJob]:

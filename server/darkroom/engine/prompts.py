@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darkroom import metrics
 from darkroom.diffusion.loader import DiffusionModel
 
 
@@ -61,8 +62,6 @@ class PromptCache:
         self._used: dict[Prompt, EncodedPrompt] = {}
         self._idle: OrderedDict[Prompt, EncodedPrompt] = OrderedDict()
         self._idle_bytes = 0
-        self.hits = 0
-        self.misses = 0
         self.store: Tensor | None = None
         self._free: list[int] = []
         if num_in_use is not None:
@@ -86,8 +85,8 @@ class PromptCache:
         wanted = list(dict.fromkeys(prompts))
         found = {prompt: encoded for prompt in wanted if (encoded := self._find(prompt)) is not None}
         missing = [prompt for prompt in wanted if prompt not in found]
-        self.hits += len(found)
-        self.misses += len(missing)
+        metrics.PROMPT_CACHE.labels("hit").inc(len(found))
+        metrics.PROMPT_CACHE.labels("miss").inc(len(missing))
         try:
             for group in self._groups(missing):
                 found.update((encoded.prompt, encoded) for encoded in self._encode(group))

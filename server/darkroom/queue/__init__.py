@@ -1,5 +1,6 @@
 """Jobs in Redis: accepted once, owned by one worker at a time, ended exactly once."""
 
+from darkroom.queue.admission import MemorySample
 from darkroom.queue.embedded import EmbeddedRedis
 from darkroom.queue.events import is_event_id
 from darkroom.queue.queue import JobQueue
@@ -11,6 +12,7 @@ __all__ = [
     "Enqueued",
     "JobEvent",
     "JobQueue",
+    "MemorySample",
     "QueueStats",
     "Reaped",
     "Renewal",

@@ -17,13 +17,16 @@ SAMPLE_AGE_S = 1.0
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Memory in use less the result bytes ever stored at that moment, and the limit for new jobs (0: none).
+    """Memory in use, the same less the result bytes ever stored at that moment, the limit for new jobs and the server's
+    own (0: none).
 
     The script adds the result bytes stored by now, so a sample that is a second old still counts every picture.
     """
 
+    used_bytes: int
     base_bytes: int
     limit_bytes: int
+    maxmemory_bytes: int
 
 
 class MemoryGauge:
@@ -41,8 +44,8 @@ class MemoryGauge:
             info, stored = await self._connection.transaction(
                 ("INFO", "memory"), ("HGET", self._connection.keys.counters, "stored_bytes")
             )
-            limit = int(info.get("maxmemory", 0) * MEMORY_SHARE)
-            self._sample = MemorySample(int(info["used_memory"]) - int(stored or 0), limit)
+            used, maxmemory = int(info["used_memory"]), int(info.get("maxmemory", 0))
+            self._sample = MemorySample(used, used - int(stored or 0), int(maxmemory * MEMORY_SHARE), maxmemory)
         return self._sample
 
 

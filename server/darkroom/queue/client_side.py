@@ -19,7 +19,7 @@ from darkroom.errors import (
     StorageFull,
 )
 from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, decode, encode
-from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, retry_after_s
+from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample, retry_after_s
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
@@ -84,6 +84,7 @@ class ClientSide:
             memory.base_bytes,
             memory.limit_bytes,
             HEAD_START_S[job.priority] * 1_000_000,
+            int(job.cost),
         )
         outcome: bytes = reply[0]
         if outcome == b"mismatch":
@@ -207,19 +208,30 @@ class ClientSide:
         infos = await self._connection.command("MGET", *(keys.worker(name.decode()) for name in sorted(names)))
         return [decode(info, WorkerInfo) for info in infos if info is not None]
 
+    async def memory(self) -> MemorySample:
+        """What the server's memory is used for; up to a second old."""
+        return await self._memory.sample()
+
     async def stats(self) -> QueueStats:
-        """Depth, jobs in flight, oldest wait, counters, reservations and live workers at one moment."""
+        """Depth, backlog, jobs in flight, oldest wait, counters, reservations and live workers at one moment."""
         head_starts = (HEAD_START_S[priority] * 1_000_000 for priority in Priority)
-        depths, in_flight, oldest_ms, now_ms, counters, workers = await self._connection.script("stats", *head_starts)
+        reply = await self._connection.script("stats", *head_starts)
+        models, in_flight, oldest_ms, now_ms, counters, live_workers, dead_letters = reply
         counts = {name.decode(): int(value) for name, value in pairs(counters).items()}
         ends = ["accepted", *(state.value for state in JobState if state.is_terminal)]
         return QueueStats(
-            depth={model.decode(): depth for model, depth in zip(depths[::2], depths[1::2], strict=True)},
+            depth={model.decode(): depth for model, depth, *_ in models},
+            backlog_s={
+                model.decode(): cost / (float(rate) * max(1, serving))
+                for model, _, cost, serving, rate in models
+                if rate and float(rate) > 0
+            },
             in_flight=in_flight,
             oldest_wait_s=max(0.0, (now_ms - oldest_ms) / 1000) if oldest_ms != b"" else 0.0,
             counters={name: counts.get(name, 0) for name in ends},
             reserved_bytes=counts.get("reserved_bytes", 0),
-            live_workers=workers,
+            live_workers=live_workers,
+            dead_letters=dead_letters,
         )
 
 

@@ -23,6 +23,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),
     "models": ("set", "models that jobs were ever queued for", "none: bounded by the models served"),
+    "backlog": ("hash", "model -> cost of its waiting jobs", "none: a field goes when nothing of its model waits"),
+    "rates": ("hash", "model -> cost per second that one worker makes of it, as measured", "none: as served"),
     "pace": ("hash", "time of the last claim and mean ms between claimed jobs", "1 h after the last claim"),
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
     "image": ("string", "image:<id>:<index>: encoded picture", "result_ttl_s"),

@@ -84,15 +84,21 @@ class Cards:
 
 @dataclass(frozen=True)
 class QueueStats:
-    """The whole queue at one moment. `counters` has accepted and the four terminal states; what was accepted is either
-    counted as ended, waiting or in flight. `oldest_wait_s` is 0 when nothing waits."""
+    """The whole queue at one moment.
+
+    `counters` has accepted and the four terminal states; what was accepted is either counted as ended, waiting or in
+    flight. `oldest_wait_s` is 0 when nothing waits. `backlog_s` is by model how long the live workers, or one where
+    none lives, will take for what waits; a model whose rate is not known has none.
+    """
 
     depth: dict[str, int]
+    backlog_s: dict[str, float]
     in_flight: int
     oldest_wait_s: float
     counters: dict[str, int]
     reserved_bytes: int
     live_workers: int
+    dead_letters: int
 
     @property
     def waiting(self) -> int:

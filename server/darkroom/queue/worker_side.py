@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
 import structlog
 
+from darkroom import metrics
 from darkroom.errors import JobError, QueueUnavailable
 from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
 from darkroom.queue.connection import BLOCK_S, RedisConnection
@@ -39,9 +40,16 @@ class WorkerSide:
         self._registered[worker_id] = described
         await self.heartbeat(worker_id)
 
-    async def heartbeat(self, worker_id: str) -> None:
-        """Stay alive for another lease time. Registers again if the server has lost us."""
-        await self._connection.script("heartbeat", worker_id, self._alive_ms, *self._registered[worker_id])
+    async def heartbeat(self, worker_id: str, rates: Mapping[str, float] | None = None) -> None:
+        """Stay alive for another lease time. Registers again if the server has lost us.
+
+        `rates` says what cost per second the worker makes when its ticks are full, for models where it knows.
+        """
+        info, *described = self._registered[worker_id]
+        by_model: list[bytes | str | float] = []
+        for model, card in zip(described[::2], described[1::2], strict=True):
+            by_model += [model, card, (rates or {}).get(str(model), "")]
+        await self._connection.script("heartbeat", worker_id, self._alive_ms, info, *by_model)
 
     async def unregister(self, worker_id: str) -> None:
         """Stop counting as a live worker; the models stay known."""
@@ -141,7 +149,10 @@ class WorkerSide:
     async def reap(self) -> Reaped:
         """Take back jobs of lost workers and end overdue ones. Any process may call it at any time."""
         lists = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
-        return Reaped(*([job_id.decode() for job_id in ids] for ids in lists))
+        reaped = Reaped(*([job_id.decode() for job_id in ids] for ids in lists))
+        metrics.REDELIVERIES.inc(len(reaped.requeued))
+        metrics.DEAD_LETTERS.inc(len(reaped.dead))
+        return reaped
 
     async def cancellations(self) -> AsyncIterator[str]:
         """Ids of running jobs as they are cancelled, of any worker. A hint: `renew` names those that were missed."""

@@ -6,12 +6,14 @@ import asyncio
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
 import torch
 
+from darkroom import metrics
 from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model, measure_checkpoint, read_card
 from darkroom.diffusion.memory import GIB, ModelMemory, Needed, check_memory
@@ -19,7 +21,6 @@ from darkroom.engine.engine import Engine
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
-from darkroom.metrics import serve_metrics
 from darkroom.queue import JobQueue
 from darkroom.worker.compile import check_compile, prepare_compile
 from darkroom.worker.worker import Worker
@@ -72,6 +73,7 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
         torch.backends.cudnn.allow_tf32 = False
     models: dict[str, DiffusionModel] = {}
     for path in paths or [BUILTIN_MODEL]:
+        started_s = time.monotonic()
         model = load_model(
             path,
             device=str(device),
@@ -84,6 +86,7 @@ def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, Di
         if model.id in models:
             raise ConfigError(f"--model: two models are called {model.id!r}: {models[model.id].path} and {model.path}")
         models[model.id] = model
+        metrics.MODEL_LOAD_SECONDS.labels(model.id).set(time.monotonic() - started_s)
     return models
 
 
@@ -149,7 +152,7 @@ def run_worker(
     if device.type == "cuda":
         check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
     models = load_models(settings, model_paths)
-    metrics_port = serve_metrics(settings.metrics_host, settings.metrics_port)
+    metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
 
 

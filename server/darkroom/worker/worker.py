@@ -23,7 +23,7 @@ from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Finished, 
 from darkroom.errors import QueueUnavailable
 from darkroom.jobs import Job, Priority, Result
 from darkroom.queue import JobQueue
-from darkroom.worker.observe import observe_end, observe_tick
+from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick
 
 log = structlog.get_logger("darkroom.worker")
 
@@ -60,7 +60,12 @@ class Worker:
             on_ready=lambda: self._loop.call_soon_threadsafe(self._engine_ready.set),
         )
         self._models = sorted(self._engine.models)
+        self._rates = Rates()
+        metrics.MAX_MODEL_ROWS.set(self._engine.batcher.max_model_rows)
+        metrics.RESIDENT_ROWS.set_function(self._engine.resident_model_rows)
+        observe_state("starting")
         self._held: dict[str, Job] = {}
+        self._claimed_s: dict[tuple[str, int], float] = {}
         self._lost: set[tuple[str, int]] = set()
         self._ending: set[tuple[str, int]] = set()
         # A job may be cancelled between the script that claims it and that script's reply.
@@ -78,6 +83,7 @@ class Worker:
 
     def drain(self) -> None:
         """Stop claiming, hand unfinished jobs back, let `run` return."""
+        observe_state("draining")
         self._drain.set()
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
@@ -157,10 +163,11 @@ class Worker:
         await self._engine_ready.wait()
         await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
         self._registered.set()
+        observe_state("draining" if self.is_draining else "ready")
         log.info("worker_ready", worker=self.id, models=self._models)
         if on_ready is not None:
             on_ready()
-        await self._every(1.0, lambda: self._queue.heartbeat(self.id))
+        await self._every(1.0, lambda: self._queue.heartbeat(self.id, self._rates.by_model()))
 
     async def _claim_loop(self) -> None:
         wake: asyncio.Task[Any] | None = None
@@ -209,6 +216,7 @@ class Worker:
                     min_rank=min_rank,
                 )
                 for job in jobs:
+                    metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
                     self._take(job)
         except QueueUnavailable as error:
             await self._pause(error)
@@ -217,6 +225,7 @@ class Worker:
 
     def _take(self, job: Job) -> None:
         self._held[job.id] = job
+        self._claimed_s[job.id, job.attempt] = time.monotonic()
         deadline_in_s = None
         if job.deadline_at_ms is not None:
             deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
@@ -279,6 +288,7 @@ class Worker:
         self._loop.call_soon_threadsafe(self._note_tick, report)
 
     def _note_tick(self, report: TickReport) -> None:
+        self._rates.note(report)
         for job, step, num_steps in report.progress:
             if step < num_steps:
                 self._progress[job.id] = (step, num_steps)
@@ -325,13 +335,14 @@ class Worker:
             stored = await self._retry(lambda: self._queue.fail(self.id, job, failure))
             outcome = "failed"
         if stored:
-            observe_end(event, outcome)
+            observe_end(event, outcome, time.monotonic() - self._claimed_s[job.id, job.attempt])
         log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
 
     def _forget(self, job: Job) -> None:
         """Stop holding this attempt; a later attempt at the same job may be held by now."""
         self._lost.discard((job.id, job.attempt))
         self._ending.discard((job.id, job.attempt))
+        self._claimed_s.pop((job.id, job.attempt), None)
         if self._holds(job.id, job.attempt):
             del self._held[job.id]
 

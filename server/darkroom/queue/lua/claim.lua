@@ -4,8 +4,8 @@
 -- The first job is given whatever its rows; after it the claim stops at the first one that does not fit, so a large job
 -- is never overtaken for ever. Of each model no more is taken than the backlog divided by the live workers, rounded up.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
--- Writes ready:<rank>:<model>, queued, leases, job:<id>, events:<id>, claim:<worker>, pace, notify:<model>; jobs that
--- are past their deadline or unreadable are finished on the way.
+-- Writes ready:<rank>:<model>, queued, backlog, leases, job:<id>, events:<id>, claim:<worker>, pace, notify:<model>;
+-- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms}.
 
 local worker, token = ARGV[1], ARGV[2]
@@ -30,10 +30,10 @@ end
 
 local share = {}
 for i = 6, #ARGV do
-  local model, backlog = ARGV[i], 0
-  for rank = 0, NUM_RANKS - 1 do backlog = backlog + redis.call('ZCARD', ready_key(rank, model)) end
+  local model, waiting = ARGV[i], 0
+  for rank = 0, NUM_RANKS - 1 do waiting = waiting + redis.call('ZCARD', ready_key(rank, model)) end
   local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf')
-  share[model] = math.ceil(backlog / math.max(1, workers))
+  share[model] = math.ceil(waiting / math.max(1, workers))
 end
 
 local function next_ready()
@@ -60,8 +60,7 @@ for _ = 1, max_jobs + 256 do
     if #reply > 0 and rows + job.rows > max_rows then break end
     rows = rows + job.rows
     share[first.model] = share[first.model] - 1
-    redis.call('ZREM', first.key, id)
-    redis.call('ZREM', queued, id)
+    leave_ready(id, job)
     redis.call('ZADD', leases, now_ms + LEASE_MS, id)
     redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1)
     redis.call('HSETNX', job_key(id), 'started_ms', now_ms)
@@ -70,19 +69,23 @@ for _ = 1, max_jobs + 256 do
     claimed[#claimed + 1] = job.attempt + 1
     reply[#reply + 1] = describe(id)
   else
-    redis.call('ZREM', first.key, id)
     if not job then
       fail_unreadable(id)
     elseif job.state == 'queued' then
       finish(id, job, 'expired')
     end
+    redis.call('ZREM', first.key, id)
   end
 end
 
 for model in pairs(share) do
   local left = 0
   for rank = 0, NUM_RANKS - 1 do left = left + redis.call('ZCARD', ready_key(rank, model)) end
-  if left == 0 then redis.call('DEL', prefix .. 'notify:' .. model) end
+  if left == 0 then
+    redis.call('DEL', prefix .. 'notify:' .. model)
+    -- Nothing waits, so what damaged records have left of the sum goes with it.
+    redis.call('HDEL', backlog, model)
+  end
 end
 
 if #reply > 0 then

@@ -3,8 +3,9 @@
 -- ARGV 1 job id             2 encoded job          3 model           4 rank            5 model rows
 --      6 bytes to reserve   7 deadline in ms after now, '' for none  8 idempotency digest, '' for none
 --      9 body hash         10 most jobs waiting   11 memory in use less the bytes stored when it was sampled
---     12 memory limit in bytes, 0 for none        13 head start of the class in µs
--- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, queued, counters, models, events:<id>, notify:<model>.
+--     12 memory limit in bytes, 0 for none        13 head start of the class in µs   14 cost
+-- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, queued, backlog, counters, models, events:<id>,
+-- notify:<model>.
 -- Returns {'new' | 'known', id, state, position}, {'mismatch'}, {'queue_full', waiting, ms between claims} or
 -- {'storage_full'}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
 
@@ -38,11 +39,11 @@ end
 
 local job = {
   state = 'queued', model = model, rank = tonumber(ARGV[4]), score = now_us - tonumber(ARGV[13]),
-  deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
+  cost = tonumber(ARGV[14]), deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
 }
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
-  'attempt', 0, 'failures', 0, 'idempotency', digest)
+  'attempt', 0, 'failures', 0, 'idempotency', digest, 'cost', ARGV[14])
 if digest ~= '' then
   redis.call('DEL', prefix .. 'idempotency:' .. digest)
   redis.call('HSET', prefix .. 'idempotency:' .. digest, 'job', id, 'body', ARGV[9])

@@ -12,6 +12,7 @@ local now_us = time[1] * 1000000 + time[2]
 local now_ms = math.floor(now_us / 1000)
 
 local leases, queued, counters = prefix .. 'leases', prefix .. 'queued', prefix .. 'counters'
+local backlog = prefix .. 'backlog'
 
 local function job_key(id) return prefix .. 'job:' .. id end
 local function ready_key(rank, model) return prefix .. 'ready:' .. rank .. ':' .. model end
@@ -23,13 +24,14 @@ local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
 -- Read a job for a decision. nil when its record is missing or damaged.
 local function load_job(id)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'model', 'rank', 'rows', 'score', 'attempt', 'failures',
-    'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps')
+    'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost')
   if fields.err then return nil end
   local job = {
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
     score = tonumber(fields[5] or ''), attempt = tonumber(fields[6] or ''), failures = tonumber(fields[7] or ''),
     reserved = tonumber(fields[8] or ''), deadline_ms = tonumber(fields[9] or ''), owner = fields[10] or '',
     cancel = fields[11] == '1', idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
+    cost = tonumber(fields[15] or '') or 0,
   }
   if TERMINAL[job.state] then return job end
   if (job.state == 'queued' or job.state == 'running') and job.model and job.rank and job.rows and job.score
@@ -64,7 +66,17 @@ end
 local function make_ready(id, job)
   redis.call('ZADD', ready_key(job.rank, job.model), job.score, id)
   redis.call('ZADD', queued, job.deadline_ms or '+inf', id)
+  redis.call('HINCRBY', backlog, job.model, job.cost)
   wake_worker(job.model)
+end
+
+-- The opposite, for a job that is claimed or has ended. One that does not wait is left alone.
+local function leave_ready(id, job)
+  redis.call('ZREM', queued, id)
+  if redis.call('ZREM', ready_key(job.rank, job.model), id) == 1
+    and redis.call('HINCRBY', backlog, job.model, 0 - job.cost) <= 0 then
+    redis.call('HDEL', backlog, job.model)
+  end
 end
 
 -- Give back what an ending job holds: its reservation, and its idempotency key, after a while.
@@ -86,18 +98,19 @@ end
 -- replaced by a readable failed one. More arguments are fields and values to set.
 local function finish(id, job, state, ...)
   redis.call('ZREM', leases, id)
-  redis.call('ZREM', queued, id)
   if job then
-    redis.call('ZREM', ready_key(job.rank, job.model), id)
+    leave_ready(id, job)
     release(job.reserved, job.idempotency)
   else
+    redis.call('ZREM', queued, id)
     release_unreadable(id)
     redis.call('DEL', job_key(id))
     job = { step = 0, num_steps = 0 }
   end
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
-  redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel')
+  redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
+    'cost')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)

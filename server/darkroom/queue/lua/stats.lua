@@ -1,10 +1,11 @@
 -- Read the state of the whole queue. Writes nothing.
 --
 -- ARGV 1.. head start in µs of rank 0, rank 1 ...
--- Returns {{model, depth, model, depth ...}, in flight, created ms of the oldest waiting job or '', now ms,
--- counters as fields and values, live workers}.
+-- Returns {{{model, depth, waiting cost, live workers that serve it, mean cost per second of a worker or ''}, ...},
+-- in flight, created ms of the oldest waiting job or '', now ms, counters as fields and values, live workers,
+-- dead letters}.
 
-local depths, oldest_us = {}, nil
+local models, oldest_us = {}, nil
 for _, model in ipairs(redis.call('SMEMBERS', prefix .. 'models')) do
   local depth = 0
   for rank = 0, NUM_RANKS - 1 do
@@ -16,10 +17,13 @@ for _, model in ipairs(redis.call('SMEMBERS', prefix .. 'models')) do
       oldest_us = math.min(oldest_us or created_us, created_us)
     end
   end
-  depths[#depths + 1] = model
-  depths[#depths + 1] = depth
+  models[#models + 1] = {
+    model, depth, tonumber(redis.call('HGET', backlog, model) or '0'),
+    redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf'), redis.call('HGET', prefix .. 'rates', model) or '',
+  }
 end
 return {
-  depths, redis.call('ZCARD', leases), oldest_us and math.floor(oldest_us / 1000) or '', now_ms,
+  models, redis.call('ZCARD', leases), oldest_us and math.floor(oldest_us / 1000) or '', now_ms,
   redis.call('HGETALL', counters), redis.call('ZCOUNT', prefix .. 'workers', now_ms, '+inf'),
+  redis.call('XLEN', prefix .. 'dead'),
 }

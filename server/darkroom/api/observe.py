@@ -1,0 +1,95 @@
+"""What an API process's metrics see of calls and of the queue."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from darkroom import metrics
+from darkroom.api.problems import problem_of, respond
+from darkroom.queue import MemorySample, QueueStats
+
+log = structlog.get_logger("darkroom.api")
+
+_WHOLE = (
+    metrics.QUEUE_IN_FLIGHT,
+    metrics.QUEUE_OLDEST_WAIT_SECONDS,
+    metrics.QUEUE_RESERVED_BYTES,
+    metrics.QUEUE_DEAD_LETTERS,
+    metrics.LIVE_WORKERS,
+)
+
+
+class Observe:
+    """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 0
+        metrics.HTTP_REQUESTS_IN_FLIGHT.inc()
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((b"x-content-type-options", b"nosniff"))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except Exception:
+            log.exception("unexpected_error", method=scope["method"], route=_route(scope))
+            metrics.REJECTS.labels("internal").inc()
+            if status == 0:
+                detail = "the error was logged; trying again may help"
+                await respond(problem_of("internal", detail))(scope, receive, observed)
+        finally:
+            route = _route(scope)
+            metrics.HTTP_REQUESTS_IN_FLIGHT.dec()
+            metrics.HTTP_REQUESTS.labels(_method(scope), route, str(status)).inc()
+            metrics.HTTP_REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)
+
+
+def _route(scope: Scope) -> str:
+    return str(getattr(scope.get("route"), "path", "unmatched"))
+
+
+def _method(scope: Scope) -> str:
+    return scope["method"] if scope["method"] in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT") else "other"
+
+
+def observe_queue(stats: QueueStats, memory: MemorySample) -> None:
+    """Set the gauges of the whole queue."""
+    metrics.QUEUE_REACHABLE.set(1)
+    for model, depth in stats.depth.items():
+        metrics.QUEUE_DEPTH.labels(model).set(depth)
+    for model, backlog_s in stats.backlog_s.items():
+        metrics.QUEUE_BACKLOG_SECONDS.labels(model).set(backlog_s)
+    metrics.QUEUE_IN_FLIGHT.set(stats.in_flight)
+    metrics.QUEUE_OLDEST_WAIT_SECONDS.set(stats.oldest_wait_s)
+    metrics.QUEUE_RESERVED_BYTES.set(stats.reserved_bytes)
+    metrics.QUEUE_DEAD_LETTERS.set(stats.dead_letters)
+    metrics.LIVE_WORKERS.set(stats.live_workers)
+    metrics.QUEUE_JOBS.set(stats.counters)
+    metrics.REDIS_MEMORY_BYTES.labels("used").set(memory.used_bytes)
+    if memory.maxmemory_bytes:
+        metrics.REDIS_MEMORY_BYTES.labels("limit").set(memory.maxmemory_bytes)
+
+
+def observe_outage() -> None:
+    """Redis is away: what was last seen of the queue is no truth any more."""
+    metrics.QUEUE_REACHABLE.set(0)
+    for gauge in _WHOLE:
+        gauge.set(math.nan)
+    for gauge in (metrics.QUEUE_DEPTH, metrics.QUEUE_BACKLOG_SECONDS, metrics.REDIS_MEMORY_BYTES):
+        gauge.clear()
+    metrics.QUEUE_JOBS.set({})
