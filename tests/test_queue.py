@@ -32,7 +32,7 @@ from darkroom.errors import (
 )
 from darkroom.jobs import Failure, Job, JobState, Priority, new_job_id
 from darkroom.queue import EmbeddedRedis, JobQueue
-from darkroom.queue.admission import MEMORY_SHARE, retry_after_s
+from darkroom.queue.admission import MEMORY_SHARE
 from darkroom.queue.embedded import find_redis_server
 from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys, digest
 from redis.asyncio import Redis
@@ -716,11 +716,111 @@ async def test_a_full_queue_refuses_with_a_time_to_come_back(settings: Settings,
         await enqueue(queue)
 
 
-def test_the_time_to_come_back_follows_the_pace_of_the_queue() -> None:
-    assert retry_after_s(100, None) == 5
-    assert retry_after_s(100, 200.0) == 1
-    assert retry_after_s(1000, 200.0) == 10
-    assert retry_after_s(1000, 60_000.0) == 60
+async def refusal(queue: JobQueue, body: str, connection: str = "") -> float | None:
+    """Seconds that a caller of `body` is told to wait; None when it is let in."""
+    try:
+        await enqueue(queue, body_hash=body, caller=connection or f"{body}:1")
+    except QueueFull as full:
+        return full.retry_after_s
+    return None
+
+
+@contextlib.asynccontextmanager
+async def full_queue(settings: Settings, redis_url: str, redis: Any, keys: Keys) -> AsyncIterator[JobQueue]:
+    """Four jobs wait, which is as many as may, and one was claimed every ten seconds lately."""
+    async with opened(settings, redis_url, max_queue_jobs=4) as queue:
+        for _ in range(4):
+            await enqueue(queue)
+        await redis.hset(f"{keys.prefix}pace", "gap_ms", 10_000)
+        yield queue
+
+
+async def come_due(redis: Any, keys: Keys, body: str) -> None:
+    """Let the time of a caller's promises come now."""
+    now_ms = int(time.time() * 1000) - 10
+    own = f"{keys.prefix}promise:{body}"
+    for connection in await redis.zrange(own, 0, -1):
+        await redis.zadd(own, {connection: now_ms})
+        await redis.zadd(f"{keys.prefix}promises", {f"{body}:{connection.decode()}": now_ms})
+
+
+async def test_callers_that_are_refused_are_told_times_one_after_the_other(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        waits = [await refusal(queue, body) for body in ("a", "b", "c")]
+        assert waits == [pytest.approx(10 * (index + 1), abs=1) for index in range(3)]
+        assert await refusal(queue, "b") == pytest.approx(20, abs=1), "who asks too early is told the same time"
+        assert await redis.zcard(f"{keys.prefix}promises") == 3
+
+
+async def test_a_caller_that_comes_back_in_time_gets_the_place_that_newcomers_do_not(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        assert await refusal(queue, "patient")
+        await claim(queue, max_jobs=1)
+        assert await refusal(queue, "newcomer"), "the free place is promised"
+        await come_due(redis, keys, "patient")
+        assert await refusal(queue, "patient", "patient:2") is None, "also over a new connection"
+        assert await redis.exists(f"{keys.prefix}promise:patient") == 0
+        await claim(queue, max_jobs=1)
+        assert await refusal(queue, "patient"), "a promise is kept once"
+
+
+async def test_a_promise_is_kept_a_little_above_the_limit_but_not_far_above_it(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        for body in ("a", "b"):
+            await refusal(queue, body)
+            await come_due(redis, keys, body)
+        assert await refusal(queue, "a") is None, "the queue was slower than it thought"
+        assert await refusal(queue, "b") == pytest.approx(20, abs=1), "the place after the one that is too many"
+        await come_due(redis, keys, "b")
+        await claim(queue, max_jobs=1)
+        assert await refusal(queue, "b") is None
+
+
+async def test_a_place_whose_caller_does_not_come_back_is_given_away(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        await refusal(queue, "gone")
+        await claim(queue, max_jobs=1)
+        assert await refusal(queue, "next")
+        long_ago = int(time.time() * 1000) - 6_000
+        for key in (f"{keys.prefix}promises", f"{keys.prefix}promise:gone"):
+            for member in await redis.zrange(key, 0, 0):
+                await redis.zadd(key, {member: long_ago})
+        assert await refusal(queue, "next") is None
+
+
+async def test_nobody_is_promised_a_place_ten_minutes_ahead_or_before_a_pace_is_known(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        await redis.hset(f"{keys.prefix}pace", "gap_ms", 250_000)
+        waits = [await refusal(queue, body) for body in ("a", "b", "c")]
+        assert waits == [pytest.approx(250, abs=1), pytest.approx(500, abs=1), 600]
+        assert await redis.zcard(f"{keys.prefix}promises") == 2
+        await redis.delete(f"{keys.prefix}pace", f"{keys.prefix}promises", f"{keys.prefix}promise:a")
+        assert await refusal(queue, "d") == 5
+
+
+async def test_the_pace_is_the_time_between_claims_over_the_jobs_of_a_claim(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    for num_jobs in (1, 3):
+        for _ in range(num_jobs):
+            await enqueue(queue)
+        await redis.hset(f"{keys.prefix}pace", "claimed_ms", int(time.time() * 1000) - 6000)
+        assert len(await claim(queue)) == num_jobs
+    # The first claim had none before it that counts: its six seconds are the first mean.
+    interval_s = float(await redis.hget(f"{keys.prefix}pace", "interval_ms")) / 1000
+    gap_s = float(await redis.hget(f"{keys.prefix}pace", "gap_ms")) / 1000
+    assert interval_s == pytest.approx(6, abs=1)
+    assert gap_s == pytest.approx(interval_s / 1.2, abs=0.01)
 
 
 async def test_results_are_counted_before_they_exist_so_memory_never_runs_out(
@@ -829,7 +929,7 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     assert all(key.startswith(keys.prefix) for key in written)
     kinds = {key: key.removeprefix(keys.prefix).split(":")[0] for key in written}
     # The last claim emptied the queue, and so the wake-up list, the waiting jobs and their cost.
-    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify", "backlog"}
+    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify", "backlog", "promises", "promise"}
     for key, kind in kinds.items():
         assert (await redis.type(key)).decode() == KEY_TABLE[kind][0]
 

@@ -129,6 +129,7 @@ async def generate(request: Request) -> Response:
         idempotency_key=key,
         body_hash=fingerprint(body, output_format),
         result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+        caller=f"{request.client.host}:{request.client.port}" if request.client else "",
     )
     job_id = enqueued.job_id
     if enqueued.is_new:

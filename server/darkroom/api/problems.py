@@ -107,6 +107,8 @@ def respond_to(error: DarkroomError, *, health: str | None = None) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        # OpenAI's clients look here first.
+        headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))
     if error.code in ("body_too_large", "request_timeout"):
         headers["Connection"] = "close"  # the rest of the body is still on its way
     return respond(problem_of(error.code, str(error), errors=fields, job_id=error.job_id, health=health), headers)

@@ -1,4 +1,4 @@
-"""Who may enter: memory for results is counted before a job is accepted, and a refusal says when to come back."""
+"""Who may enter: memory for results is counted before a job is accepted."""
 
 from __future__ import annotations
 
@@ -47,13 +47,3 @@ class MemoryGauge:
             used, maxmemory = int(info["used_memory"]), int(info.get("maxmemory", 0))
             self._sample = MemorySample(used, used - int(stored or 0), int(maxmemory * MEMORY_SHARE), maxmemory)
         return self._sample
-
-
-def retry_after_s(waiting: int, gap_ms: float | None) -> float:
-    """Seconds until a twentieth of the queue has drained, from the pace of claims; 1 to 60, and 5 when none is known.
-
-    One place frees sooner, but every refused client is told the same and they would all return for it.
-    """
-    if gap_ms is None:
-        return 5.0
-    return min(60.0, max(1.0, gap_ms / 1000 * max(1.0, waiting / 20)))

@@ -19,7 +19,7 @@ from darkroom.errors import (
     StorageFull,
 )
 from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, decode, encode
-from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample, retry_after_s
+from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
@@ -33,6 +33,12 @@ HEAD_START_S = {Priority.LOW: -600, Priority.NORMAL: 0, Priority.HIGH: 600}
 SAFETY_POLL_S = 5.0
 _OUTAGE_PAUSE_S = 0.25
 _CARDS_AGE_S = 1.0
+# Past this, a refused caller is told this time but promised nothing.
+LONGEST_PROMISE_MS = 600_000
+# Clients round up to seconds, and take a moment to connect.
+PROMISE_GRACE_MS = 5_000
+# Before any pace is known.
+UNKNOWN_WAIT_S = 5.0
 # For how long a model without a worker still takes jobs: one that is started again finds them waiting.
 MODEL_GRACE_S = 60.0
 
@@ -58,12 +64,17 @@ class ClientSide:
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         body_hash: str = "",
+        caller: str = "",
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
         `result_bytes` is the most its pictures may take; that much memory is reserved until the job ends. A job that
         still waits `deadline_s` seconds from now expires. With an `idempotency_key` seen before, the earlier job is
         returned if `body_hash` is the same.
+
+        When the queue is full, `QueueFull.retry_after_s` is a promise: a caller that asks for the same then (by its
+        `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
+        told the same time again.
 
         Raises `QueueFull`, `StorageFull`, `IdempotencyMismatch`, `QueueUnavailable`.
         """
@@ -85,15 +96,16 @@ class ClientSide:
             memory.limit_bytes,
             HEAD_START_S[job.priority] * 1_000_000,
             int(job.cost),
+            caller,
+            LONGEST_PROMISE_MS,
+            PROMISE_GRACE_MS,
         )
         outcome: bytes = reply[0]
         if outcome == b"mismatch":
             raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
         if outcome == b"queue_full":
-            gap_ms = float(reply[2]) if reply[2] else None
-            raise QueueFull(
-                f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=retry_after_s(reply[1], gap_ms)
-            )
+            wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else reply[2] / 1000
+            raise QueueFull(f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=wait_s)
         if outcome == b"storage_full":
             raise StorageFull("the memory for results is used up for now", retry_after_s=5.0)
         return Enqueued(

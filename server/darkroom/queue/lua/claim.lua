@@ -92,11 +92,14 @@ if #reply > 0 then
   redis.call('DEL', claim_key)
   redis.call('RPUSH', claim_key, unpack(claimed))
   redis.call('PEXPIRE', claim_key, LEASE_MS)
-  -- The pace of claims tells a rejected client when to come back; a pause of a minute counts as a minute.
-  local pace = redis.call('HMGET', prefix .. 'pace', 'claimed_ms', 'gap_ms')
+  -- The pace of claims tells a refused caller when to come back; a pause of a minute counts as a minute. Time and jobs
+  -- have a mean each: a mean of their ratio would weigh a claim of one job like one of ten.
+  local pace = redis.call('HMGET', prefix .. 'pace', 'claimed_ms', 'interval_ms', 'jobs')
   if pace[1] then
-    local gap = math.min(60000, math.max(0, now_ms - pace[1])) / #reply
-    redis.call('HSET', prefix .. 'pace', 'gap_ms', math.floor(0.8 * (pace[2] or gap) + 0.2 * gap))
+    local interval = math.min(60000, math.max(0, now_ms - pace[1]))
+    interval = 0.9 * (pace[2] or interval) + 0.1 * interval
+    local jobs = 0.9 * (pace[3] or #reply) + 0.1 * #reply
+    redis.call('HSET', prefix .. 'pace', 'interval_ms', interval, 'jobs', jobs, 'gap_ms', interval / jobs)
   end
   redis.call('HSET', prefix .. 'pace', 'claimed_ms', now_ms)
   redis.call('EXPIRE', prefix .. 'pace', 3600)

@@ -4,9 +4,10 @@
 --      6 bytes to reserve   7 deadline in ms after now, '' for none  8 idempotency digest, '' for none
 --      9 body hash         10 most jobs waiting   11 memory in use less the bytes stored when it was sampled
 --     12 memory limit in bytes, 0 for none        13 head start of the class in µs   14 cost
+--     15 the caller's connection                  16 longest wait promised, in ms    17 ms a promise outlives its time
 -- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, queued, backlog, counters, models, events:<id>,
--- notify:<model>.
--- Returns {'new' | 'known', id, state, position}, {'mismatch'}, {'queue_full', waiting, ms between claims} or
+-- notify:<model>, promises, promise:<caller>.
+-- Returns {'new' | 'known', id, state, position}, {'mismatch'}, {'queue_full', waiting, ms to wait or ''} or
 -- {'storage_full'}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
 
 local id, model = ARGV[1], ARGV[3]
@@ -26,9 +27,39 @@ if digest ~= '' then
   end
 end
 
-local waiting = redis.call('ZCARD', queued)
-if waiting >= tonumber(ARGV[10]) then
-  return { 'queue_full', waiting, redis.call('HGET', prefix .. 'pace', 'gap_ms') or '' }
+-- A caller that is refused is promised a place at a time, and what is promised is not given to others meanwhile. It is
+-- known again by what it asks for, and by its connection if it kept that.
+local caller, connection = digest ~= '' and digest or ARGV[9], ARGV[15]
+local longest_ms, grace_ms = tonumber(ARGV[16]), tonumber(ARGV[17])
+local promises, own = prefix .. 'promises', prefix .. 'promise:' .. caller
+local oldest_ms = now_ms - grace_ms
+local due_ms = tonumber(redis.call('ZSCORE', own, connection) or '')
+if not due_ms or due_ms < oldest_ms then
+  local first = redis.call('ZRANGEBYSCORE', own, oldest_ms, now_ms, 'WITHSCORES', 'LIMIT', 0, 1)
+  due_ms = nil
+  if first[1] then connection, due_ms = first[1], tonumber(first[2]) end
+end
+
+local waiting, most = redis.call('ZCARD', queued), tonumber(ARGV[10])
+local places = most - redis.call('ZCOUNT', promises, oldest_ms, '+inf')
+if due_ms then
+  -- Its own place is not taken. One whose time has come gets in a little above the limit too: it was promised.
+  places = due_ms <= now_ms and most + math.ceil(most / 4) or places + 1
+end
+if waiting >= places then
+  if due_ms and due_ms > now_ms then return { 'queue_full', waiting, due_ms - now_ms } end
+  local gap_ms = tonumber(redis.call('HGET', prefix .. 'pace', 'gap_ms') or '')
+  if not gap_ms then return { 'queue_full', waiting, '' } end
+  local last = not due_ms and redis.call('ZRANGE', promises, -1, -1, 'WITHSCORES') or {}
+  local wait_ms = math.max(0, (last[2] or 0) - now_ms) + gap_ms * (1 + math.max(0, waiting - most))
+  if wait_ms > longest_ms then return { 'queue_full', waiting, longest_ms } end
+  redis.call('ZREMRANGEBYSCORE', promises, '-inf', '(' .. oldest_ms)
+  redis.call('ZREMRANGEBYSCORE', own, '-inf', '(' .. oldest_ms)
+  redis.call('ZADD', own, now_ms + wait_ms, connection)
+  redis.call('PEXPIRE', own, longest_ms + grace_ms)
+  redis.call('ZADD', promises, now_ms + wait_ms, caller .. ':' .. connection)
+  redis.call('PEXPIRE', promises, longest_ms + grace_ms)
+  return { 'queue_full', waiting, math.ceil(wait_ms) }
 end
 
 local limit = tonumber(ARGV[12])
@@ -44,6 +75,10 @@ local job = {
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
   'attempt', 0, 'failures', 0, 'idempotency', digest, 'cost', ARGV[14])
+if due_ms then
+  redis.call('ZREM', own, connection)
+  redis.call('ZREM', promises, caller .. ':' .. connection)
+end
 if digest ~= '' then
   redis.call('DEL', prefix .. 'idempotency:' .. digest)
   redis.call('HSET', prefix .. 'idempotency:' .. digest, 'job', id, 'body', ARGV[9])
