@@ -8,8 +8,11 @@ size.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -19,14 +22,18 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
-    start_http_server,
+    make_wsgi_app,
 )
 from prometheus_client.core import CounterMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from darkroom import __version__
 from darkroom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
@@ -179,13 +186,46 @@ def exposition() -> tuple[bytes, str]:
     return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
 
 
-def serve_metrics(host: str, port: int) -> int:
+def serve_metrics(host: str, port: int, is_ready: Callable[[], bool] | None = None) -> int:
     """Serve this process's metrics over HTTP from a daemon thread; returns the port in use (`port` 0 picks one).
 
-    Raises `ConfigError` when the address cannot be bound.
+    `/health/live` answers 200 while the process does anything at all. With `is_ready`, which is called on another
+    thread, `/health/ready` answers 200 or 503: a worker has no other port to be asked on. Raises `ConfigError` when
+    the address cannot be bound.
     """
+
+    class Server(ThreadingWSGIServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
     try:
-        server, _ = start_http_server(port, addr=host, registry=REGISTRY)
+        server = make_server(host, port, _app(is_ready), Server, handler_class=_QuietHandler)
     except OSError as error:
         raise ConfigError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from error
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return int(server.server_port)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Scrapes and probes are not worth a line each."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def _app(is_ready: Callable[[], bool] | None) -> WSGIApplication:
+    scrape: WSGIApplication = make_wsgi_app(REGISTRY)
+    answers: dict[str, Callable[[], bool]] = {"/health/live": lambda: True}
+    if is_ready is not None:
+        answers["/health/ready"] = is_ready
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path in ("/", "/metrics"):
+            return scrape(environ, start_response)
+        status = "404 Not Found"
+        if path in answers:
+            status = "200 OK" if answers[path]() else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{status}\n".encode()]
+
+    return app

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,8 @@ def run_worker(
 ) -> None:
     """Serve until SIGTERM or SIGINT. `on_ready` gets the worker's id, models and metrics port.
 
+    `/health/ready` beside the metrics answers 200 from then until the drain begins.
+
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
     device = choose_device(settings.device)
@@ -152,8 +155,9 @@ def run_worker(
     if device.type == "cuda":
         check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
     models = load_models(settings, model_paths)
-    metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
-    asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
+    is_ready = threading.Event()
+    metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port, is_ready.is_set)
+    asyncio.run(_serve(settings, redis_url, models, metrics_port, is_ready, on_ready))
 
 
 async def _serve(
@@ -161,6 +165,7 @@ async def _serve(
     redis_url: str,
     models: dict[str, DiffusionModel],
     metrics_port: int,
+    is_ready: threading.Event,
     on_ready: Callable[[dict[str, object]], None] | None,
 ) -> None:
     queue = await _connect(settings, redis_url)
@@ -169,9 +174,11 @@ async def _serve(
         worker = Worker(settings, queue, functools.partial(Engine, models, settings, warm_up=True))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, _drain_or_exit, worker)
+            loop.add_signal_handler(number, _drain_or_exit, worker, is_ready)
 
         def ready() -> None:
+            if not worker.is_draining:
+                is_ready.set()
             compile_on_ready()
             log.info("metrics", url=f"http://{settings.metrics_host}:{metrics_port}/metrics")
             if on_ready is not None:
@@ -192,8 +199,9 @@ async def _connect(settings: Settings, redis_url: str) -> JobQueue:
             await asyncio.sleep(error.retry_after_s)
 
 
-def _drain_or_exit(worker: Worker) -> None:
+def _drain_or_exit(worker: Worker, is_ready: threading.Event) -> None:
     """The first signal drains, a second one ends the process at once."""
     if worker.is_draining:
         os._exit(130)
+    is_ready.clear()
     worker.drain()
