@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -9,7 +10,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -28,7 +32,7 @@ from darkroom.config import Settings, load_settings
 from darkroom.queue import JobQueue
 from darkroom.queue.embedded import find_redis_server
 from darkroom.queue.keys import Keys
-from darkroom.up import STOP_TIMEOUTS_S
+from darkroom.up import STOP_TIMEOUTS_S, free_port
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -520,13 +524,13 @@ def redis_of_the_manifests(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (config,) = [item for item in of_kind(objects, "ConfigMap") if "redis.conf" in item["data"]]
     (data,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "data"]
     directory = tmp_path_factory.mktemp("redis")
-    path, socket = directory / "redis.conf", directory / "redis.sock"
+    path, port = directory / "redis.conf", free_port("127.0.0.1", 0, setting="redis")
     path.write_text(config["data"]["redis.conf"].replace(f"dir {data}\n", f"dir {directory}\n"))
     password = environment(objects, container)["REDISCLI_AUTH"]
     mounted, *options = [argument.replace("$(REDISCLI_AUTH)", password) for argument in container["args"]]
     assert mounted == "/etc/redis/redis.conf"
     process = subprocess.Popen(
-        [find_redis_server(), str(path), *options, "--port", "0", "--unixsocket", str(socket)],
+        [find_redis_server(), str(path), *options, "--bind", "127.0.0.1", "--port", str(port)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -535,11 +539,15 @@ def redis_of_the_manifests(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         said = list(itertools.takewhile(lambda line: "accept connections" not in line, process.stdout))
         try:
             assert process.poll() is None, said
-            with redis.Redis(unix_socket_path=str(socket), password=password, decode_responses=True) as client:
+            with redis.Redis(port=port, password=password, decode_responses=True) as client:
                 yield client
         finally:
             process.terminate()
             process.wait(10)
+
+
+def port_of(client: redis.Redis) -> int:
+    return int(client.connection_pool.connection_kwargs["port"])
 
 
 def test_redis_keeps_every_accepted_job_and_evicts_none(redis_of_the_manifests: redis.Redis) -> None:
@@ -549,8 +557,7 @@ def test_redis_keeps_every_accepted_job_and_evicts_none(redis_of_the_manifests: 
 
 
 def test_redis_asks_for_the_password(redis_of_the_manifests: redis.Redis) -> None:
-    socket = redis_of_the_manifests.connection_pool.connection_kwargs["path"]
-    nobody = redis.Redis(unix_socket_path=socket, retry=Retry(NoBackoff(), 0))
+    nobody = redis.Redis(port=port_of(redis_of_the_manifests), retry=Retry(NoBackoff(), 0))
     with nobody, pytest.raises(redis.AuthenticationError):
         nobody.ping()
 
@@ -561,6 +568,74 @@ def test_redis_has_room_to_rewrite_its_file_at_its_memory_limit(redis_of_the_man
     assert limit is not None
     maxmemory = int(redis_of_the_manifests.config_get("maxmemory")["maxmemory"])
     assert int(limit[1]) << 30 >= 2 * maxmemory > 0
+
+
+# All of it
+
+
+@contextlib.contextmanager
+def running(component: str, redis_port: int, home: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, int]]]:
+    """A process with the arguments and variables of its container, but for what this machine has otherwise.
+
+    Yields it with its ports by name.
+    """
+    objects = overlay("cpu")
+    container = container_of(pods(objects)[component])
+    ports = {port["name"]: free_port("127.0.0.1", 0, setting=port["name"]) for port in container["ports"]}
+    variables = environment(objects, container)
+    here = {
+        "DARKROOM_REDIS_URL": variables["DARKROOM_REDIS_URL"].replace("darkroom-redis:6379", f"127.0.0.1:{redis_port}"),
+        "DARKROOM_HOST": "127.0.0.1",
+        "DARKROOM_METRICS_HOST": "127.0.0.1",
+        "DARKROOM_PORT": str(ports.get("http", 0)),
+        "DARKROOM_METRICS_PORT": str(ports["metrics"]),
+        "DARKROOM_NUM_THREADS": "1",
+        **{name: str(home) for name in variables if name == "HOME" or name.endswith(("_HOME", "_CACHE_DIR"))},
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "darkroom", *container["args"]],
+        env={**clean, **variables, **here},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process, ports
+    finally:
+        process.kill()
+        process.wait()
+
+
+def probe_until_it_passes(component: str, process: subprocess.Popen[bytes], ports: Mapping[str, int]) -> list[int]:
+    """Ask as the kubelet does for a start; the answers, 0 where nobody listened."""
+    probe = container_of(pods(overlay("cpu"))[component])["startupProbe"]["httpGet"]
+    answers = []
+    while not answers or answers[-1] != 200:
+        assert process.poll() is None
+        time.sleep(0.05)
+        try:
+            answers.append(status(ports[probe["port"]], probe["path"]))
+        except OSError:
+            answers.append(0)
+    return answers
+
+
+def test_what_the_pods_run_comes_up_draws_a_picture_and_stops_in_time(
+    redis_of_the_manifests: redis.Redis, tmp_path: Path
+) -> None:
+    redis_port = port_of(redis_of_the_manifests)
+    with running("api", redis_port, tmp_path) as (api, at), running("worker", redis_port, tmp_path) as (worker, beside):
+        before = probe_until_it_passes("worker", worker, beside)[:-1]
+        assert set(before) <= {0, 503}
+        probe_until_it_passes("api", api, at)
+        body = json.dumps({"prompt": "a cat", "seed": 3, "num_inference_steps": 2}).encode()
+        headers = {"content-type": "application/json", "accept": "image/png"}
+        call = urllib.request.Request(f"http://127.0.0.1:{at['http']}/generate", body, headers)
+        with urllib.request.urlopen(call, timeout=60) as reply:
+            assert reply.read().startswith(b"\x89PNG")
+        for process, component in ((api, "api"), (worker, "worker")):
+            process.send_signal(signal.SIGTERM)
+            spec = pods(overlay("cpu"))[component]["spec"]
+            assert process.wait(spec["terminationGracePeriodSeconds"]) == 0
 
 
 # GPUs and scaling

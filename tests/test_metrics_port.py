@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import http.client
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
 from darkroom import metrics
-from darkroom.config import Settings
 from darkroom.errors import ConfigError
-from darkroom.up import free_port
 
 
 def get(port: int, path: str) -> int | None:
@@ -61,43 +53,3 @@ def test_a_taken_port_is_one_sentence() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
             metrics.serve_metrics("127.0.0.1", port)
-
-
-@pytest.fixture
-def worker(settings: Settings, redis_url: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A worker process of the built-in model, just started, and its metrics port."""
-    port = free_port("127.0.0.1", 0, setting="metrics")
-    variables = {
-        "DARKROOM_REDIS_URL": redis_url,
-        "DARKROOM_SHARD": settings.shard,
-        "DARKROOM_METRICS_PORT": str(port),
-        "DARKROOM_DEVICE": "cpu",
-        "DARKROOM_LOG_LEVEL": "error",
-    }
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
-    process = subprocess.Popen([sys.executable, "-m", "darkroom", "worker"], env={**clean, **variables})
-    try:
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_worker_is_ready_once_warm_and_never_again_after_its_stop(
-    worker: tuple[subprocess.Popen[bytes], int],
-) -> None:
-    process, port = worker
-    answers = [get(port, "/health/ready")]
-    while answers[-1] != 200:
-        assert process.poll() is None
-        time.sleep(0.05)
-        answers.append(get(port, "/health/ready"))
-    assert answers[0] is None or answers[0] == 503
-    assert get(port, "/health/live") == 200
-    process.send_signal(signal.SIGTERM)
-    after = []
-    while process.poll() is None:
-        after.append(get(port, "/health/ready"))
-    assert process.wait() == 0
-    stopped = next(index for index, answer in enumerate([*after, None]) if answer != 200)
-    assert 200 not in after[stopped:]
