@@ -107,9 +107,10 @@ class ResultStore:
         what was written as far as it can.
         """
         located = msgspec.structs.replace(result, location=f"{self._shard}/{job.id}/{job.attempt}")
+        contents = dict(zip(_keys(located), images, strict=True))
         try:
             async with asyncio.timeout(self._timeout_s), asyncio.TaskGroup() as group:
-                for key, content in zip(_keys(located), images, strict=True):
+                for key, content in contents.items():
                     group.create_task(self._put_patiently(key, content))
         except TimeoutError as error:
             await self.discard(located)
@@ -143,8 +144,10 @@ class ResultStore:
             return None
         from obstore import sign_async
 
+        # Whole seconds, and none is no lifetime.
+        expires_in = timedelta(seconds=max(1, int(lifetime_s)))
         with self._observed("sign"):
-            return await sign_async(self._signer, "GET", _keys(result)[index], timedelta(seconds=max(1, int(lifetime_s))))
+            return await sign_async(self._signer, "GET", _keys(result)[index], expires_in)
 
     async def sweep(self) -> None:
         """Remove expired pictures from a directory, at most once a minute and a bounded number at a time. A bucket has
@@ -212,7 +215,7 @@ def _keys(result: Result) -> list[str]:
 
 def _reason(error: BaseException | None) -> str:
     """The library's message without its debug print, which follows in lines of its own."""
-    return shorten(str(error).partition("\n\nDebug source")[0], 300)
+    return shorten(str(error).partition("\n\nDebug source")[0], 500)
 
 
 def _sweep(directory: Path, older_than_s: float) -> int:
