@@ -80,6 +80,7 @@ class ResultStore:
                 self._directory = Path(unquote(urlsplit(url).path))
                 self._store = LocalStore(self._directory, mkdir=True)
             else:
+                _check_endpoint()
                 kind = S3Store if url.startswith("s3:") else GCSStore
                 self._store = kind.from_url(url, client_options=_CLIENT_OPTIONS, retry_config=_RETRY_CONFIG)
                 self._signer = self._store if settings.result_urls == "signed" else None
@@ -131,6 +132,8 @@ class ResultStore:
             try:
                 return (await (await self._store.get_async(key)).bytes_async()).to_bytes()
             except FileNotFoundError:
+                # A lifecycle rule that is too quick, or another bucket than the workers'.
+                log.warning("picture_missing", key=key)
                 return None
 
     @property
@@ -203,6 +206,14 @@ class ResultStore:
             raise ResultStoreUnavailable("the result store is unavailable") from error
         finally:
             metrics.RESULT_STORE_SECONDS.labels(operation).observe(time.perf_counter() - began)
+
+
+def _check_endpoint() -> None:
+    """Raise `ConfigError` for an endpoint at which the library would panic with every call."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        endpoint = os.environ.get(name)
+        if endpoint is not None and re.match(r"https?://[^/]", endpoint) is None:
+            raise ConfigError(f"{name}={shorten(endpoint)}: expected https://host or http://host:port")
 
 
 def _keys(result: Result) -> list[str]:
