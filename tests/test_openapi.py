@@ -268,6 +268,9 @@ async def internal(world: World) -> httpx.Response:
     return reply
 
 
+# What a worker may end a job with.
+JOB_CODES = ("job_failed", "bad_message", "dead_letter", "non_finite", "out_of_memory", "storage_unavailable")
+
 CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "malformed_json": malformed_json,
     "body_too_large": body_too_large,
@@ -292,7 +295,7 @@ CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "job_not_found": lambda world: world.client.get(f"/jobs/{'0' * 26}"),
     **{
         code: lambda world, code=code: failing(world, code)  # type: ignore[misc]
-        for code in ("job_failed", "bad_message", "dead_letter", "non_finite", "out_of_memory")
+        for code in JOB_CODES
     },
 }
 
@@ -314,7 +317,7 @@ async def test_every_error_code_reaches_a_client(code: str, settings: Settings, 
     assert problem["detail"]
     if reply.status_code in (429, 503):
         assert int(reply.headers["retry-after"]) >= 1
-    if code in ("job_failed", "bad_message", "dead_letter", "non_finite", "out_of_memory", "cancelled", "expired"):
+    if code in (*JOB_CODES, "cancelled", "expired"):
         assert re.fullmatch("[0-9a-f]{26}", problem["job_id"])
 
 

@@ -6,15 +6,19 @@ variable, the value and what is accepted.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from darkroom.errors import ConfigError, shorten
 
 BUILTIN_MODEL = Path(__file__).parent / "models" / "emoji-world"
+_RESULT_STORE = re.compile(
+    r"file:///[^?#]+|(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[a-zA-Z0-9._-]+)*/?"
+)
 
 
 def default_data_dir() -> Path:
@@ -51,6 +55,23 @@ class Settings(BaseSettings):
     )
     max_queue_jobs: int = Field(1000, ge=1, le=1_000_000, description="Jobs waiting before new ones are answered 429.")
 
+    result_store: str | None = Field(
+        None,
+        description="Where finished images are kept: unset is Redis, else file:///directory, s3://bucket/prefix or "
+        "gs://bucket/prefix.",
+    )
+    result_urls: Literal["proxy", "signed"] = Field(
+        "proxy",
+        description="proxy hands images out itself; signed redirects GET /jobs/{job_id}/images/{index} to a signed URL "
+        "of the bucket.",
+    )
+    result_store_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="How long a worker tries to store a job's images before the job fails; raising it rides out longer "
+        "outages.",
+    )
     result_ttl_s: int = Field(900, ge=10, le=86400 * 7, description="How long finished images are kept.")
     job_ttl_s: int = Field(3600, ge=60, le=86400 * 30, description="How long a finished job's record is kept.")
     lease_s: float = Field(
@@ -106,6 +127,21 @@ class Settings(BaseSettings):
         name, _, index = value.partition(":")
         if name not in ("auto", "cpu", "cuda") or (index and (name != "cuda" or not index.isdigit())):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("result_store")
+    @classmethod
+    def _known_store(cls, value: str | None) -> str | None:
+        if value is not None and _RESULT_STORE.fullmatch(value) is None:
+            raise ValueError("expected file:///directory, s3://bucket/prefix or gs://bucket/prefix")
+        return value
+
+    @field_validator("result_urls")
+    @classmethod
+    def _signable(cls, value: str, info: ValidationInfo) -> str:
+        # A store that was itself refused is not among the data.
+        if value == "signed" and (info.data.get("result_store") or "file:").startswith("file:"):
+            raise ValueError("expected proxy: only a bucket in DARKROOM_RESULT_STORE has signed URLs")
         return value
 
     @field_validator("graph_sizes")

@@ -15,6 +15,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   ├── StorageFull             the result store is near its memory limit
 │   ├── NoModel                 no worker serves a model, or the one asked for
 │   ├── QueueUnavailable        Redis cannot be reached or refuses writes
+│   ├── ResultStoreUnavailable  the bucket or directory of finished pictures cannot be reached or refuses us
 │   └── Draining                this process is shutting down
 └── JobError                    an accepted job could not be finished; its code is stored with the job
 
@@ -111,6 +112,12 @@ class QueueUnavailable(Unavailable):
     code = "queue_unavailable"
 
 
+class ResultStoreUnavailable(Unavailable):
+    """Also the code of a job whose pictures could not be stored."""
+
+    code = "storage_unavailable"
+
+
 class Draining(Unavailable):
     code = "draining"
 
@@ -139,6 +146,7 @@ HTTP_STATUS: dict[str, int] = {
     "storage_full": 503,
     "no_model": 503,
     "queue_unavailable": 503,
+    "storage_unavailable": 503,
     "unavailable": 503,
     "draining": 503,
     "internal": 500,

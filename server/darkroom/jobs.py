@@ -147,13 +147,17 @@ class ImageInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """The manifest of a succeeded job."""
+    """The manifest of a succeeded job.
+
+    In the result store picture i lies at `<location>-<i>.<format>`; '' means that the pictures are in Redis.
+    """
 
     images: list[ImageInfo]
     timings: Timings
     weights_hash: str
     worker: str
     max_batch_rows: int
+    location: str = ""
     version: int = MESSAGE_VERSION
 
 

@@ -139,6 +139,8 @@ ENCODE_SECONDS = _histogram("encode_seconds", "Text encoding of one job.", _PART
 DENOISE_SECONDS = _histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
 DECODE_SECONDS = _histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
 IMAGE_ENCODE_SECONDS = _histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
+RESULT_STORE_SECONDS = _histogram("result_store_seconds", "One call to the result store.", _PART_SECONDS, "operation")
+RESULT_STORE_ERRORS = _counter("result_store_errors_total", "Calls to the result store that failed.", "operation")
 
 
 class _QueueJobs(Collector):

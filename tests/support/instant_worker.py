@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections.abc import AsyncIterator
 
+from darkroom.errors import ResultStoreUnavailable
 from darkroom.jobs import Failure, ImageInfo, Job, ModelCard, Result, Timings
 from darkroom.queue import JobQueue
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations
@@ -126,6 +127,11 @@ class InstantWorker:
             worker=self.worker_id,
             max_batch_rows=2,
         )
+        try:
+            result = await self.queue.store_images(job, result, images)
+        except ResultStoreUnavailable as error:
+            await self.queue.fail(self.worker_id, job, Failure(code=error.code, message=str(error)))
+            return
         await self.queue.succeed(self.worker_id, job, result, images)
 
     async def _cancelled(self, job_id: str) -> None:

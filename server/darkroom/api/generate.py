@@ -25,7 +25,7 @@ from darkroom.api.schema import (
     manifest_of,
 )
 from darkroom.api.service import Service, service_of
-from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, JobError
+from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, JobError, ResultStoreUnavailable
 from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
 
 log = structlog.get_logger("darkroom.api")
@@ -103,8 +103,8 @@ _IMAGE_HEADERS = {
         **documented(
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
             "unsupported_media_type", "invalid_request", "idempotency_mismatch", "queue_full", "internal", "job_failed",
-            "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable", "draining",
-            "expired", "out_of_memory",
+            "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable",
+            "storage_unavailable", "draining", "expired", "out_of_memory",
         ),
     },
 )  # fmt: skip
@@ -201,6 +201,8 @@ def result_of(status: JobStatus) -> Result:
     if status.result is not None:
         return status.result
     if status.failure is not None:
+        if status.failure.code == ResultStoreUnavailable.code:
+            raise ResultStoreUnavailable(status.failure.message)
         code = status.failure.code if status.failure.code in HTTP_STATUS else "job_failed"
         raise JobError(status.failure.message, code=code)
     if status.state is JobState.CANCELLED:

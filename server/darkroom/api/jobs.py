@@ -84,7 +84,14 @@ def _view(status: JobStatus) -> Response:
             },
         },
         304: {"description": "The copy named by `If-None-Match` is still good."},
-        **documented("job_not_found", "image_not_found", "job_not_finished", "queue_unavailable"),
+        307: {
+            "description": "Where the server is told to redirect to its bucket: the picture is at this signed URL for "
+            "as long as it is kept.",
+            "headers": {"Location": {"description": "The signed URL.", "schema": {"type": "string"}}},
+        },
+        **documented(
+            "job_not_found", "image_not_found", "job_not_finished", "queue_unavailable", "storage_unavailable"
+        ),
     },
 )
 async def image(
@@ -92,7 +99,11 @@ async def image(
 ) -> Response:
     if not (index.isascii() and index.isdecimal() and len(index) < 4):
         raise ImageNotFound("images are numbered from 0")
-    content = await service_of(request).queue.image(checked(job_id), int(index))
+    queue = service_of(request).queue
+    url = await queue.image_url(checked(job_id), int(index))
+    if url is not None:
+        return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
+    content = await queue.image(job_id, int(index))
     etag = f'"{job_id}-{int(index)}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):

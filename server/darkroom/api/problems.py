@@ -31,6 +31,7 @@ TITLES: dict[str, str] = {
     "storage_full": "The result store is full",
     "no_model": "No worker is ready",
     "queue_unavailable": "The queue cannot be reached",
+    "storage_unavailable": "The result store cannot be reached",
     "unavailable": "The service cannot take requests now",
     "draining": "This server is shutting down",
     "internal": "Something went wrong on our side",

@@ -35,7 +35,7 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
     an address cannot be bound.
     """
     settings = settings.model_copy(update={"redis_url": url})
-    JobQueue(settings, url)  # an unusable URL stops the start here; an absent server does not
+    JobQueue(settings, url)  # an unusable URL or result store stops the start here; an absent server does not
     listener = bind(settings.host, settings.port)
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -92,13 +92,15 @@ class Service:
             await self.look()
 
     async def look(self) -> None:
-        """One look at the queue, the first that reaches it included. Raises `ConfigError` for an unusable URL."""
+        """One look at the queue, the first that reaches it included. Raises `ConfigError` for an unusable URL or result
+        store."""
         try:
             if self._queue is None:
                 self._queue = await JobQueue.connect(self.settings, self.settings.redis_url or "")
             # Workers do it too; this one ends overdue jobs also where no worker is left.
             await self._queue.reap()
             observe_queue(await self._queue.stats(), await self._queue.memory())
+            await self._queue.sweep_results()
         except QueueUnavailable as error:
             if self._reached is not False:
                 log.error(

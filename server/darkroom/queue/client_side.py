@@ -16,15 +16,17 @@ from darkroom.errors import (
     JobNotFound,
     QueueFull,
     QueueUnavailable,
+    ResultStoreUnavailable,
     StorageFull,
 )
-from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, decode, encode
+from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
 from darkroom.queue.notices import Notices, wait_for
 from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, status_of
+from darkroom.queue.results import ResultStore
 
 # A class is a head start, not a rank: a waiting job of a lower class is passed only by jobs that came at most twenty
 # minutes (low against high) or ten (its neighbour) after it, so nothing starves.
@@ -44,10 +46,20 @@ MODEL_GRACE_S = 60.0
 
 
 class ClientSide:
-    def __init__(self, connection: RedisConnection, notices: Notices, max_queue_jobs: int) -> None:
+    def __init__(
+        self,
+        connection: RedisConnection,
+        notices: Notices,
+        results: ResultStore | None,
+        *,
+        max_queue_jobs: int,
+        result_ttl_s: int,
+    ) -> None:
         self._connection = connection
         self._notices = notices
+        self._results = results
         self._max_queue_jobs = max_queue_jobs
+        self._result_ttl_s = result_ttl_s
         self._memory = MemoryGauge(connection)
         self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
@@ -68,9 +80,9 @@ class ClientSide:
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
-        `result_bytes` is the most its pictures may take; that much memory is reserved until the job ends. A job that
-        still waits `deadline_s` seconds from now expires. With an `idempotency_key` seen before, the earlier job is
-        returned if `body_hash` is the same.
+        `result_bytes` is the most its pictures may take; that much memory is reserved until the job ends, unless they
+        go to a result store. A job that still waits `deadline_s` seconds from now expires. With an `idempotency_key`
+        seen before, the earlier job is returned if `body_hash` is the same.
 
         When the queue is full, `QueueFull.retry_after_s` is a promise: a caller that asks for the same then (by its
         `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
@@ -87,7 +99,7 @@ class ClientSide:
             job.request.model,
             job.priority.rank,
             job.request.num_model_rows,
-            result_bytes + len(payload) + JOB_OVERHEAD_BYTES,
+            (result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
             "" if deadline_s is None else int(deadline_s * 1000),
             "" if idempotency_key is None else digest(idempotency_key),
             body_hash,
@@ -160,12 +172,15 @@ class ClientSide:
         return read_events(self._connection, self._notices, job_id, after)
 
     async def images(self, job_id: str) -> list[bytes]:
-        """All pictures of a succeeded job. Raises `JobNotFound`, `JobNotFinished`, `ImageNotFound`."""
-        num_images = await self._num_images(job_id)
-        keys = (self._connection.keys.image(job_id, index) for index in range(num_images))
+        """All pictures of a succeeded job. Raises `JobNotFound`, `JobNotFinished`, `ImageNotFound`,
+        `ResultStoreUnavailable`."""
+        result, _ = await self._succeeded(job_id)
+        if result.location:
+            return await asyncio.gather(*(self._fetch(job_id, result, index) for index in range(len(result.images))))
+        keys = (self._connection.keys.image(job_id, index) for index in range(len(result.images)))
         images: list[bytes | None] = await self._connection.command("MGET", *keys)
         found = [image for image in images if image is not None]
-        if len(found) < num_images:
+        if len(found) < len(images):
             raise ImageNotFound(f"the images of job {job_id} have expired")
         return found
 
@@ -174,22 +189,56 @@ class ClientSide:
         image: bytes | None = await self._connection.command("GET", self._connection.keys.image(job_id, index))
         if image is not None:
             return image
-        num_images = await self._num_images(job_id)
-        if not 0 <= index < num_images:
-            raise ImageNotFound(f"job {job_id} has {num_images} images, numbered from 0")
-        raise ImageNotFound(f"image {index} of job {job_id} has expired")
+        result, _ = await self._succeeded(job_id, index)
+        return await self._fetch(job_id, result, index)
 
-    async def _num_images(self, job_id: str) -> int:
-        state, number = await self._connection.command(
-            "HMGET", self._connection.keys.job(job_id), "state", "num_images"
+    async def image_url(self, job_id: str, index: int) -> str | None:
+        """Where to get one picture of a succeeded job without this service, for as long as it is kept; None if only
+        `image` has it. Raises as `images`."""
+        if self._results is None or not self._results.signs_urls:
+            return None
+        result, left_s = await self._succeeded(job_id, index)
+        return await self._results.signed_url(result, index, left_s) if result.location else None
+
+    async def _fetch(self, job_id: str, result: Result, index: int) -> bytes:
+        image: bytes | None = None
+        if result.location:
+            if self._results is None:
+                raise ResultStoreUnavailable("the picture is in a result store, and this server was given none")
+            image = await self._results.fetch(result, index)
+        if image is None:
+            raise ImageNotFound(f"image {index} of job {job_id} has expired")
+        return image
+
+    async def _succeeded(self, job_id: str, index: int = 0) -> tuple[Result, float]:
+        """The manifest of a job that has image `index`, and the seconds for which a result store still keeps it.
+
+        A bucket may keep it longer than `result_ttl_s`; it is refused here once its time is up.
+        """
+        state, encoded, finished_ms = await self._connection.command(
+            "HMGET", self._connection.keys.job(job_id), "state", "result", "finished_ms"
         )
         if state is None:
             raise JobNotFound(f"there is no job {job_id}, or its record has expired")
         if not JobState(state.decode()).is_terminal:
             raise JobNotFinished(f"job {job_id} is still {state.decode()}")
-        if not number or int(number) == 0:
+        if not encoded:
             raise ImageNotFound(f"job {job_id} has no images: it is {state.decode()}")
-        return int(number)
+        result = decode(encoded, Result)
+        if not 0 <= index < len(result.images):
+            raise ImageNotFound(f"job {job_id} has {len(result.images)} images, numbered from 0")
+        if not result.location:
+            return result, 0.0
+        seconds, microseconds = await self._connection.command("TIME")
+        left_s = self._result_ttl_s - (seconds + microseconds / 1e6 - int(finished_ms) / 1000)
+        if left_s <= 0:
+            raise ImageNotFound(f"image {index} of job {job_id} has expired")
+        return result, left_s
+
+    async def sweep_results(self) -> None:
+        """Remove expired pictures that would not go by themselves: those in a directory. Cheap to call often."""
+        if self._results is not None:
+            await self._results.sweep()
 
     async def cards(self) -> Cards:
         """The models that workers serve or have served lately; up to a second old. A card this release cannot read is

@@ -29,7 +29,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "promises": ("zset", "places promised to refused callers by the ms from which on", "longest promise"),
     "promise": ("zset", "promise:<caller>: the same of one caller, by connection", "longest promise"),
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
-    "image": ("string", "image:<id>:<index>: encoded picture", "result_ttl_s"),
+    "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
     "dead": ("stream", "dead letters with their payload, at most 1000 entries", "none: capped"),
     "notify": ("list", "notify:<model>: wake-up tokens that idle workers block on, at most 64", "60 s"),

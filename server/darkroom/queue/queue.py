@@ -7,6 +7,7 @@ from darkroom.errors import QueueUnavailable
 from darkroom.queue.client_side import ClientSide
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.notices import Notices
+from darkroom.queue.results import ResultStore
 from darkroom.queue.worker_side import WorkerSide
 
 
@@ -15,15 +16,23 @@ class JobQueue(ClientSide, WorkerSide):
     itself when Redis is back."""
 
     def __init__(self, settings: Settings, url: str) -> None:
+        results = ResultStore(settings, settings.result_store) if settings.result_store else None
         connection = RedisConnection(settings, url)
         notices = Notices(connection)
-        ClientSide.__init__(self, connection, notices, settings.max_queue_jobs)
-        WorkerSide.__init__(self, connection, notices, settings.lease_s)
+        ClientSide.__init__(
+            self,
+            connection,
+            notices,
+            results,
+            max_queue_jobs=settings.max_queue_jobs,
+            result_ttl_s=settings.result_ttl_s,
+        )
+        WorkerSide.__init__(self, connection, notices, results, settings.lease_s)
 
     @classmethod
     async def connect(cls, settings: Settings, url: str) -> JobQueue:
-        """Open the queue and log what the server's settings promise. Raises `ConfigError` for an unusable URL,
-        `QueueUnavailable` when the server cannot be reached."""
+        """Open the queue and log what the server's settings promise. Raises `ConfigError` for an unusable URL or result
+        store, `QueueUnavailable` when the server cannot be reached."""
         queue = cls(settings, url)
         try:
             await queue.ping()

@@ -15,6 +15,7 @@ from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
 from darkroom.queue.connection import BLOCK_S, RedisConnection
 from darkroom.queue.notices import Notices
 from darkroom.queue.records import Reaped, Renewal, WorkerInfo, job_of
+from darkroom.queue.results import ResultStore
 
 log = structlog.get_logger(__name__)
 
@@ -23,9 +24,12 @@ _MAX_DEAD_LETTERS = 1000
 
 
 class WorkerSide:
-    def __init__(self, connection: RedisConnection, notices: Notices, lease_s: float) -> None:
+    def __init__(
+        self, connection: RedisConnection, notices: Notices, results: ResultStore | None, lease_s: float
+    ) -> None:
         self._connection = connection
         self._notices = notices
+        self._results = results
         self._alive_ms = int(max(lease_s, 3.0) * 1000)
         self._registered: dict[str, list[bytes | str]] = {}
         self._claim_tokens: dict[str, str] = {}
@@ -126,9 +130,24 @@ class WorkerSide:
         if updates:
             await self._connection.script("progress", worker_id, *(part for update in updates for part in update))
 
+    async def check_result_store(self) -> None:
+        """See that pictures can be written. Raises `ConfigError` when the result store refuses them."""
+        if self._results is not None:
+            await self._results.check()
+
+    async def store_images(self, job: Job, result: Result, images: Sequence[bytes]) -> Result:
+        """Bring a job's pictures to where `succeed` expects them and return the manifest to give it: into the result
+        store, if there is one. Keep renewing the lease meanwhile. Raises `ResultStoreUnavailable`."""
+        return result if self._results is None else await self._results.store(job, result, images)
+
     async def succeed(self, worker_id: str, job: Job, result: Result, images: Sequence[bytes]) -> bool:
-        """Store a job's pictures and end it, if this attempt still owns it; False if not. Harmless to repeat."""
-        return await self._settle(worker_id, job.id, job.attempt, JobState.SUCCEEDED, result=result, images=images)
+        """Store a job's pictures, or the place that `store_images` gave them, and end it, if this attempt still owns
+        it; False if not. Harmless to repeat."""
+        in_redis = images if not result.location else ()
+        stored = await self._settle(worker_id, job.id, job.attempt, JobState.SUCCEEDED, result=result, images=in_redis)
+        if not stored and result.location and self._results is not None:
+            await self._results.discard(result)
+        return stored
 
     async def fail(self, worker_id: str, job: Job, failure: Failure) -> bool:
         """End a job without pictures, if this attempt still owns it. Harmless to repeat."""

@@ -154,6 +154,7 @@ def run_worker(
     use_cpu_threads(1)
     if device.type == "cuda":
         check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
+    JobQueue(settings, redis_url)  # an unusable URL or result store stops the start before models are loaded
     models = load_models(settings, model_paths)
     is_ready = threading.Event()
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port, is_ready.is_set)
@@ -171,6 +172,7 @@ async def _serve(
     queue = await _connect(settings, redis_url)
     compile_on_ready = prepare_compile(models.values(), settings)
     try:
+        await queue.check_result_store()
         worker = Worker(settings, queue, functools.partial(Engine, models, settings, warm_up=True))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
@@ -19,9 +20,9 @@ import structlog
 
 from darkroom import metrics
 from darkroom.config import Settings
-from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Finished, TickReport
-from darkroom.errors import QueueUnavailable
-from darkroom.jobs import Job, Priority, Result
+from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, TickReport
+from darkroom.errors import QueueUnavailable, ResultStoreUnavailable
+from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
 from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick
 
@@ -321,7 +322,9 @@ class Worker:
         """A refusal by the script means that somebody else holds the job: nothing to do."""
         job = event.job
         if isinstance(event, Finished):
-            result, images = with_queue_time(event), event.images
+            event = await self._with_stored_images(event)
+        if isinstance(event, Finished):
+            result, images = event.result, event.images
             stored = await self._retry(lambda: self._queue.succeed(self.id, job, result, images))
             outcome = "succeeded"
         elif isinstance(event, Cancelled):
@@ -337,6 +340,15 @@ class Worker:
         if stored:
             observe_end(event, outcome, time.monotonic() - self._claimed_s[job.id, job.attempt])
         log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
+
+    async def _with_stored_images(self, event: Finished) -> Finished | Failed:
+        """The event once its pictures are in the result store, if there is one, or the failure that they are not. The
+        lease is renewed meanwhile, because the job is still held."""
+        try:
+            result = await self._queue.store_images(event.job, with_queue_time(event), event.images)
+        except ResultStoreUnavailable as error:
+            return Failed(event.job, Failure(code=error.code, message=str(error)))
+        return dataclasses.replace(event, result=result)
 
     def _forget(self, job: Job) -> None:
         """Stop holding this attempt; a later attempt at the same job may be held by now."""

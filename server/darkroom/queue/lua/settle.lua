@@ -1,7 +1,7 @@
 -- End a running job as its owner: succeeded with its images, failed, or cancelled.
 --
 -- ARGV 1 job id   2 worker   3 attempt   4 terminal state   5 encoded result or ''   6 error code   7 error message
---      8.. image bytes
+--      8.. image bytes, none when they lie in the result store
 -- Writes image:<id>:<index> and what finish() writes. Returns 1 when the job has ended so by this attempt (also when an
 -- earlier copy of this call did it), 0 when the attempt no longer owns the job: nothing is stored then.
 
@@ -19,6 +19,5 @@ for i = 8, #ARGV do
 end
 if stored > 0 then redis.call('HINCRBY', counters, 'stored_bytes', stored) end
 if state == 'succeeded' then job.step = job.num_steps end
-finish(id, job, state, 'result', ARGV[5], 'error_code', ARGV[6], 'error_message', ARGV[7], 'num_images', #ARGV - 7,
-  'step', job.step)
+finish(id, job, state, 'result', ARGV[5], 'error_code', ARGV[6], 'error_message', ARGV[7], 'step', job.step)
 return 1
