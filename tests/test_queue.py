@@ -42,6 +42,8 @@ from tests.support.proxy import lossy_proxy
 
 FAILURE = Failure(code="non_finite", message="the picture came out as noise")
 BYTES = 1000
+# Small pictures travel as arguments of the script, large ones are staged beside it.
+PICTURES = pytest.mark.parametrize("picture", [b"picture", random.Random(0).randbytes(200_000)], ids=["small", "large"])
 
 
 @pytest_asyncio.fixture
@@ -214,8 +216,9 @@ async def test_a_claim_whose_reply_is_lost_does_not_strand_its_jobs(
         assert await claim(queue, "lossy-worker") == []
 
 
+@PICTURES
 async def test_a_success_whose_reply_is_lost_is_still_a_success(
-    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path
+    settings: Settings, embedded_redis: EmbeddedRedis, tmp_path: Path, picture: bytes
 ) -> None:
     socket = Path(embedded_redis.url.removeprefix("unix://"))
     path = tmp_path / "proxy.sock"
@@ -224,12 +227,36 @@ async def test_a_success_whose_reply_is_lost_is_still_a_success(
         jobs = {job.id: job for job in await claim(queue)}
         assert await succeed(queue, jobs[first.id])
         proxy.lose_replies_to(second.id, 1)
-        assert await succeed(queue, jobs[second.id])
+        assert await succeed(queue, jobs[second.id], images=(picture,))
         assert proxy.num_dropped == 1
-        assert await succeed(queue, jobs[second.id]), "publishing once more is harmless"
-        assert await queue.images(second.id) == [b"picture"]
+        assert await succeed(queue, jobs[second.id], images=(picture,)), "publishing once more is harmless"
+        assert await queue.images(second.id) == [picture]
         assert (await queue.stats()).counters["succeeded"] == 2
         await assert_reconciled(queue)
+
+
+async def test_large_pictures_are_stored_by_their_owner_alone(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    await enqueue(queue)
+    stale = await claim_one(queue, "asleep")
+    await lose_lease(redis, keys, stale)
+    await queue.reap()
+    job = await claim_one(queue, "awake")
+    late, ours = (os.urandom(100_000),), (os.urandom(100_000), b"", os.urandom(100_000))
+    assert not await succeed(queue, stale, "asleep", late)
+    assert await _names(redis, keys, "image", "staged") == set()
+    await redis.script_flush()
+    assert await succeed(queue, job, "awake", ours)
+    assert not await succeed(queue, stale, "asleep", late)
+    assert await queue.images(job.id) == list(ours)
+    assert await _names(redis, keys, "image", "staged") == {keys.image(job.id, index) for index in range(3)}
+    assert await redis.pttl(keys.image(job.id, 0)) > 0
+    assert await redis.hget(keys.counters, "stored_bytes") == b"200000"
+    await assert_reconciled(queue)
+
+
+async def _names(redis: Any, keys: Keys, *kinds: str) -> set[str]:
+    found = [await redis.keys(f"{keys.prefix}{kind}:*") for kind in kinds]
+    return {name.decode() for names in found for name in names}
 
 
 async def test_a_key_seen_before_returns_the_same_job_and_refuses_another_body(queue: JobQueue) -> None:
@@ -859,7 +886,10 @@ async def test_what_is_reserved_for_a_job_covers_it_from_start_to_end(queue: Job
     assert await redis.memory_usage(keys.job(job.id), samples=0) <= running, "a finished record is no larger"
 
 
-async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(settings: Settings, tmp_path: Path) -> None:
+@PICTURES
+async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(
+    settings: Settings, tmp_path: Path, picture: bytes
+) -> None:
     """Redis refuses a script whose first write may grow memory; the scripts that end jobs get through."""
     limited = settings.model_copy(update={"data_dir": tmp_path})
     with EmbeddedRedis(limited) as server:
@@ -871,13 +901,13 @@ async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(sett
                 await enqueue(queue)
             assert not (await queue.renew("w1", {job.id: job.attempt})).lost
             await queue.progress("w1", [(job.id, job.attempt, 1, 4)])
-            assert await succeed(queue, job)
+            assert await succeed(queue, job, images=(picture,))
             assert (await queue.cancel(third.id)).state == "cancelled"
             other = await claim_one(queue)
             assert await queue.hand_back("w1", other)
             assert await succeed(queue, await claim_one(queue))
             await queue.reap()
-            assert await queue.images(first.id) == [b"picture"]
+            assert await queue.images(first.id) == [picture]
             assert (await queue.status(second.id)).state == "succeeded"
             await queue._connection.command("CONFIG", "SET", "maxmemory", "100mb")
             await asyncio.sleep(1.1)  # the age of a memory sample
@@ -928,8 +958,9 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     written = {key.decode() for key in set(await redis.keys("*")) - before}
     assert all(key.startswith(keys.prefix) for key in written)
     kinds = {key: key.removeprefix(keys.prefix).split(":")[0] for key in written}
-    # The last claim emptied the queue, and so the wake-up list, the waiting jobs and their cost.
-    assert set(kinds.values()) == set(KEY_TABLE) - {"ready", "queued", "notify", "backlog", "promises", "promise"}
+    # The last claim emptied the queue, and so the wake-up list, the waiting jobs and their cost. Nothing stays staged.
+    unseen = {"ready", "queued", "notify", "backlog", "promises", "promise", "staged"}
+    assert set(kinds.values()) == set(KEY_TABLE) - unseen
     for key, kind in kinds.items():
         assert (await redis.type(key)).decode() == KEY_TABLE[kind][0]
 

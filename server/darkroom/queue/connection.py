@@ -63,6 +63,11 @@ def redis_errors() -> Iterator[None]:
         raise QueueUnavailable(message, retry_after_s=retry_after_s) from error
 
 
+def is_out_of_memory(error: QueueUnavailable) -> bool:
+    """Whether the server refused a command because it may need memory."""
+    return isinstance(error.__cause__, exceptions.OutOfMemoryError)
+
+
 def _refusal(error: exceptions.RedisError) -> tuple[str, float]:
     """A safe sentence for an error reply. Redis 6 wraps a script's error into a text, so both forms are looked for."""
     text = str(error)
@@ -110,11 +115,14 @@ class RedisConnection:
     async def transaction(self, *commands: Sequence[Any]) -> list[Any]:
         """Run commands as one MULTI/EXEC in one round trip. An error in a reply is raised."""
         with redis_errors():
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)
-                replies: list[Any] = await pipeline.execute()
-                return replies
+            return await self._execute(*commands)
+
+    async def _execute(self, *commands: Sequence[Any]) -> list[Any]:
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = await pipeline.execute()
+            return replies
 
     async def script(self, name: str, *args: Any) -> Any:
         """Run a script by its digest; a server that has lost it (restart, flush, failover) is sent the text again."""
@@ -123,6 +131,15 @@ class RedisConnection:
                 return await self._redis.execute_command("EVALSHA", self._shas[name], 1, self.keys.prefix, *args)
             except exceptions.NoScriptError:
                 return await self._redis.execute_command("EVAL", self._scripts[name], 1, self.keys.prefix, *args)
+
+    async def script_after(self, commands: Sequence[Sequence[Any]], name: str, *args: Any) -> Any:
+        """Run commands and then a script as one MULTI/EXEC in one round trip, and return the script's reply. As
+        `script`, a server that has lost it is sent everything again, so the commands must be harmless to repeat."""
+        with redis_errors():
+            try:
+                return (await self._execute(*commands, ("EVALSHA", self._shas[name], 1, self.keys.prefix, *args)))[-1]
+            except exceptions.NoScriptError:
+                return (await self._execute(*commands, ("EVAL", self._scripts[name], 1, self.keys.prefix, *args)))[-1]
 
     def pubsub(self) -> PubSub:
         pubsub: PubSub = self._redis.pubsub()

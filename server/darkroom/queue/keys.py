@@ -30,6 +30,11 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "promise": ("zset", "promise:<caller>: the same of one caller, by connection", "longest promise"),
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
+    "staged": (
+        "string",
+        "staged:<id>:<attempt>:<index>: the same, within the transaction that settles",
+        "result_ttl_s",
+    ),
     "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
     "dead": ("stream", "dead letters with their payload, at most 1000 entries", "none: capped"),
     "notify": ("list", "notify:<model>: wake-up tokens that idle workers block on, at most 64", "60 s"),
@@ -63,6 +68,9 @@ class Keys:
 
     def image(self, job_id: str, index: int) -> str:
         return f"{self.prefix}image:{job_id}:{index}"
+
+    def staged(self, job_id: str, attempt: int, index: int) -> str:
+        return f"{self.prefix}staged:{job_id}:{attempt}:{index}"
 
     def events(self, job_id: str) -> str:
         return f"{self.prefix}events:{job_id}"

@@ -27,7 +27,9 @@ class JobQueue(ClientSide, WorkerSide):
             max_queue_jobs=settings.max_queue_jobs,
             result_ttl_s=settings.result_ttl_s,
         )
-        WorkerSide.__init__(self, connection, notices, results, settings.lease_s)
+        WorkerSide.__init__(
+            self, connection, notices, results, lease_s=settings.lease_s, result_ttl_s=settings.result_ttl_s
+        )
 
     @classmethod
     async def connect(cls, settings: Settings, url: str) -> JobQueue:

@@ -12,7 +12,7 @@ import structlog
 from darkroom import metrics
 from darkroom.errors import JobError, QueueUnavailable
 from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
-from darkroom.queue.connection import BLOCK_S, RedisConnection
+from darkroom.queue.connection import BLOCK_S, RedisConnection, is_out_of_memory
 from darkroom.queue.notices import Notices
 from darkroom.queue.records import Reaped, Renewal, WorkerInfo, job_of
 from darkroom.queue.results import ResultStore
@@ -21,16 +21,25 @@ log = structlog.get_logger(__name__)
 
 _REAP_BATCH = 100
 _MAX_DEAD_LETTERS = 1000
+# From here on two copies of the pictures cost the server more than the commands that avoid them.
+_STAGED_BYTES = 32 << 10
 
 
 class WorkerSide:
     def __init__(
-        self, connection: RedisConnection, notices: Notices, results: ResultStore | None, lease_s: float
+        self,
+        connection: RedisConnection,
+        notices: Notices,
+        results: ResultStore | None,
+        *,
+        lease_s: float,
+        result_ttl_s: float,
     ) -> None:
         self._connection = connection
         self._notices = notices
         self._results = results
         self._alive_ms = int(max(lease_s, 3.0) * 1000)
+        self._result_ttl_ms = int(result_ttl_s * 1000)
         self._registered: dict[str, list[bytes | str]] = {}
         self._claim_tokens: dict[str, str] = {}
 
@@ -193,16 +202,24 @@ class WorkerSide:
         failure: Failure | None = None,
         images: Sequence[bytes] = (),
     ) -> bool:
-        return bool(
-            await self._connection.script(
-                "settle",
-                job_id,
-                worker_id,
-                attempt,
-                state.value,
-                encode(result) if result else b"",
-                failure.code if failure else "",
-                failure.message if failure else "",
-                *images,
-            )
+        arguments = (
+            job_id,
+            worker_id,
+            attempt,
+            state.value,
+            encode(result) if result else b"",
+            failure.code if failure else "",
+            failure.message if failure else "",
         )
+        if sum(map(len, images)) >= _STAGED_BYTES:
+            staged = [
+                ("SET", self._connection.keys.staged(job_id, attempt, index), image, "PX", self._result_ttl_ms)
+                for index, image in enumerate(images)
+            ]
+            try:
+                return bool(await self._connection.script_after(staged, "settle", *arguments, len(staged)))
+            except QueueUnavailable as error:
+                # At its memory limit the server takes pictures from a script alone: room for them was reserved.
+                if not is_out_of_memory(error):
+                    raise
+        return bool(await self._connection.script("settle", *arguments, 0, *images))

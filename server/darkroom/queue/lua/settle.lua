@@ -1,21 +1,32 @@
 -- End a running job as its owner: succeeded with its images, failed, or cancelled.
 --
 -- ARGV 1 job id   2 worker   3 attempt   4 terminal state   5 encoded result or ''   6 error code   7 error message
---      8.. image bytes, none when they lie in the result store
--- Writes image:<id>:<index> and what finish() writes. Returns 1 when the job has ended so by this attempt (also when an
--- earlier copy of this call did it), 0 when the attempt no longer owns the job: nothing is stored then.
+--      8 number of images that the same transaction has written to staged:<id>:<attempt>:<index>
+--      9.. image bytes, where none are staged; none either way when they lie in the result store
+-- A script's argument is copied for Lua and once more for the key; a staged image moves without a copy.
+-- Writes image:<id>:<index>, removes staged:<id>:<attempt>:<index>, and writes what finish() writes. Returns 1 when the
+-- job has ended so by this attempt (also when an earlier copy of this call did it), 0 when the attempt no longer owns the
+-- job: nothing is stored then.
 
 local id, worker, attempt, state = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local num_staged, num_sent = tonumber(ARGV[8]), #ARGV - 8
+local function staged_key(index) return prefix .. 'staged:' .. id .. ':' .. ARGV[3] .. ':' .. index end
+local function image_key(index) return prefix .. 'image:' .. id .. ':' .. index end
 write_at_memory_limit()
 local job = load_job(id)
 if not is_owned(job, worker, attempt) then
+  for index = 0, num_staged - 1 do redis.call('UNLINK', staged_key(index)) end
   return job and job.state == state and job.owner == worker and job.attempt == attempt and 1 or 0
 end
 
 local stored = 0
-for i = 8, #ARGV do
-  redis.call('SET', prefix .. 'image:' .. id .. ':' .. (i - 8), ARGV[i], 'PX', RESULT_TTL_MS)
-  stored = stored + #ARGV[i]
+for index = 0, num_staged - 1 do
+  redis.call('RENAME', staged_key(index), image_key(index))
+  stored = stored + redis.call('STRLEN', image_key(index))
+end
+for index = 0, num_sent - 1 do
+  redis.call('SET', image_key(index), ARGV[9 + index], 'PX', RESULT_TTL_MS)
+  stored = stored + #ARGV[9 + index]
 end
 if stored > 0 then redis.call('HINCRBY', counters, 'stored_bytes', stored) end
 if state == 'succeeded' then job.step = job.num_steps end
