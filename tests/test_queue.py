@@ -403,8 +403,8 @@ async def test_a_running_job_is_cancelled_by_its_worker(queue: JobQueue, setting
     await enqueue(queue)
     job = await claim_one(queue)
     async with opened(settings, redis_url) as other:
-        heard = asyncio.ensure_future(anext(aiter(queue.cancellations())))
-        await eventually(lambda: _is_subscribed(other, "cancel"))
+        heard = asyncio.ensure_future(anext(aiter(queue.cancellations("w1"))))
+        await eventually(lambda: _is_subscribed(other, "cancel:w1"))
         assert (await other.cancel(job.id)).state == "running"
         assert await asyncio.wait_for(heard, 2) == job.id
     renewal = await queue.renew("w1", {job.id: job.attempt})
@@ -413,6 +413,24 @@ async def test_a_running_job_is_cancelled_by_its_worker(queue: JobQueue, setting
     assert await queue.acknowledge_cancel("w1", job)
     assert (await queue.status(job.id)).state == "cancelled"
     await assert_reconciled(queue)
+
+
+async def test_a_cancellation_is_told_to_the_worker_that_runs_the_job_alone(
+    queue: JobQueue, settings: Settings, redis_url: str
+) -> None:
+    """What goes to every worker costs Redis time that grows with the fleet."""
+    jobs = [await enqueue(queue) for _ in range(2)]
+    [first] = await claim(queue, "w1", max_jobs=1)
+    [second] = await claim(queue, "w2", max_jobs=1)
+    assert [first.id, second.id] == [job.id for job in jobs]
+    async with opened(settings, redis_url) as other:
+        heard = [asyncio.ensure_future(anext(aiter(queue.cancellations(worker)))) for worker in ("w1", "w2")]
+        for worker in ("w1", "w2"):
+            await eventually(lambda worker=worker: _is_subscribed(other, f"cancel:{worker}"))  # type: ignore[misc]
+        await other.cancel(second.id)
+        assert await asyncio.wait_for(heard[1], 2) == second.id
+        await other.cancel(first.id)
+        assert await asyncio.wait_for(heard[0], 2) == first.id
 
 
 async def _is_subscribed(queue: JobQueue, channel: str) -> bool:

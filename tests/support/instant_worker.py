@@ -135,7 +135,7 @@ class InstantWorker:
         await self.queue.succeed(self.worker_id, job, result, images)
 
     async def _cancelled(self, job_id: str) -> None:
-        async for cancelled in self.queue.cancellations():
+        async for cancelled in self.queue.cancellations(self.worker_id):
             if cancelled == job_id:
                 return
 

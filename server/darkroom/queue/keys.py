@@ -49,7 +49,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
 CHANNEL_TABLE: dict[str, str] = {
     "ended": "a job reached a terminal state",
     "progress": "a running job's step count changed",
-    "cancel": "a running job was asked to be cancelled",
+    "cancel": "cancel:<worker>: a job that this worker runs was asked to be cancelled",
 }
 
 

@@ -182,12 +182,12 @@ class WorkerSide:
         metrics.DEAD_LETTERS.inc(len(reaped.dead))
         return reaped
 
-    async def cancellations(self) -> AsyncIterator[str]:
-        """Ids of running jobs as they are cancelled, of any worker. A hint: `renew` names those that were missed."""
+    async def cancellations(self, worker_id: str) -> AsyncIterator[str]:
+        """Ids of this worker's jobs as they are cancelled. A hint: `renew` names those that were missed."""
         job_ids: asyncio.Queue[str] = asyncio.Queue()
-
-        with self._notices.listen("cancel", job_ids.put_nowait):
-            await self._notices.subscribe("cancel")
+        channel = f"cancel:{worker_id}"
+        with self._notices.listen(channel, job_ids.put_nowait):
+            await self._notices.subscribe(channel)
             while True:
                 yield await job_ids.get()
 

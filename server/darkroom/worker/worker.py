@@ -263,7 +263,7 @@ class Worker:
     async def _follow_cancellations(self) -> None:
         while True:
             try:
-                async for job_id in self._queue.cancellations():
+                async for job_id in self._queue.cancellations(self.id):
                     if job_id in self._held:
                         self._engine.cancel(job_id, self._held[job_id].attempt)
                         continue
