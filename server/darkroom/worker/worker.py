@@ -36,7 +36,8 @@ PUBLISH_STOP_S = 0.5
 MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
-PROGRESS_INTERVAL_S = 0.1
+# Redis pays for each report of each busy worker: at ten a second some hundred workers would fill it with nothing else.
+PROGRESS_INTERVAL_S = 0.25
 CANCEL_AGAIN_S = 0.2
 
 
