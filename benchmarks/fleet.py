@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import subprocess
@@ -28,6 +29,7 @@ from typing import Any, NamedTuple
 import psutil
 import redis
 from darkroom.config import Settings
+from darkroom.queue import watcher
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.embedded import find_redis_server
 
@@ -59,8 +61,10 @@ LOADS = {
 # Redis runs scripts on one thread. Beyond this share of it, or with claims slower than this, one Redis has ended.
 REDIS_END_SHARE = 0.9
 CLAIM_END_S = 0.1
-# A generator process, or the machine, this busy says nothing of Redis any more.
+# Where a process of the generator or the whole machine is this busy, a latency says nothing of Redis any more, and a
+# rate neither; CPU per job still does.
 GENERATOR_END_SHARE = 0.85
+KEPT_UP_SHARE = 0.9
 MACHINE_END_SHARE = 0.95
 SLOWLOG_S = 2.0
 # The log also holds what scripts call, and those commands are shorter than this; no script is.
@@ -89,7 +93,7 @@ class Point:
     offered: float
     achieved: float
     refused: float
-    unavailable: float
+    failed: float
     commands: float
     inner_commands: float
     main_share: float
@@ -104,20 +108,23 @@ class Point:
 
     @property
     def redis_s_per_job(self) -> float:
-        return self.main_share / self.achieved if self.achieved else 0.0
+        """The main thread's CPU per job, beyond what the idle fleet takes."""
+        return (self.main_share - self.idle_share) / self.achieved if self.achieved else math.nan
 
     @property
     def computed_end(self) -> float:
-        """Jobs/s at which the server's main thread would be `REDIS_END_SHARE` busy, from its CPU per job here."""
-        return REDIS_END_SHARE / self.redis_s_per_job if self.achieved else 0.0
+        """Jobs/s at which the main thread would be `REDIS_END_SHARE` busy with this many workers, from its CPU here."""
+        return (REDIS_END_SHARE - self.idle_share) / self.redis_s_per_job
 
     @property
     def limit(self) -> str:
         """What held this point back."""
         if self.main_share >= REDIS_END_SHARE:
             return "redis"
-        if self.generator_share >= GENERATOR_END_SHARE or self.machine_share >= MACHINE_END_SHARE:
+        if self.generator_share >= GENERATOR_END_SHARE:
             return "generator"
+        if self.machine_share >= MACHINE_END_SHARE:
+            return "machine"
         if self.claim_s[1] > CLAIM_END_S:
             return "claims"
         return "none"
@@ -142,8 +149,12 @@ class Server:
             "slowlog-log-slower-than": -1,
         }
         arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        self._process = subprocess.Popen([find_redis_server(), *arguments], stdout=subprocess.DEVNULL)
-        self.process = psutil.Process(self._process.pid)
+        # The watcher ends the server when this process ends, however that happens.
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", watcher.__file__, find_redis_server(), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
         self.client = redis.Redis(port=port, protocol=2)
         ends_at = time.monotonic() + 10
         while True:
@@ -153,6 +164,8 @@ class Server:
             except redis.ConnectionError:
                 assert time.monotonic() < ends_at, "redis-server did not start"
                 time.sleep(0.02)
+        server: Any = self.client.info("server")
+        self.process = psutil.Process(server["process_id"])
 
     def main_thread_s(self) -> float:
         info: Any = self.client.info("cpu")
@@ -187,8 +200,8 @@ class Server:
 
     def stop(self) -> None:
         self.client.close()
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self._watcher.communicate()
 
 
 @dataclass(frozen=True)
@@ -316,7 +329,7 @@ def measure(
         offered=len(sent) / seconds,
         achieved=ends.count("succeeded") / seconds,
         refused=ends.count("refused") / seconds,
-        unavailable=ends.count("unavailable") / seconds,
+        failed=ends.count("failed") / seconds,
         commands=commands,
         inner_commands=inner,
         main_share=main_share,
@@ -337,8 +350,8 @@ def fleet_settings(arguments: argparse.Namespace, url: str) -> Settings:
 
 
 def run(arguments: argparse.Namespace) -> list[Point]:
-    """Every fleet size of every model. Past the first point that something held back, larger fleets are offered a
-    little less than that one achieved: what they show then is the price of more workers at the same jobs/s."""
+    """Every fleet size of every model. Past the first point that did not keep up, larger fleets are offered a little
+    less than that one achieved: what they show then is the price of more workers at the same jobs/s."""
     connection = RedisConnection(Settings(result_ttl_s=10, job_ttl_s=60), "redis://127.0.0.1")
     script_names = {sha: name for name, sha in connection._shas.items()}
     points: list[Point] = []
@@ -349,7 +362,7 @@ def run(arguments: argparse.Namespace) -> list[Point]:
         most = arguments.most_rate
         for workers in map(int, arguments.workers.split(",")):
             point = measure(load, workers, min(most, arguments.load * workers * load.capacity), arguments, script_names)
-            if point.limit != "none":
+            if point.achieved < KEPT_UP_SHARE * point.offered:
                 most = min(most, 0.8 * point.achieved)
             points.append(point)
             print(f"{model}, {workers} workers: {point.achieved:.0f} of {point.offered:.0f} jobs/s", file=sys.stderr)
@@ -358,9 +371,9 @@ def run(arguments: argparse.Namespace) -> list[Point]:
 
 def shown(points: Sequence[Point]) -> str:
     head = (
-        "model", "workers", "idle Redis %", "idle cmd/s", "offered/s", "done/s", "refused/s", "cmd/s", "with inner/s",
-        "Redis %", "Redis proc %", "generator %", "machine %", "claim p50 ms", "claim p99 ms", "enqueue p99 ms",
-        "lag p99 ms", "Redis ms/job", "MiB", "limit", "computed end/s",
+        "model", "workers", "idle Redis %", "idle cmd/s", "offered/s", "done/s", "refused/s", "failed/s", "cmd/s",
+        "with inner/s", "Redis %", "Redis proc %", "generator %", "machine %", "claim p50 ms", "claim p99 ms",
+        "enqueue p99 ms", "lag p99 ms", "Redis ms/job", "MiB", "limit", "computed end/s",
     )  # fmt: skip
     rows = [
         (
@@ -370,7 +383,8 @@ def shown(points: Sequence[Point]) -> str:
             f"{point.idle_commands:.0f}",
             f"{point.offered:.1f}",
             f"{point.achieved:.1f}",
-            f"{point.refused + point.unavailable:.1f}",
+            f"{point.refused:.1f}",
+            f"{point.failed:.1f}",
             f"{point.commands:.0f}",
             f"{point.inner_commands:.0f}",
             f"{point.main_share * 100:.1f}",

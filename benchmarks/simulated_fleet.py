@@ -22,7 +22,7 @@ import structlog
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
 from darkroom.engine.engine import Cancelled, Event, Finished, TickReport
-from darkroom.errors import QueueFull, QueueUnavailable, StorageFull
+from darkroom.errors import DarkroomError, QueueFull, StorageFull
 from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Result, Timings, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import PROGRESS_INTERVAL_S, Worker
@@ -321,6 +321,7 @@ async def _request(queue: JobQueue, job: Job, cancels: bool, samples: Samples) -
         outcome = status.state.value
     except (QueueFull, StorageFull):
         outcome = "refused"
-    except QueueUnavailable:
-        outcome = "unavailable"
+    except DarkroomError:
+        # Past its end Redis answers too late or not at all, and a picture may expire before it is fetched.
+        outcome = "failed"
     samples.ends.append((time.monotonic(), outcome))

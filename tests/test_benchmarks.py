@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from darkroom_kernels.bench.measure import measure_case
 from darkroom_kernels.bench.report import sizes_to_tune, tune_attention
 from darkroom_kernels.bench.timing import Limits, relative_error, time_calls
 
+from benchmarks import fleet
 from benchmarks.arrivals import MIXED_STEPS, Arrival, percentile, poisson_trace
 from benchmarks.families import TOY as TOY_FAMILY
 from benchmarks.gpu.__main__ import NO_DEVICE, main
@@ -415,3 +417,49 @@ def test_tables_are_aligned() -> None:
         "a      1.5",
         "bb    12.5",
     ]
+
+
+def test_a_toy_fleet_runs_on_one_redis_and_its_table_is_sane(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(fleet, "SLOWLOG_S", 1.0)
+    arguments = [
+        "--models", "sd15", "--workers", "3", "--most-rate", "30", "--picture-bytes", "40000",
+        "--worker-processes", "2", "--client-processes", "1", "--cancelled-share", "0.2",
+        "--warm-up-s", "0.8", "--window-s", "1.2", "--record",
+    ]  # fmt: skip
+    [point] = fleet.main(arguments)
+    assert point.workers == 3
+    assert 0 < point.achieved <= 2 * point.offered < 120
+    assert point.refused == point.failed == 0
+    assert 0 < point.claim_s[0] <= point.claim_s[1] < 5
+    assert point.idle_share < point.main_share < 1
+    assert point.main_share < point.redis_share + 0.1
+    assert point.idle_commands < point.commands < point.inner_commands
+    assert {"enqueue", "claim", "settle", "status"} <= {term.name for term in point.terms}
+    assert "computed end/s" in capsys.readouterr().out
+    figures = {row["figure"]: row for row in rows_of(tmp_path / "results.csv")}
+    assert len(figures) == 4
+    assert all("3 simulated workers, 40 kB pictures" in name for name in figures)
+
+
+def test_what_limits_a_fleet_is_named() -> None:
+    calm = fleet.Point(
+        load=fleet.LOADS["sdxl"], workers=8, idle_share=0.01, idle_commands=0.0, offered=10.0, achieved=10.0,
+        refused=0.0, failed=0.0, commands=100.0, inner_commands=900.0, main_share=0.03, redis_share=0.03, used_bytes=0,
+        generator_share=0.2, machine_share=0.3, claim_s=(0.001, 0.002), enqueue_p99_s=0.001, lag_p99_s=0.001, terms=[],
+    )  # fmt: skip
+    assert calm.limit == "none"
+    assert calm.redis_s_per_job == pytest.approx(0.002)
+    assert calm.computed_end == pytest.approx(445)
+    assert replace(calm, main_share=0.95, machine_share=1.0).limit == "redis"
+    assert replace(calm, generator_share=0.9, claim_s=(0.1, 0.5)).limit == "generator"
+    assert replace(calm, machine_share=0.97).limit == "machine"
+    assert replace(calm, claim_s=(0.01, 0.2)).limit == "claims"
+
+
+def test_the_assumed_tick_times_stay_below_what_the_device_could_do() -> None:
+    for model, row_flops in (("sd15", 803.3e9), ("sdxl", 6761e9)):
+        limit = fleet.PEAK_FLOPS / (2 * 20 * row_flops)
+        assert 0.5 * limit < fleet.LOADS[model].capacity < 0.7 * limit
