@@ -205,7 +205,7 @@ class KnownAnswerEngine:
             ]
             key = BatchKey(self._load.model, self._load.side_px // 8, self._load.side_px // 8)
             choice = Choice(key, (), model_rows, model_rows)
-            self._on_tick(TickReport(choice, tick_s, len(chosen), 0, len(left), 0, progress))
+            self._on_tick(TickReport(choice, tick_s, len(chosen), 0, len(left), {}, progress))
         self._start_tick()
 
     def _result(self, job: Job) -> Result:
@@ -311,7 +311,7 @@ async def _request(queue: JobQueue, job: Job, cancels: bool, samples: Samples) -
     try:
         await queue.cards()
         side_px = job.request.width
-        await queue.enqueue(job, result_bytes=side_px * side_px * 3)
+        await queue.enqueue(job, result_bytes=side_px * side_px * 3, body_hash=job.id, caller=job.id)
         if cancels:
             await asyncio.sleep(0.5)
             await queue.cancel(job.id)
