@@ -459,7 +459,7 @@ def main(words: Sequence[str] | None = None) -> list[Point]:
     parser.add_argument("--cancelled-share", type=float, default=0.02, help="part of the clients that cancel")
     parser.add_argument("--appendfsync", choices=("everysec", "always", "no"), default="everysec")
     parser.add_argument("--worker-processes", type=int, default=max(2, min(8, cores - 4)))
-    parser.add_argument("--client-processes", type=int, default=max(1, min(4, cores // 4)))
+    parser.add_argument("--client-processes", type=int, default=max(2, min(4, cores // 4)))
     parser.add_argument("--warm-up-s", type=float, default=8.0)
     parser.add_argument("--window-s", type=float, default=10.0)
     parser.add_argument("--record", action="store_true")
