@@ -158,7 +158,7 @@ async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothin
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     # Full with this one job, so that the worker does not claim it back itself.
-    settings = settings.model_copy(update={"lease_s": 0.6, "max_rows": 2})
+    settings = settings.model_copy(update={"lease_s": 0.6, "reproducible_rows": 2})
     late = await JobQueue.connect(settings, str(settings.redis_url))
     try:
         async with serving(settings, late, model, slow_engine) as worker:
