@@ -77,6 +77,13 @@ class Settings(BaseSettings):
     lease_s: float = Field(
         15.0, ge=0.5, le=600, description="Silence after which a worker's jobs are given to another."
     )
+    checkpoint_interval_s: float = Field(
+        2.0,
+        ge=0,
+        le=3600,
+        description="Seconds between two checkpoints of a running image, which a lost worker costs at most; raising it "
+        "writes less to Redis, 0 writes them only when a worker drains.",
+    )
     max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")

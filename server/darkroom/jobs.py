@@ -81,7 +81,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations ×
     latent pixels; `attempt` is the fencing token that every write of the worker must present; `failures` counts the
-    workers that were lost while they ran it.
+    workers that were lost while they ran it; images below `num_checkpoints` may have a checkpoint of an earlier
+    attempt.
     """
 
     id: str
@@ -94,13 +95,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = "default"
     attempt: int = 0
     failures: int = 0
+    num_checkpoints: int = 0
     version: int = MESSAGE_VERSION
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What the API must know of a model to fill in and check a request, published by the workers that serve it.
 
-    `size_multiple` is what width and height must be divisible by; `vae_scale_factor` is pixels per latent pixel.
+    `size_multiple` is what width and height must be divisible by; `vae_scale_factor` is pixels per latent pixel, which
+    has `latent_channels`.
     """
 
     id: str
@@ -119,6 +122,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_width: int
     max_height: int
     max_clip_skip: int = 0
+    latent_channels: int = 4
     description: str = ""
     license: str = ""
     example_prompts: list[str] = []

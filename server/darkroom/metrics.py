@@ -130,6 +130,9 @@ ROWS_NOT_TAKEN = _counter(
     "no_slot (no place for their latents yet).",
     "reason",
 )
+CHECKPOINTS = _counter("checkpoints_total", "Times that the state of a running image was copied out.")
+RESUMES = _counter("resumes_total", "Images that went on from where another worker, or an earlier life, had left them.")
+STEPS_SAVED = _counter("steps_saved_total", "UNet evaluations of images that need not be done again because of that.")
 PROMPT_CACHE = _counter("prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome")
 OUT_OF_MEMORY = _counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
 NON_FINITE = _counter("non_finite_total", "Images that came out as NaN or infinity.", "where")

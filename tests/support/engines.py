@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,12 +66,13 @@ def run_jobs(
     expected: int | None = None,
     deadline_in_s: float | None = None,
     on_tick: Callable[[Engine, TickReport, int], None] | None = None,
+    checkpoints: Mapping[str, Mapping[int, bytes]] | None = None,
     **options: Any,
 ) -> Outcome:
     """Submit `jobs` before the first tick and run until `expected` (default: all of them) have ended.
 
     `on_tick(engine, report, ticks so far)` runs on the tick thread, so what it submits or cancels is in time for the
-    next tick. `options` are the engine's own.
+    next tick. `checkpoints` are by job id and image. `options` are the engine's own.
     """
     outcome, expected = Outcome(), len(jobs) if expected is None else expected
 
@@ -88,7 +89,7 @@ def run_jobs(
 
     engine = Engine({model.id: model}, settings, on_event=ended, on_tick=ticked, **options)
     for job in jobs:
-        engine.submit(job, deadline_in_s=deadline_in_s)
+        engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=(checkpoints or {}).get(job.id))
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
     thread.join(60)

@@ -15,7 +15,15 @@ from darkroom import metrics
 from darkroom.api.accept import negotiate
 from darkroom.api.body import describe, parse_fields, read_json
 from darkroom.api.problems import documented
-from darkroom.api.resolve import check_cost, check_limits, choose_card, complete, cost_of, fingerprint
+from darkroom.api.resolve import (
+    check_cost,
+    check_limits,
+    checkpoint_bytes_of,
+    choose_card,
+    complete,
+    cost_of,
+    fingerprint,
+)
 from darkroom.api.schema import (
     EXAMPLE_REQUEST,
     Accepted,
@@ -129,6 +137,7 @@ async def generate(request: Request) -> Response:
         idempotency_key=key,
         body_hash=fingerprint(body, output_format),
         result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+        checkpoint_bytes=checkpoint_bytes_of(wanted, card),
         caller=f"{request.client.host}:{request.client.port}" if request.client else "",
     )
     job_id = enqueued.job_id

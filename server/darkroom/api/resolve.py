@@ -136,8 +136,17 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
 
 def cost_of(request: GenerationRequest, card: ModelCard) -> float:
     """Model rows × UNet evaluations × latent pixels."""
-    latent_pixels = (request.width // card.vae_scale_factor) * (request.height // card.vae_scale_factor)
-    return float(request.num_model_rows * num_evaluations(request.sampler, request.num_inference_steps) * latent_pixels)
+    evaluations = num_evaluations(request.sampler, request.num_inference_steps)
+    return float(request.num_model_rows * evaluations * _latent_pixels(request, card))
+
+
+def checkpoint_bytes_of(request: GenerationRequest, card: ModelCard) -> int:
+    """The most that checkpoints of a request take: fp32 latents and the two denoised before them, for each image."""
+    return request.num_images_per_prompt * 3 * 4 * card.latent_channels * _latent_pixels(request, card)
+
+
+def _latent_pixels(request: GenerationRequest, card: ModelCard) -> int:
+    return (request.width // card.vae_scale_factor) * (request.height // card.vae_scale_factor)
 
 
 def check_cost(cost: float, settings: Settings) -> None:

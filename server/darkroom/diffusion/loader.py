@@ -467,6 +467,7 @@ def _card(
         sigma_schedules=list(SIGMA_SCHEDULES),
         size_multiple=size_multiple,
         vae_scale_factor=scale,
+        latent_channels=vae.config.latent_channels,
         max_width=largest,
         max_height=largest,
         max_clip_skip=text.max_clip_skip,

@@ -6,12 +6,13 @@ only its coefficients, its time embeddings and its noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from darkroom.engine.checkpoint import Checkpoint, history_at
 from darkroom.engine.inputs import Frame
 from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
@@ -22,13 +23,15 @@ class Tick:
     """A tick that was enqueued.
 
     `is_finite` `[R]` bool, on the host, says of each row whether its numbers are, once `done` is complete. `finished`
-    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was.
+    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was; `saved` checkpoints, whose
+    tensors are complete with it.
     """
 
     rows: tuple[Row, ...]
     is_finite: Tensor
     done: torch.cuda.Event | None
     finished: dict[Row, Tensor]
+    saved: dict[Row, Checkpoint]
 
 
 class Batch:
@@ -64,8 +67,9 @@ class Batch:
             [row.guidance_scale for row in rows],
         )
 
-    def enqueue(self) -> Tick:
-        """Let the device advance every row by one evaluation. On a CPU that has happened on return.
+    def enqueue(self, to_save: Collection[Row] = ()) -> Tick:
+        """Let the device advance every row by one evaluation, and copy out the state of those `to_save`. On a CPU that
+        has happened on return.
 
         Whatever raises here has changed no row, and the step may be tried again.
         """
@@ -87,10 +91,11 @@ class Batch:
         inputs.fetch(frame)
         for row, latents in finished.items():
             latents.copy_(lane.pool.latents[_held(row.slot)])
+        saved = {row: checkpoint_of(lane, row, row.step_index + 1) for row in to_save if row not in finished}
         done = lane.end_turn()
         for row in rows:
             row.step_index += 1
-        return Tick(rows, frame.is_finite, done, finished)
+        return Tick(rows, frame.is_finite, done, finished, saved)
 
     def _write(self, frame: Frame) -> bool:
         """Fill a frame for this step of every row. Returns whether any row draws noise in it."""
@@ -105,6 +110,13 @@ class Batch:
                 assert frame.noise is not None  # noqa: S101
                 frame.noise[i].copy_(row.draw_noise())
         return has_noise
+
+
+def checkpoint_of(lane: Lane, row: Row, num_done: int) -> Checkpoint:
+    """The state of a row that holds a slot, `num_done` evaluations being enqueued; complete when they are."""
+    slot, history = _held(row.slot), history_at(row.table, num_done)
+    latents, previous = (lane.device.download(tensor[slot]) for tensor in (lane.pool.latents, lane.pool.previous))
+    return Checkpoint(row.index, num_done, latents, previous, history, row.fingerprint)
 
 
 def _held(slot: int | None) -> int:

@@ -61,6 +61,12 @@ class TickDevice:
         """`host` on the device, without waiting for what is enqueued there."""
         return host
 
+    def download(self, tensor: Tensor) -> Tensor:
+        """A copy on the host, there once everything enqueued so far is complete."""
+        host = self.host_buffer(tensor.shape, tensor.dtype)
+        host.copy_(tensor, non_blocking=True)
+        return host
+
     def record(self) -> torch.cuda.Event | None:
         """An event that is complete when everything enqueued so far is; None when that is now."""
         return None

@@ -23,8 +23,9 @@ from darkroom_kernels import check_kernels
 from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.batch import Batch, Tick
+from darkroom.engine.batch import Batch, Tick, checkpoint_of
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
+from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
 from darkroom.engine.decode import Decoder, Developed
 from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
 from darkroom.engine.joining import key_of, make_rows, prompts_of
@@ -70,6 +71,14 @@ Event = Finished | Failed | Cancelled | Expired
 
 
 @dataclass(frozen=True)
+class Saved:
+    """An image's state that another worker can go on from; not an end."""
+
+    job: Job
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
 class TickReport:
     """What one tick did.
 
@@ -102,7 +111,8 @@ class Engine:
 
     `on_ready` is called from `run` before the first tick; with `warm_up` that is after ticks were captured as graphs,
     where the device has them, and after one picture of each model was drawn for nobody, so that no caller pays for
-    first calls. `batcher` and `device` replace what the settings and the models call for.
+    first calls. `on_saved` gets the state of running images from time to time, and when `run` ends that of all that
+    are unfinished. `batcher` and `device` replace what the settings and the models call for.
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class Engine:
         on_event: Callable[[Event], None],
         on_tick: Callable[[TickReport], None] | None = None,
         on_ready: Callable[[], None] | None = None,
+        on_saved: Callable[[Saved], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         warm_up: bool = False,
         batcher: Batcher | None = None,
@@ -125,6 +136,7 @@ class Engine:
         self._on_event = on_event
         self._on_tick = on_tick
         self._on_ready = on_ready
+        self._on_saved = on_saved
         self._clock = clock
         self._warm_up = warm_up
         self._is_reproducible = settings.batching == "reproducible"
@@ -171,15 +183,19 @@ class Engine:
         self._in_flight: deque[_InFlight] = deque()
         self._last_done_s = 0.0
 
-    def submit(self, job: Job, *, deadline_in_s: float | None = None) -> None:
-        """Hand a job to the engine. It joins at the next tick; `deadline_in_s` counts from now.
+    def submit(
+        self, job: Job, *, deadline_in_s: float | None = None, checkpoints: Mapping[int, bytes] | None = None
+    ) -> None:
+        """Hand a job to the engine. It joins at the next tick; `deadline_in_s` counts from now. Images go on from
+        their `checkpoints`, those that were packed for the same picture.
 
         Raises `ValueError` when the job asks for a model that this engine does not hold.
         """
         if job.request.model not in self.models:
             raise ValueError(f"model: got {job.request.model!r}, expected one of {sorted(self.models)}")
         now_s = self._clock()
-        active = ActiveJob(job, now_s, None if deadline_in_s is None else now_s + deadline_in_s, self._on_event)
+        deadline_s = None if deadline_in_s is None else now_s + deadline_in_s
+        active = ActiveJob(job, now_s, deadline_s, self._on_event, checkpoints or {})
         with self._wake:
             self._jobs[job.id] = active
             self._inbox.append(active)
@@ -235,6 +251,7 @@ class Engine:
                     pass
                 while self._in_flight:
                     self._complete()
+                self._save_all()
         finally:
             self._decoder.close()
 
@@ -335,7 +352,7 @@ class Engine:
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
-            tick = self._batch.enqueue()
+            tick = self._batch.enqueue([row for row in rows if self._is_to_save(row, started_s)])
         except Exception as error:
             self._batch = None
             self._fail_tick(choice, rows, error)
@@ -344,6 +361,35 @@ class Engine:
         self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
             self._complete()
+
+    def _is_to_save(self, row: Row, now_s: float) -> bool:
+        every_s = self._settings.checkpoint_interval_s
+        return self._on_saved is not None and 0 < every_s <= now_s - row.saved_s
+
+    def _save(self, row: Row, checkpoint: Checkpoint) -> None:
+        row.saved_s = self._clock()
+        metrics.CHECKPOINTS.inc()
+        if self._on_saved is not None:
+            self._on_saved(Saved(row.active.job, checkpoint))
+
+    def _save_all(self) -> None:
+        """Make safe what is unfinished when nothing is in flight any more: not one evaluation is done twice."""
+        if self._on_saved is None:
+            return
+        with self._wake:
+            rows = [row for active in self._jobs.values() for row in active.rows]
+        saved = []
+        for row in rows:
+            if row.last_latents is not None:
+                latents = self._device.download(row.last_latents)
+                nothing = latents.new_zeros((MAX_HISTORY, *latents.shape))
+                saved.append((row, Checkpoint(row.index, row.num_done, latents, nothing, 0, row.fingerprint)))
+            elif row.slot is not None and row.num_done:
+                saved.append((row, checkpoint_of(self._lanes[row.key], row, row.num_done)))
+        self._device.wait(self._device.record())
+        for row, checkpoint in saved:
+            if not row.active.is_over:
+                self._save(row, checkpoint)
 
     def _not_taken(self, choice: Choice) -> dict[str, int]:
         """How many rows the choice leaves waiting, by reason."""
@@ -401,7 +447,10 @@ class Engine:
                 error = JobError("the picture came out as NaN or infinity", code="non_finite")
                 self._end(active, Failed(active.job, failure_of(error)))
             elif row in tick.finished:
-                self._decoder.submit(row, tick.finished[row], tick.done)
+                row.last_latents = tick.finished[row]
+                self._decoder.submit(row, row.last_latents, tick.done)
+            elif row in tick.saved:
+                self._save(row, tick.saved[row])
 
     def _drop(self, row: Row) -> None:
         """Take a row out: its slot and its texts are free for others, whose use of them comes after its last tick."""
@@ -477,13 +526,18 @@ class Engine:
                         raise
                     self._end(active, Failed(active.job, failure_of(error)))
                     continue
-                for row in rows:
+                unfinished = [row for row in rows if not row.is_denoised]
+                for row in unfinished:
                     cache.retain(conditioning.encoded for conditioning in row.conditionings)
                 active.encode_s = self._clock() - started_s
                 with self._wake:
                     active.rows = rows
-                self._rows.update((row.id, row) for row in rows)
-                joined += len(rows)
+                self._rows.update((row.id, row) for row in unfinished)
+                joined += len(unfinished)
+                for row in rows:
+                    if row.is_denoised and row.first_latents is not None:
+                        row.last_latents = self._device.upload(row.first_latents)
+                        self._decoder.submit(row, row.last_latents, self._device.record())
             cache.release(encoded.values())
         if joined and self._is_open:
             metrics.ROWS_JOINED.inc(joined)
@@ -526,14 +580,14 @@ class Engine:
         for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
             assert row.first_latents is not None  # noqa: S101
             try:
-                row.slot = self._lane(row.key).pool.take(row.first_latents)
+                row.slot = self._lane(row.key).pool.take(row.first_latents, row.first_previous)
             except Exception as error:
                 if self._device.is_lost(error):
                     raise
                 self._end(row.active, Failed(row.active.job, failure_of(error)))
                 continue
             if row.slot is not None:
-                row.first_latents = None
+                row.first_latents = row.first_previous = None
 
     def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:
         """The lane of a key. A new one takes the place of those that nobody uses and that hold no graphs."""

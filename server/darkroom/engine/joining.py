@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import structlog
 import torch
 from torch import Tensor
 
+from darkroom import metrics
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.samplers import SamplerTable, compile_sampler
 from darkroom.engine.batcher import BatchKey
+from darkroom.engine.checkpoint import unpack
 from darkroom.engine.device import TickDevice
 from darkroom.engine.prompts import EncodedPrompt, Prompt
 from darkroom.engine.row import ActiveJob, Conditioning, Row
 from darkroom.jobs import GenerationRequest, Job
+
+log = structlog.get_logger("darkroom.engine")
 
 
 def key_of(model: DiffusionModel, width: int, height: int) -> BatchKey:
@@ -38,7 +43,8 @@ def uses_negative_prompt(model: DiffusionModel, job: Job) -> bool:
 def make_rows(
     device: TickDevice, model: DiffusionModel, active: ActiveJob, encoded: Mapping[Prompt, EncodedPrompt], now_s: float
 ) -> list[Row]:
-    """Rows of a job at step 0: compiled table, first noise from each row's own seed, conditioning for every step."""
+    """Rows of a job, at step 0 or where a checkpoint says: compiled table, first noise from each row's own seed,
+    conditioning for every step."""
     request = active.job.request
     table = compile_sampler(request.sampler, model.schedule, request.num_inference_steps, request.sigma_schedule)
     prompts = [encoded[prompt] for prompt in prompts_of(model, active.job)]
@@ -52,23 +58,36 @@ def make_rows(
     rows = []
     for index in range(request.num_images_per_prompt):
         generator = torch.Generator().manual_seed(request.seed + index)
-        rows.append(
-            Row(
-                active=active,
-                model=model,
-                key=key,
-                index=index,
-                seed=request.seed + index,
-                table=table,
-                generator=generator,
-                shape=shape,
-                first_latents=torch.randn(shape, generator=generator, dtype=torch.float32) * table.initial_scale,
-                conditionings=conditionings,
-                guidance_scale=request.guidance_scale if len(conditionings) > 1 else 1.0,
-                waiting_since_s=now_s,
-            )
+        row = Row(
+            active=active,
+            model=model,
+            key=key,
+            index=index,
+            seed=request.seed + index,
+            table=table,
+            generator=generator,
+            shape=shape,
+            first_latents=torch.randn(shape, generator=generator, dtype=torch.float32) * table.initial_scale,
+            conditionings=conditionings,
+            guidance_scale=request.guidance_scale if len(conditionings) > 1 else 1.0,
+            waiting_since_s=now_s,
+            saved_s=now_s,
         )
+        if index in active.checkpoints:
+            _resume(row, active.checkpoints[index])
+        rows.append(row)
     return rows
+
+
+def _resume(row: Row, data: bytes) -> None:
+    checkpoint = unpack(data, row.index, row.fingerprint, row.shape)
+    if checkpoint is None or checkpoint.num_done > row.table.num_evaluations:
+        log.warning("checkpoint_not_usable", job_id=row.active.job.id, image=row.index)
+        return
+    row.resume(checkpoint)
+    metrics.RESUMES.inc()
+    metrics.STEPS_SAVED.inc(checkpoint.num_done)
+    log.info("image_resumed", job_id=row.active.job.id, image=row.index, step=checkpoint.num_done)
 
 
 def time_lines(

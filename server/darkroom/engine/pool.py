@@ -31,15 +31,20 @@ class RowPool:
     def num_used(self) -> int:
         return len(self.latents) - len(self._free)
 
-    def take(self, latents: Tensor) -> int | None:
-        """A slot that holds `latents` `[C, H, W]` fp32 from the host and an empty history; None when all are in use."""
+    def take(self, latents: Tensor, previous: Tensor | None = None) -> int | None:
+        """A slot that holds `latents` `[C, H, W]` fp32 from the host and its history `previous` `[2, C, H, W]`, empty
+        without; None when all are in use."""
         if not self._free:
             if self._is_fixed:
                 return None
             self._grow()
-        uploaded, slot = self._device.upload(latents), self._free.pop()
-        self.latents[slot].copy_(uploaded)
-        self.previous[slot].zero_()
+        uploaded = [self._device.upload(tensor) for tensor in (latents, previous) if tensor is not None]
+        slot = self._free.pop()
+        self.latents[slot].copy_(uploaded[0])
+        if previous is None:
+            self.previous[slot].zero_()
+        else:
+            self.previous[slot].copy_(uploaded[1])
         return slot
 
     def release(self, slot: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.samplers import SamplerTable
 from darkroom.engine.batcher import BatchKey, Candidate
+from darkroom.engine.checkpoint import Checkpoint, fingerprint_of
 from darkroom.engine.prompts import EncodedPrompt
 from darkroom.jobs import Job
 
@@ -25,13 +27,14 @@ _row_ids = itertools.count()
 class ActiveJob:
     """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
 
-    `on_end` gets the job's one terminal event.
+    `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image.
     """
 
     job: Job
     submitted_s: float
     deadline_s: float | None
     on_end: Callable[[Any], None]
+    checkpoints: Mapping[int, bytes] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
     encode_s: float = 0.0
@@ -67,8 +70,10 @@ class Conditioning:
 class Row:
     """One image's trajectory.
 
-    `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` fp32, on the host, are there until the row holds
-    `slot` of its lane's pool. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` and `first_previous` `[2, C, H, W]` (None at step
+    0), fp32 on the host, are there until the row holds `slot` of its lane's pool; `last_latents`, on the device, once
+    its last evaluation is done. `saved_s` is when it was last made safe, or joined. `conditionings` holds the prompt's
+    and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -84,6 +89,9 @@ class Row:
     conditionings: tuple[Conditioning, ...]
     guidance_scale: float
     waiting_since_s: float
+    saved_s: float
+    first_previous: Tensor | None = None
+    last_latents: Tensor | None = None
     slot: int | None = None
     step_index: int = 0
     num_done: int = 0
@@ -101,6 +109,18 @@ class Row:
     @property
     def needs_noise(self) -> bool:
         return self.table.needs_noise[self.step_index]
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        return fingerprint_of(self.model.card.weights_hash, self.table, self.seed)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where another worker was. Only before the row holds a slot."""
+        self.first_latents, self.first_previous = checkpoint.latents, checkpoint.previous
+        self.step_index = self.num_done = checkpoint.num_done
+        # The generator goes where it was, one draw after the other.
+        for _ in range(sum(self.table.needs_noise[: checkpoint.num_done])):
+            torch.randn(self.shape, generator=self.generator, dtype=torch.float32)
 
     def candidate(self) -> Candidate:
         return Candidate(

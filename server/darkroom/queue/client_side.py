@@ -73,6 +73,7 @@ class ClientSide:
         job: Job,
         *,
         result_bytes: int,
+        checkpoint_bytes: int = 0,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         body_hash: str = "",
@@ -80,9 +81,10 @@ class ClientSide:
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
-        `result_bytes` is the most its pictures may take; that much memory is reserved until the job ends, unless they
-        go to a result store. A job that still waits `deadline_s` seconds from now expires. With an `idempotency_key`
-        seen before, the earlier job is returned if `body_hash` is the same.
+        `result_bytes` is the most its pictures may take, unless they go to a result store, `checkpoint_bytes` the most
+        that its running images may; memory for the larger is reserved until the job ends. A job that still waits
+        `deadline_s` seconds from now expires. With an `idempotency_key` seen before, the earlier job is returned if
+        `body_hash` is the same.
 
         When the queue is full, `QueueFull.retry_after_s` is a promise: a caller that asks for the same then (by its
         `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
@@ -99,7 +101,8 @@ class ClientSide:
             job.request.model,
             job.priority.rank,
             job.request.num_model_rows,
-            (result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
+            # Checkpoints go before pictures come.
+            max(checkpoint_bytes, result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
             "" if deadline_s is None else int(deadline_s * 1000),
             "" if idempotency_key is None else digest(idempotency_key),
             body_hash,

@@ -30,6 +30,7 @@ SCRIPTS = (
     "claim",
     "renew",
     "progress",
+    "checkpoint",
     "settle",
     "hand_back",
     "cancel",

@@ -32,9 +32,10 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "staged": (
         "string",
-        "staged:<id>:<attempt>:<index>: the same, within the transaction that settles",
+        "staged:<id>:<attempt>:<index>: a picture or checkpoint, within the transaction that settles or keeps it",
         "result_ttl_s",
     ),
+    "checkpoint": ("string", "checkpoint:<id>:<index>: packed state of a running image", "the job's end, or job_ttl_s"),
     "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
     "dead": ("stream", "dead letters with their payload, at most 1000 entries", "none: capped"),
     "notify": ("list", "notify:<model>: wake-up tokens that idle workers block on, at most 64", "60 s"),
@@ -71,6 +72,9 @@ class Keys:
 
     def staged(self, job_id: str, attempt: int, index: int) -> str:
         return f"{self.prefix}staged:{job_id}:{attempt}:{index}"
+
+    def checkpoint(self, job_id: str, index: int) -> str:
+        return f"{self.prefix}checkpoint:{job_id}:{index}"
 
     def events(self, job_id: str) -> str:
         return f"{self.prefix}events:{job_id}"

@@ -28,7 +28,13 @@ class JobQueue(ClientSide, WorkerSide):
             result_ttl_s=settings.result_ttl_s,
         )
         WorkerSide.__init__(
-            self, connection, notices, results, lease_s=settings.lease_s, result_ttl_s=settings.result_ttl_s
+            self,
+            connection,
+            notices,
+            results,
+            lease_s=settings.lease_s,
+            result_ttl_s=settings.result_ttl_s,
+            job_ttl_s=settings.job_ttl_s,
         )
 
     @classmethod

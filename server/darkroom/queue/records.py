@@ -111,7 +111,14 @@ def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def job_of(
-    payload: bytes, *, created_ms: int, claimed_ms: int, deadline_ms: int | None, attempt: int, failures: int
+    payload: bytes,
+    *,
+    created_ms: int,
+    claimed_ms: int,
+    deadline_ms: int | None,
+    attempt: int,
+    failures: int,
+    num_checkpoints: int = 0,
 ) -> Job:
     """The stored job with what the queue knows of it by now. Raises `JobError` (bad_message) on garbage."""
     return msgspec.structs.replace(
@@ -121,6 +128,7 @@ def job_of(
         deadline_at_ms=deadline_ms,
         attempt=attempt,
         failures=failures,
+        num_checkpoints=num_checkpoints,
     )
 
 

@@ -34,12 +34,14 @@ class WorkerSide:
         *,
         lease_s: float,
         result_ttl_s: float,
+        job_ttl_s: float,
     ) -> None:
         self._connection = connection
         self._notices = notices
         self._results = results
         self._alive_ms = int(max(lease_s, 3.0) * 1000)
         self._result_ttl_ms = int(result_ttl_s * 1000)
+        self._job_ttl_ms = int(job_ttl_s * 1000)
         self._registered: dict[str, list[bytes | str]] = {}
         self._claim_tokens: dict[str, str] = {}
 
@@ -101,7 +103,7 @@ class WorkerSide:
         replies = await self._connection.script("claim", worker_id, token, max_jobs, max_model_rows, min_rank, *models)
         del self._claim_tokens[worker_id]
         jobs = []
-        for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms in replies:
+        for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms, num_checkpoints in replies:
             try:
                 job = job_of(
                     payload,
@@ -110,6 +112,7 @@ class WorkerSide:
                     deadline_ms=int(deadline_ms) if deadline_ms else None,
                     attempt=attempt,
                     failures=failures,
+                    num_checkpoints=num_checkpoints,
                 )
             except JobError as error:
                 log.warning("job_unreadable", job_id=job_id.decode(), error=str(error))
@@ -138,6 +141,25 @@ class WorkerSide:
         """Record (job id, attempt, step, num_steps) of running jobs, in one round trip. Lost jobs are left alone."""
         if updates:
             await self._connection.script("progress", worker_id, *(part for update in updates for part in update))
+
+    async def keep_checkpoints(self, worker_id: str, states: Mapping[tuple[str, int, int], bytes]) -> None:
+        """Keep the packed state of running images, by (job id, attempt, image index), in one round trip. Those of lost
+        jobs are dropped."""
+        if not states:
+            return
+        keys, ttl_ms = self._connection.keys, self._job_ttl_ms
+        staged = [("SET", keys.staged(*image), state, "PX", ttl_ms) for image, state in states.items()]
+        await self._connection.script_after(
+            staged, "checkpoint", worker_id, *(part for image in states for part in image)
+        )
+
+    async def checkpoints(self, job: Job) -> dict[int, bytes]:
+        """What an earlier attempt at a claimed job left, by image index."""
+        if not job.num_checkpoints:
+            return {}
+        keys = [self._connection.keys.checkpoint(job.id, index) for index in range(job.num_checkpoints)]
+        states: list[bytes | None] = await self._connection.command("MGET", *keys)
+        return {index: state for index, state in enumerate(states) if state is not None}
 
     async def check_result_store(self) -> None:
         """See that pictures can be written. Raises `ConfigError` when the result store refuses them."""

@@ -20,7 +20,8 @@ import structlog
 
 from darkroom import metrics
 from darkroom.config import Settings
-from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, TickReport
+from darkroom.engine.checkpoint import Checkpoint
+from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, Saved, TickReport
 from darkroom.errors import QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
@@ -37,6 +38,7 @@ MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
 # Redis pays for each report of each busy worker: at ten a second some hundred workers would fill it with nothing else.
+SAVE_INTERVAL_S = 0.25
 PROGRESS_INTERVAL_S = 0.25
 CANCEL_AGAIN_S = 0.2
 
@@ -59,6 +61,7 @@ class Worker:
             worker=self.id,
             on_event=self._from_engine,
             on_tick=self._ticked,
+            on_saved=self._saved,
             on_ready=lambda: self._loop.call_soon_threadsafe(self._engine_ready.set),
         )
         self._models = sorted(self._engine.models)
@@ -75,6 +78,7 @@ class Worker:
         self._claiming = asyncio.Lock()
         self._registered = asyncio.Event()
         self._progress: dict[str, tuple[int, int]] = {}
+        self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
         self._room = asyncio.Event()
         self._drain = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
@@ -103,6 +107,7 @@ class Worker:
                 self._every(self._settings.lease_s / 3, self._renew),
                 self._every(self._settings.lease_s / 3, self._reap),
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
+                self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
                 self._follow_cancellations(),
             )
         ]
@@ -156,6 +161,7 @@ class Worker:
         is_broken = engine.done() and engine.exception() is not None
         held = [] if is_broken else list(self._held.values())
         with contextlib.suppress(QueueUnavailable):
+            await self._keep_checkpoints()
             for job in held:
                 await self._queue.hand_back(self.id, job)
             await self._queue.unregister(self.id)
@@ -219,19 +225,29 @@ class Worker:
                 )
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
-                    self._take(job)
+                    self._held[job.id] = job
+                    self._claimed_s[job.id, job.attempt] = time.monotonic()
+                # From here on they are handed back, whatever happens.
+                for job in jobs:
+                    self._submit(job, await self._checkpoints(job))
         except QueueUnavailable as error:
             await self._pause(error)
             return 0
         return len(jobs)
 
-    def _take(self, job: Job) -> None:
-        self._held[job.id] = job
-        self._claimed_s[job.id, job.attempt] = time.monotonic()
+    async def _checkpoints(self, job: Job) -> dict[int, bytes]:
+        """What an earlier attempt left; without it the job starts anew, which is only slower."""
+        try:
+            return await self._queue.checkpoints(job)
+        except QueueUnavailable as error:
+            log.warning("checkpoints_not_read", job_id=job.id, reason=str(error))
+            return {}
+
+    def _submit(self, job: Job, checkpoints: dict[int, bytes]) -> None:
         deadline_in_s = None
         if job.deadline_at_ms is not None:
             deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
-        self._engine.submit(job, deadline_in_s=deadline_in_s)
+        self._engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=checkpoints)
         log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=job.request.model)
         if job.id in self._early_cancellations:
             del self._early_cancellations[job.id]
@@ -296,6 +312,16 @@ class Worker:
                 self._progress[job.id] = (step, num_steps)
         if report.left:
             self._room.set()
+
+    def _saved(self, saved: Saved) -> None:
+        """Engine thread: a newer state of the same image takes the place of one that was not written yet."""
+        image = (saved.job.id, saved.job.attempt, saved.checkpoint.index)
+        self._loop.call_soon_threadsafe(self._unsaved.__setitem__, image, saved.checkpoint)
+
+    async def _keep_checkpoints(self) -> None:
+        unsaved, self._unsaved = self._unsaved, {}
+        states = {image: checkpoint.pack() for image, checkpoint in unsaved.items() if self._holds(*image[:2])}
+        await self._queue.keep_checkpoints(self.id, states)
 
     def _from_engine(self, event: Event) -> None:
         """Engine threads: hand a terminal event to the loop."""

@@ -6,7 +6,8 @@
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
 -- Writes ready:<rank>:<model>, queued, backlog, leases, job:<id>, events:<id>, claim:<worker>, pace, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
--- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms}.
+-- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
+-- an image with a checkpoint}.
 
 local worker, token = ARGV[1], ARGV[2]
 local max_jobs, max_rows, min_rank = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -14,9 +15,10 @@ local claim_key = prefix .. 'claim:' .. worker
 write_at_memory_limit()
 
 local function describe(id)
-  local fields = redis.call('HMGET', job_key(id), 'payload', 'attempt', 'failures', 'created_ms', 'deadline_ms')
+  local fields = redis.call('HMGET', job_key(id), 'payload', 'attempt', 'failures', 'created_ms', 'deadline_ms',
+    'checkpoints')
   return { id, fields[1] or '', tonumber(fields[2]), tonumber(fields[3]), tonumber(fields[4] or '0') or 0,
-    fields[5] or '', now_ms }
+    fields[5] or '', now_ms, tonumber(fields[6] or '0') or 0 }
 end
 
 local reply = {}

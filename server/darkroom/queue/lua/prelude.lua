@@ -15,6 +15,7 @@ local leases, queued, counters = prefix .. 'leases', prefix .. 'queued', prefix 
 local backlog = prefix .. 'backlog'
 
 local function job_key(id) return prefix .. 'job:' .. id end
+local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
 local function ready_key(rank, model) return prefix .. 'ready:' .. rank .. ':' .. model end
 
 -- At its memory limit Redis refuses a script whose first write may grow memory, and lets one through that has already
@@ -24,14 +25,15 @@ local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
 -- Read a job for a decision. nil when its record is missing or damaged.
 local function load_job(id)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'model', 'rank', 'rows', 'score', 'attempt', 'failures',
-    'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost')
+    'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost',
+    'checkpoints')
   if fields.err then return nil end
   local job = {
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
     score = tonumber(fields[5] or ''), attempt = tonumber(fields[6] or ''), failures = tonumber(fields[7] or ''),
     reserved = tonumber(fields[8] or ''), deadline_ms = tonumber(fields[9] or ''), owner = fields[10] or '',
     cancel = fields[11] == '1', idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
-    cost = tonumber(fields[15] or '') or 0,
+    cost = tonumber(fields[15] or '') or 0, num_checkpoints = tonumber(fields[16] or '') or 0,
   }
   if TERMINAL[job.state] then return job end
   if (job.state == 'queued' or job.state == 'running') and job.model and job.rank and job.rows and job.score
@@ -100,6 +102,7 @@ local function finish(id, job, state, ...)
   redis.call('ZREM', leases, id)
   if job then
     leave_ready(id, job)
+    for index = 0, job.num_checkpoints - 1 do redis.call('UNLINK', checkpoint_key(id, index)) end
     release(job.reserved, job.idempotency)
   else
     redis.call('ZREM', queued, id)
@@ -110,7 +113,7 @@ local function finish(id, job, state, ...)
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
   redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
-    'cost')
+    'cost', 'checkpoints')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)
