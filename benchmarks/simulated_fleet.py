@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
-from darkroom.engine.engine import Cancelled, Event, Finished, TickReport
+from darkroom.engine.engine import Cancelled, Event, Finished, Saved, TickReport
 from darkroom.errors import DarkroomError, QueueFull, StorageFull
 from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Result, Timings, new_job_id
 from darkroom.queue import JobQueue
@@ -139,6 +139,7 @@ class KnownAnswerEngine:
         on_event: Callable[[Event], None],
         on_tick: Callable[[TickReport], None],
         on_ready: Callable[[], None],
+        on_saved: Callable[[Saved], None],
     ) -> None:
         self.models = {load.model: SimpleNamespace(card=load.card())}
         self.batcher = SimpleNamespace(max_model_rows=load.max_model_rows)
@@ -158,7 +159,9 @@ class KnownAnswerEngine:
     def stop(self) -> None:
         self._stopped.set()
 
-    def submit(self, job: Job, *, deadline_in_s: float | None = None) -> None:
+    def submit(
+        self, job: Job, *, deadline_in_s: float | None = None, checkpoints: Mapping[int, bytes] | None = None
+    ) -> None:
         self._rows[job.id, job.attempt] = _Row(job)
         if not self._is_ticking:
             self._start_tick()

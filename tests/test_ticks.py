@@ -15,7 +15,7 @@ from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.decode import Decoder
 from darkroom.engine.device import WARM_UP_CALLS, CudaDevice, comes_from_cuda, is_device_lost
-from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, TickReport
+from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, Saved, TickReport
 from darkroom.engine.lane import Lane
 from darkroom.engine.pool import RowPool
 from darkroom.errors import ConfigError
@@ -505,3 +505,21 @@ def test_an_engine_stops_while_it_captures(model: DiffusionModel) -> None:
     thread.join(30)
     assert not thread.is_alive()
     assert device.log.count("capture") == 1
+
+
+def test_a_state_that_is_saved_while_ticks_are_ahead_is_that_of_its_own_step(model: DiffusionModel) -> None:
+    """It is copied out in the order of the device's work, so the picture that goes on from it is the same."""
+    settings = settings_with(**REPRODUCIBLE, checkpoint_interval_s=1e-6)
+    job = job_for(model, "one", num_inference_steps=6, sampler="unipc")
+    whole = run_jobs(model, [job], settings)
+    states: dict[int, bytes] = {}
+
+    def saved(one: Saved) -> None:
+        states[one.checkpoint.num_done] = one.checkpoint.pack()
+
+    run_on_twin(model, [job], settings, on_saved=saved)
+    assert sorted(states) == [1, 2, 3, 4, 5]
+    for num_done, state in states.items():
+        rest, _ = run_on_twin(model, [job], settings, checkpoints={"one": {0: state}})
+        assert len(rest.ticks) == 6 - num_done
+        assert rest.images("one") == whole.images("one")
