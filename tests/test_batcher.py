@@ -160,3 +160,15 @@ def test_reproducible_mode_has_one_bucket_and_graphs_have_powers_of_two():
     assert row_buckets(32, is_reproducible=True, reproducible_rows=8, has_graphs=False) == (8,)
     assert row_buckets(32, is_reproducible=False, reproducible_rows=8, has_graphs=True) == (1, 2, 4, 8, 16, 32)
     assert row_buckets(14, is_reproducible=False, reproducible_rows=8, has_graphs=False) == (*range(1, 9), 12, 14)
+
+
+def test_rows_with_which_a_worker_was_lost_share_ticks_only_with_each_other():
+    healthy = [row(remaining=3), row(remaining=4)]
+    suspect = [row(remaining=5), row(remaining=6)]
+    for one in suspect:
+        one.is_redelivered = True
+    batcher = Batcher((8,))
+    assert set(batcher.choose([*suspect, *healthy], 0.0).ids) == {r.id for r in healthy}
+    for one in healthy:
+        one.waiting_since_s = 6.0
+    assert set(batcher.choose([*suspect, *healthy], 6.0).ids) == {r.id for r in suspect}, "they are not starved"

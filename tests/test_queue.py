@@ -745,6 +745,49 @@ async def test_an_unreadable_job_that_cannot_be_settled_takes_no_other_along(
     assert await redis.hget(keys.job(garbage.id), "state") == b"failed"
 
 
+# Suspects
+
+
+async def test_a_job_with_which_two_workers_were_lost_is_given_alone_to_an_idle_worker(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    poison = await enqueue(queue)
+    for failures in (1, 2):
+        [job] = await claim(queue)
+        await lose_lease(redis, keys, job)
+        await queue.reap()
+        assert (await queue.status(poison.id)).job.failures == failures
+    healthy = [await enqueue(queue) for _ in range(3)]
+    assert (await queue.stats()).waiting == 4
+    assert [job.id for job in await claim(queue, "idle")] == [poison.id]
+    assert {job.id for job in await claim(queue, "other")} == {job.id for job in healthy}
+
+
+async def test_one_busy_worker_makes_itself_free_for_a_suspect_while_others_go_on(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    await enqueue(queue)
+    for _ in range(2):
+        [suspect] = await claim(queue)
+        await lose_lease(redis, keys, suspect)
+        await queue.reap()
+    held = [make_job()]
+    await enqueue(queue)
+    assert await queue.claim("w1", [MODEL], 4, 8, held=held) == [], "it is to become free"
+    [healthy] = await queue.claim("w2", [MODEL], 4, 8, held=held)
+    assert healthy.failures == 0
+    [alone] = await queue.claim("w1", [MODEL], 4, 8)
+    assert (alone.id, alone.failures) == (suspect.id, 2)
+    await enqueue(queue)
+    assert await queue.claim("w1", [MODEL], 4, 8, held=[alone]) == [], "it stays alone"
+    assert len(await queue.claim("w2", [MODEL], 4, 8, held=held)) == 1
+    await lose_lease(redis, keys, alone)
+    await queue.reap()
+    status = await queue.status(suspect.id)
+    assert status.failure is not None
+    assert status.failure.code == "dead_letter"
+
+
 # Limits
 
 
@@ -979,7 +1022,7 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     assert all(key.startswith(keys.prefix) for key in written)
     kinds = {key: key.removeprefix(keys.prefix).split(":")[0] for key in written}
     # The last claim emptied the queue, and so the wake-up list, the waiting jobs and their cost. Nothing stays staged.
-    unseen = {"ready", "queued", "notify", "backlog", "promises", "promise", "staged"}
+    unseen = {"ready", "queued", "notify", "backlog", "promises", "promise", "staged", "reserved"}
     assert set(kinds.values()) == set(KEY_TABLE) - unseen
     for key, kind in kinds.items():
         assert (await redis.type(key)).decode() == KEY_TABLE[kind][0]

@@ -127,7 +127,7 @@ ROWS_LEFT = _counter(
 ROWS_NOT_TAKEN = _counter(
     "rows_not_taken_total",
     "Images that a tick left waiting: other_shape (another size or model had its turn), no_room (the tick was full), "
-    "no_slot (no place for their latents yet).",
+    "no_slot (no place for their latents yet), kept_apart (a worker was lost with them, or with the others).",
     "reason",
 )
 CHECKPOINTS = _counter("checkpoints_total", "Times that the state of a running image was copied out.")

@@ -27,7 +27,8 @@ class Candidate:
     """A row as the batcher sees it.
 
     `model_rows` is 2 with guidance, else 1; `rank` 0..2 is the priority class; `deadline_s` and `waiting_since_s` are
-    on the caller's clock, the latter being when the row last ran or joined; `remaining` counts UNet evaluations.
+    on the caller's clock, the latter being when the row last ran or joined; `remaining` counts UNet evaluations. A
+    worker was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
     """
 
     id: int
@@ -37,6 +38,7 @@ class Candidate:
     remaining: int
     waiting_since_s: float
     deadline_s: float | None = None
+    is_redelivered: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class Batcher:
         key = self._next_key(by_key, now_s)
         ids: list[int] = []
         model_rows = 0
-        for candidate in sorted(by_key[key], key=lambda c: self._urgency(c, now_s)):
+        ordered = sorted(by_key[key], key=lambda c: self._urgency(c, now_s))
+        for candidate in ordered:
+            if candidate.is_redelivered != ordered[0].is_redelivered:
+                continue
             # A single row always fits, whatever the limit.
             if not ids or model_rows + candidate.model_rows <= self._most.get(key, self.max_model_rows):
                 ids.append(candidate.id)

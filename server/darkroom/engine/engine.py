@@ -394,11 +394,19 @@ class Engine:
     def _not_taken(self, choice: Choice) -> dict[str, int]:
         """How many rows the choice leaves waiting, by reason."""
         reasons: dict[str, int] = {}
-        taken = set(choice.ids)
+        taken, is_redelivered = set(choice.ids), self._rows[choice.ids[0]].active.job.failures > 0
         for row in self._rows.values():
-            if row.id not in taken and not row.active.is_over:
-                reason = "no_slot" if row.slot is None else "no_room" if row.key == choice.key else "other_shape"
-                reasons[reason] = reasons.get(reason, 0) + 1
+            if row.id in taken or row.active.is_over:
+                continue
+            if row.slot is None:
+                reason = "no_slot"
+            elif row.key != choice.key:
+                reason = "other_shape"
+            elif (row.active.job.failures > 0) != is_redelivered:
+                reason = "kept_apart"
+            else:
+                reason = "no_room"
+            reasons[reason] = reasons.get(reason, 0) + 1
         return reasons
 
     def _enqueued(self, tick: Tick, started_s: float) -> None:

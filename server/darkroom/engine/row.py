@@ -131,6 +131,7 @@ class Row:
             remaining=self.table.num_evaluations - self.step_index,
             waiting_since_s=self.waiting_since_s,
             deadline_s=self.active.deadline_s,
+            is_redelivered=self.active.job.failures > 0,
         )
 
     def draw_noise(self) -> Tensor:

@@ -18,7 +18,12 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
         "job_ttl_s after the end",
     ),
     "idempotency": ("hash", "idempotency:<sha256>: job id and body hash of a client's key", "job_ttl_s after the end"),
-    "ready": ("zset", "ready:<rank>:<model>: waiting jobs by created µs minus head start", "none: empty when idle"),
+    "ready": (
+        "zset",
+        "ready:<rank>:<model>: waiting jobs by created µs minus head start; the rank after the last has the suspects",
+        "none: empty when idle",
+    ),
+    "reserved": ("string", "worker that makes itself free for a suspect", "lease_s, or its claim of one"),
     "queued": ("zset", "every waiting job by deadline ms, +inf without one", "none: empty when idle"),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),

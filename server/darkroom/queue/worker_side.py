@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 
 import structlog
 
@@ -23,6 +23,14 @@ _REAP_BATCH = 100
 _MAX_DEAD_LETTERS = 1000
 # From here on two copies of the pictures cost the server more than the commands that avoid them.
 _STAGED_BYTES = 32 << 10
+
+
+SUSPECT_FAILURES = 2
+
+
+def is_suspect(job: Job) -> bool:
+    """Two workers were lost with this job: it runs alone, so that it takes no others along."""
+    return job.failures >= SUSPECT_FAILURES
 
 
 class WorkerSide:
@@ -88,19 +96,29 @@ class WorkerSide:
         return False
 
     async def claim(
-        self, worker_id: str, models: Sequence[str], max_jobs: int, max_model_rows: int, min_rank: int = 0
+        self,
+        worker_id: str,
+        models: Sequence[str],
+        max_jobs: int,
+        max_model_rows: int,
+        min_rank: int = 0,
+        held: Collection[Job] = (),
     ) -> list[Job]:
         """Lease up to `max_jobs` jobs, most urgent first, each with its fencing token in `attempt`.
 
         The first job may be larger than `max_model_rows` (model rows: images, twice that with guidance), those after it
         fit. A full worker passes `min_rank` to ask only for more urgent classes. No more than this worker's share of
-        the backlog is taken. Jobs that are past their deadline, or cannot be read, are settled on the way. A claim
-        whose reply was lost is repeated by the next call, which then returns the jobs of the lost one.
+        the backlog is taken. `held` is what the worker has: a job with which two workers were lost is given only to one
+        that has nothing, and by itself. Jobs that are past their deadline, or cannot be read, are settled on the way. A
+        claim whose reply was lost is repeated by the next call, which then returns the jobs of the lost one.
         """
         if max_jobs < 1 or max_model_rows < 1:
             return []
         token = self._claim_tokens.setdefault(worker_id, secrets.token_hex(8))
-        replies = await self._connection.script("claim", worker_id, token, max_jobs, max_model_rows, min_rank, *models)
+        holds = "nothing" if not held else "suspect" if any(map(is_suspect, held)) else "jobs"
+        replies = await self._connection.script(
+            "claim", worker_id, token, max_jobs, max_model_rows, min_rank, holds, *models
+        )
         del self._claim_tokens[worker_id]
         jobs = []
         for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms, num_checkpoints in replies:

@@ -222,6 +222,7 @@ class Worker:
                     max_jobs=max(1, room),
                     max_model_rows=max(1, room),
                     min_rank=min_rank,
+                    held=self._held.values(),
                 )
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()

@@ -1,17 +1,21 @@
 -- Lease ready jobs to a worker, oldest score first.
 --
--- ARGV 1 worker   2 claim token   3 most jobs   4 most model rows   5 least rank   6.. models
+-- ARGV 1 worker   2 claim token   3 most jobs   4 most model rows   5 least rank
+--      6 what the worker holds: nothing, jobs or a suspect   7.. models
 -- The first job is given whatever its rows; after it the claim stops at the first one that does not fit, so a large job
 -- is never overtaken for ever. Of each model no more is taken than the backlog divided by the live workers, rounded up.
+-- A suspect (two workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
+-- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
--- Writes ready:<rank>:<model>, queued, backlog, leases, job:<id>, events:<id>, claim:<worker>, pace, notify:<model>;
+-- Writes ready:<rank>:<model>, queued, backlog, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
 -- an image with a checkpoint}.
 
 local worker, token = ARGV[1], ARGV[2]
 local max_jobs, max_rows, min_rank = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local claim_key = prefix .. 'claim:' .. worker
+local holds = ARGV[6]
+local claim_key, reserved = prefix .. 'claim:' .. worker, prefix .. 'reserved'
 write_at_memory_limit()
 
 local function describe(id)
@@ -30,18 +34,20 @@ if last[1] == token then
   return reply
 end
 
+if holds == 'suspect' then return reply end
+
 local share = {}
-for i = 6, #ARGV do
+for i = 7, #ARGV do
   local model, waiting = ARGV[i], 0
   for rank = 0, NUM_RANKS - 1 do waiting = waiting + redis.call('ZCARD', ready_key(rank, model)) end
   local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf')
   share[model] = math.ceil(waiting / math.max(1, workers))
 end
 
-local function next_ready()
+local function next_ready(lowest_rank, highest_rank)
   local first
   for model, left in pairs(share) do
-    for rank = min_rank, left > 0 and NUM_RANKS - 1 or -1 do
+    for rank = lowest_rank, (left > 0 or highest_rank == SUSPECT_RANK) and highest_rank or -1 do
       local key = ready_key(rank, model)
       local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
       if head[1] and (not first or tonumber(head[2]) < first.score) then
@@ -52,10 +58,20 @@ local function next_ready()
   return first
 end
 
+local lowest_rank, highest_rank = min_rank, NUM_RANKS - 1
+if next_ready(SUSPECT_RANK, SUSPECT_RANK) then
+  if holds == 'nothing' then
+    lowest_rank, highest_rank, max_jobs = SUSPECT_RANK, SUSPECT_RANK, 1
+  elseif (redis.call('GET', reserved) or worker) == worker then
+    redis.call('SET', reserved, worker, 'PX', LEASE_MS)
+    return reply
+  end
+end
+
 local rows, claimed = 0, { token }
 -- Bounded, so that a thousand dead entries do not hold up the server; the next claim goes on.
 for _ = 1, max_jobs + 256 do
-  local first = #reply < max_jobs and next_ready()
+  local first = #reply < max_jobs and next_ready(lowest_rank, highest_rank)
   if not first then break end
   local id, job = first.id, load_job(first.id)
   if job and job.state == 'queued' and not is_past_deadline(job) then
@@ -82,7 +98,7 @@ end
 
 for model in pairs(share) do
   local left = 0
-  for rank = 0, NUM_RANKS - 1 do left = left + redis.call('ZCARD', ready_key(rank, model)) end
+  for rank = 0, SUSPECT_RANK do left = left + redis.call('ZCARD', ready_key(rank, model)) end
   if left == 0 then
     redis.call('DEL', prefix .. 'notify:' .. model)
     -- Nothing waits, so what damaged records have left of the sum goes with it.
@@ -91,6 +107,7 @@ for model in pairs(share) do
 end
 
 if #reply > 0 then
+  if redis.call('GET', reserved) == worker then redis.call('DEL', reserved) end
   redis.call('DEL', claim_key)
   redis.call('RPUSH', claim_key, unpack(claimed))
   redis.call('PEXPIRE', claim_key, LEASE_MS)

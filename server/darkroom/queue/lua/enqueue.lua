@@ -70,7 +70,7 @@ end
 
 local job = {
   state = 'queued', model = model, rank = tonumber(ARGV[4]), score = now_us - tonumber(ARGV[13]),
-  cost = tonumber(ARGV[14]), deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
+  failures = 0, cost = tonumber(ARGV[14]), deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
 }
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',

@@ -18,6 +18,12 @@ local function job_key(id) return prefix .. 'job:' .. id end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
 local function ready_key(rank, model) return prefix .. 'ready:' .. rank .. ':' .. model end
 
+-- A job with which two workers were lost is run by a worker that holds nothing else, so it waits apart from the classes.
+local SUSPECT_RANK = NUM_RANKS
+local function ready_key_of(job)
+  return ready_key(job.failures >= 2 and SUSPECT_RANK or job.rank, job.model)
+end
+
 -- At its memory limit Redis refuses a script whose first write may grow memory, and lets one through that has already
 -- written. Scripts that lead to memory being freed begin with this harmless write; enqueue does not.
 local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
@@ -66,7 +72,7 @@ local function wake_worker(model)
 end
 
 local function make_ready(id, job)
-  redis.call('ZADD', ready_key(job.rank, job.model), job.score, id)
+  redis.call('ZADD', ready_key_of(job), job.score, id)
   redis.call('ZADD', queued, job.deadline_ms or '+inf', id)
   redis.call('HINCRBY', backlog, job.model, job.cost)
   wake_worker(job.model)
@@ -75,7 +81,7 @@ end
 -- The opposite, for a job that is claimed or has ended. One that does not wait is left alone.
 local function leave_ready(id, job)
   redis.call('ZREM', queued, id)
-  if redis.call('ZREM', ready_key(job.rank, job.model), id) == 1
+  if redis.call('ZREM', ready_key_of(job), id) == 1
     and redis.call('HINCRBY', backlog, job.model, 0 - job.cost) <= 0 then
     redis.call('HDEL', backlog, job.model)
   end
@@ -144,7 +150,7 @@ end
 local function position(job)
   if not job or job.state ~= 'queued' then return -1 end
   local ahead = 0
-  for rank = 0, NUM_RANKS - 1 do
+  for rank = 0, SUSPECT_RANK do
     -- Scores have 16 digits; Lua's own conversion keeps 14.
     ahead = ahead + redis.call('ZCOUNT', ready_key(rank, job.model), '-inf', string.format('(%.0f', job.score))
   end

@@ -16,6 +16,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now_ms, 'LIMIT',
     redis.call('ZREM', leases, id)
   else
     local failures = redis.call('HINCRBY', job_key(id), 'failures', 1)
+    job.failures = failures
     if job.cancel then
       finish(id, job, 'cancelled')
       cancelled[#cancelled + 1] = id

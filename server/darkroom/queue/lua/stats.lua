@@ -8,12 +8,14 @@
 local models, oldest_us = {}, nil
 for _, model in ipairs(redis.call('SMEMBERS', prefix .. 'models')) do
   local depth = 0
-  for rank = 0, NUM_RANKS - 1 do
+  for rank = 0, SUSPECT_RANK do
     local key = ready_key(rank, model)
     depth = depth + redis.call('ZCARD', key)
     local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
     if head[1] then
-      local created_us = tonumber(head[2]) + tonumber(ARGV[rank + 1])
+      -- Suspects had the head starts of different classes.
+      local created_us = rank == SUSPECT_RANK and 1000 * (redis.call('HGET', job_key(head[1]), 'created_ms') or now_ms)
+        or tonumber(head[2]) + tonumber(ARGV[rank + 1])
       oldest_us = math.min(oldest_us or created_us, created_us)
     end
   end
