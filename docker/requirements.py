@@ -1,6 +1,6 @@
 """Print what the project's pyproject.toml requires, with the extras named as arguments, one requirement a line.
 
-The packages of an image are installed from this before the project is, so that a changed line of code leaves them alone.
+An image's packages are installed from this before the project is, so that a changed line of code leaves them alone.
 """
 
 import sys
