@@ -128,6 +128,17 @@ def test_an_image_has_no_build_tools_and_no_weights_but_the_models_in_the_box(im
     assert weights == {("darkroom", "models", model.name) for model in (ROOT / "server/darkroom/models").iterdir()}
 
 
+@pytest.mark.parametrize("target", ["api", "worker-cpu"])
+def test_an_images_code_is_compiled_because_a_container_cannot_keep_what_it_compiles(
+    images: Images, target: str
+) -> None:
+    root = Path(images.buildah("mount", images.buildah("from", target))) / "opt"
+    for package in ("darkroom/darkroom", "venv/lib/python3*/site-packages/fastapi"):
+        sources = list(root.glob(f"{package}/*.py"))
+        assert sources
+        assert len(list(root.glob(f"{package}/__pycache__/*.pyc"))) == len(sources)
+
+
 def test_sigterm_ends_a_service_in_good_order(api: Service, worker: Service) -> None:
     assert worker.container.stop(GRACE_S) == 0, worker.container.log.read_text()
     assert api.container.stop(GRACE_S) == 0, api.container.log.read_text()
