@@ -7,7 +7,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test lint typecheck format bench bench-gpu test-gpu train-model install dev clean
+.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,14 @@ test: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# CI does this when one of IMAGE_INPUTS is not the file that it was done with last.
+IMAGE_INPUTS := docker/Dockerfile docker/compose.yaml docker/requirements.py .dockerignore pyproject.toml \
+	constraints.txt tests/support/compose.py tests/support/images.py tests/test_docker_images.py
+test-images: $(VENV)/.dev
+	sh tests/system-packages.sh images
+	$(BIN)/pytest -m images tests/test_docker_images.py
+	sha256sum $(IMAGE_INPUTS) > docker/proven.sha256
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
