@@ -31,7 +31,7 @@ def layer_norm(
             f"expected x [..., C], not empty, and weight, bias, shift [C], got {list(x.shape)}, {list(weight.shape)}, "
             f"{list(bias.shape)}, {None if shift is None else list(shift.shape)}"
         )
-    if uses_triton(implementation, x.device, "layer_norm"):
+    if uses_triton(implementation, x.device, "layer_norm", x.shape[-1]):
         from darkroom_kernels.layer_norm.kernel import layer_norm as launch
 
         return launch(x, weight, bias, eps, shift)  # type: ignore[no-any-return]
