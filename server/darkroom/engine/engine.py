@@ -154,6 +154,7 @@ class Engine:
             self._developed,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
+            has_few_sizes=self._device.tries_decoding,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._wake = threading.Condition()
@@ -225,6 +226,7 @@ class Engine:
                     self.check_kernels()
                     with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
                         self._capture()
+                        self._try_decoding()
                         for model in self.models.values():
                             self._draw_for_nobody(model)
                     metrics.WARM_UP_SECONDS.set(self._clock() - started_s)
@@ -245,13 +247,26 @@ class Engine:
                 check_kernels(model.device, model.dtype, model.unet.config.head_dims, kernels=self._settings.kernels)
                 check_kernels(model.device, model.vae.dtype, [])
 
+    def _prepared_sizes(self, model: DiffusionModel) -> list[tuple[int, int]]:
+        """(width, height) of the model's own pictures, and of those that the settings name."""
+        return list(dict.fromkeys(((model.card.width, model.card.height), *self._settings.graph_sizes_px)))
+
+    def _try_decoding(self) -> None:
+        """Let the decoder meet every number of pictures that a call may have, at the sizes that ticks are captured
+        for."""
+        if self._device.tries_decoding:
+            for model in self.models.values():
+                for width, height in self._prepared_sizes(model):
+                    if not self._is_stopping:
+                        self._decoder.try_out(model, width, height)
+
     def _capture(self) -> None:
         """Capture the ticks of each model's own size, and of the sizes that the settings name."""
         if not self._device.has_graphs:
             return
         for model in self.models.values():
             card = model.card
-            for width, height in dict.fromkeys(((card.width, card.height), *self._settings.graph_sizes_px)):
+            for width, height in self._prepared_sizes(model):
                 if width % card.size_multiple or height % card.size_multiple:
                     raise ConfigError(
                         f"DARKROOM_GRAPH_SIZES: {width}x{height} is no size of model {model.id}, expected multiples of "
@@ -526,13 +541,14 @@ class Engine:
         for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
             assert row.first_latents is not None  # noqa: S101
             try:
-                row.slot = self._lane(row.key).pool.take(row.first_latents)
+                taken = self._lane(row.key).pool.take(row.first_latents)
             except Exception as error:
                 if self._device.is_lost(error):
                     raise
                 self._end(row.active, Failed(row.active.job, failure_of(error)))
                 continue
-            if row.slot is not None:
+            if taken is not None:
+                row.slot, row.last_latents = taken
                 row.first_latents = None
 
     def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:

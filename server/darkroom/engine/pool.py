@@ -31,8 +31,11 @@ class RowPool:
     def num_used(self) -> int:
         return len(self.latents) - len(self._free)
 
-    def take(self, latents: Tensor) -> int | None:
-        """A slot that holds `latents` `[C, H, W]` fp32 from the host and an empty history; None when all are in use."""
+    def take(self, latents: Tensor) -> tuple[int, Tensor] | None:
+        """A slot that holds `latents` `[C, H, W]` fp32 from the host and an empty history; None when all are in use.
+
+        With it the device's own copy of them, or on a CPU `latents` itself, which nobody reads any more.
+        """
         if not self._free:
             if self._is_fixed:
                 return None
@@ -40,7 +43,7 @@ class RowPool:
         uploaded, slot = self._device.upload(latents), self._free.pop()
         self.latents[slot].copy_(uploaded)
         self.previous[slot].zero_()
-        return slot
+        return slot, uploaded
 
     def release(self, slot: int) -> None:
         self._free.append(slot)

@@ -68,7 +68,8 @@ class Row:
     """One image's trajectory.
 
     `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` fp32, on the host, are there until the row holds
-    `slot` of its lane's pool. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    `slot` of its lane's pool; on the device, in the memory that brought them there, `last_latents` are what its last
+    evaluation leaves. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -85,6 +86,7 @@ class Row:
     guidance_scale: float
     waiting_since_s: float
     slot: int | None = None
+    last_latents: Tensor | None = None
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
