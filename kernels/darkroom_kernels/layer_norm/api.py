@@ -21,8 +21,9 @@ def layer_norm(
 
     `x` `[..., C]` any float dtype and strides; `weight`, `bias` `[C]`; `shift` `[C]` or None: the bias of the product
     before, left for here. `implementation`: "triton", "torch", or "auto", which is triton on CUDA devices where it can
-    run. Statistics are fp32. Returns a contiguous tensor of x's shape and dtype. Raises `ValueError` on shapes or names
-    that do not fit, `KernelUnavailable` on a named implementation that cannot run here.
+    run and torch was not measured to be faster. Statistics are fp32. Returns a contiguous tensor of x's shape and
+    dtype. Raises `ValueError` on shapes or names that do not fit, `KernelUnavailable` on a named implementation that
+    cannot run here.
     Source: Ba, Kiros & Hinton 2016, equation 3.
     """
     width = x.shape[-1:]
