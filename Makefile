@@ -62,8 +62,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.service --record
 	$(BIN)/python -m benchmarks.full_size_parity --record
 	$(BIN)/python -m benchmarks.quality --record
+	$(BIN)/python -m benchmarks.cpu_unet --record
 
-# BENCH_ARGS="--quick" is all in 90 s; "--section models" is one section. A run that was stopped goes on where it was.
+# BENCH_ARGS="--quick" begins points for 85 s; "--section models" is one section. A run that was stopped goes on where it was.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 

@@ -43,6 +43,9 @@ def main() -> None:
     )
     for name in arguments.dtypes:
         sides = Sides(DTYPES[name], length, max(arguments.rows), not arguments.without_compiled_diffusers)
+        print(f"  {name}: compiled in {sides.compile_s:.0f} s to {sides.library_mib:.1f} MiB", flush=True)
+        figures.append((f"CPU UNet {name}, darkroom compiled, time to compile", sides.compile_s, "s"))
+        figures.append((f"CPU UNet {name}, darkroom compiled, library", sides.library_mib, "MiB"))
         for num_rows in arguments.rows:
             fastest = sides.measure(num_rows, arguments.seconds)
             ours = fastest["darkroom"]
@@ -64,7 +67,10 @@ class Sides:
         self.sizes = {"height": side, "width": side, "length": length, "max_rows": max_rows}
         plain = load_unet(BUILTIN_MODEL, dtype, is_plain=True)
         with tempfile.TemporaryDirectory() as directory:
+            began_s = time.perf_counter()
             compile_library(plain, Path(directory) / "unet.so", **self.sizes)
+            self.compile_s = time.perf_counter() - began_s
+            self.library_mib = (Path(directory) / "unet.so").stat().st_size / 2**20
             self.library = Library(Path(directory) / "unet.so", **self.sizes)
         theirs = diffusers.UNet2DConditionModel.from_pretrained(BUILTIN_MODEL / "unet", torch_dtype=dtype)
         self.theirs = theirs.to(memory_format=torch.channels_last)

@@ -1,8 +1,10 @@
 """Is the fast path's picture the fp32 picture? `python -m benchmarks.quality [--device cpu] [--record]`.
 
-The built-in model draws 20 seeds in each fast dtype, and the UNets of SD 1.5, SD 2.1 and SDXL do with random weights
-(64 px on a CPU, where true sizes take minutes each; their true size on a GPU). Every picture is compared with the one
-that the plainest fp32 path of the same device draws: PSNR in dB and SSIM, mean and worst. The speed is in the same row.
+The built-in model draws 20 seeds by every fast path: each fast dtype, the network through torch.compile, and on a GPU
+each attention by name and the GEGLU of one kernel. The UNets of SD 1.5, SD 2.1 and SDXL do the same with random
+weights, but for torch.compile (64 px on a CPU, where true sizes take minutes each; their true size on a GPU). Every
+picture is compared with the one that the plainest fp32 path of the same device draws: PSNR in dB and SSIM, mean and
+worst. The speed is in the same row.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from darkroom.config import BUILTIN_MODEL, Settings, load_settings
+from darkroom.diffusion.compiled import CompiledGraphs, Library, compile_library, load_unet
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.engine import Engine, Event, Finished
+from darkroom.errors import DarkroomError
 from darkroom.jobs import GenerationRequest, Job
+from darkroom.worker.compile import order_for
 from darkroom.worker.main import choose_device, choose_dtype, load_models
 from numpy.typing import NDArray
 from PIL import Image
@@ -37,6 +43,10 @@ Picture = NDArray[np.uint8]
 # Evaluations of a random network take as long as a trained one's; fewer steps keep the fp32 side within a minute.
 NUM_STEPS = {SDXL.name: 5}
 CPU_SIDE_PX = 64
+# Attentions that a GPU may be told to take; sdpa is what auto leaves to torch.
+ATTENTIONS = ("triton", "sdpa", "cudnn", "flash", "efficient", "xformers")
+# Each bucket of a GPU is compiled by itself.
+COMPILED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,16 @@ def compare(pictures: Sequence[Picture], expected: Sequence[Picture]) -> Quality
 
 
 def draw(
-    model: DiffusionModel, settings: Settings, num_steps: int, seeds: Sequence[int]
+    model: DiffusionModel,
+    settings: Settings,
+    num_steps: int,
+    seeds: Sequence[int],
+    on_ready: Callable[[], None] | None = None,
 ) -> tuple[list[Picture], float]:
-    """Pictures of `seeds`, drawn together, and the seconds that took, without the first call's."""
+    """Pictures of `seeds`, drawn together, and the seconds that took, without the first call's.
+
+    `on_ready` is called between the warm-up and the first of them.
+    """
     prompts = model.card.example_prompts or ["a duck in a forest"]
     requests = [
         GenerationRequest(
@@ -108,7 +125,7 @@ def draw(
             if len(pictures) == len(requests):
                 engine.stop()
 
-    engine = Engine({model.id: model}, settings, on_event=on_event, warm_up=True)
+    engine = Engine({model.id: model}, settings, on_event=on_event, on_ready=on_ready, warm_up=True)
     engine.submit(Job(id="first", request=requests[0]))
     engine.run()
     if len(pictures) < len(requests):
@@ -153,28 +170,65 @@ def fast_dtypes(settings: Settings) -> tuple[str, ...]:
     return ("bf16",) if choose_dtype("auto", device) is torch.bfloat16 else ()
 
 
+def fast_paths(settings: Settings, *, compiled: bool) -> list[tuple[str, Settings]]:
+    """Every path that a worker may be told to take on this device, by name; with `compiled` torch.compile's too."""
+    fast = fast_dtypes(settings)
+    paths: list[tuple[str, dict[str, Any]]] = [(dtype, {"dtype": dtype}) for dtype in ("fp32", *fast)]
+    if choose_device(settings.device).type == "cuda":
+        half = {"dtype": "fp16"}
+        paths += [(f"fp16, attention {name}", half | {"attention": name}) for name in ATTENTIONS]
+        paths.append(("fp16, GEGLU of one kernel", half | {"kernels": "triton"}))
+    if compiled:
+        few = {"compile": "on", "max_rows": COMPILED_ROWS}
+        paths += [(f"{dtype}, compiled", {"dtype": dtype, **few}) for dtype in ("fp32", *fast)]
+    return [(label, settings.model_copy(update=changes)) for label, changes in paths]
+
+
+def use_compiled(model: DiffusionModel, settings: Settings, scratch: Path) -> Callable[[], None]:
+    """Let the compiled network draw whether or not it is faster. Returns what to call when the engine is ready."""
+    if model.device.type == "cuda":
+        faster = itertools.cycle((2.0, 1.0))
+        graphs = model.unet.compiled = CompiledGraphs(model.unet, seconds_of=lambda *_: next(faster))
+        return graphs.close
+    order = order_for(model, settings, scratch / "unet.so")
+    plain = load_unet(model.path, model.dtype, attention=order.attention, is_plain=True)
+    compile_library(plain, scratch / "unet.so", **order.sizes)
+    model.unet.compiled = Library(scratch / "unet.so", **order.sizes)
+    return lambda: None
+
+
 def measure(
-    name: str, path: Path, settings: Settings, num_steps: int, *, dtypes: Sequence[str], num_seeds: int = NUM_SEEDS
+    name: str, path: Path, settings: Settings, num_steps: int, *, compiled: bool, num_seeds: int = NUM_SEEDS
 ) -> list[Figure]:
-    """The fp32 pictures of a checkpoint, then those of each dtype beside them."""
+    """The fp32 pictures of a checkpoint, then those of each fast path beside them. What cannot run says why."""
     seeds = range(num_seeds)
-    figures: list[Figure] = []
-    expected: list[Picture] = []
-    variants = [("plain fp32", plainest(settings)), ("fp32", settings.model_copy(update={"dtype": "fp32"}))]
-    variants += [(dtype, settings.model_copy(update={"dtype": dtype})) for dtype in dtypes]
-    for label, variant in variants:
-        model = next(iter(load_models(variant, [path]).values()))
-        with exact_fp32() if not expected else contextlib.nullcontext():
-            pictures, seconds = draw(model, variant, num_steps, seeds)
-        del model
+    plain = plainest(settings)
+    with exact_fp32():
+        expected, seconds = draw(_load(path, plain), plain, num_steps, seeds)
+    figures = [_figure(name, num_steps, "plain fp32", num_seeds / seconds, "the measure")]
+    for label, variant in fast_paths(settings, compiled=compiled):
         gc.collect()
-        expected = expected or pictures
-        quality = "the measure" if pictures is expected else str(compare(pictures, expected))
-        figures.append(
-            Figure(f"quality, {name}, {num_steps} steps, {label}", len(seeds) / seconds, "images/s", quality)
-        )
-        print(f"{figures[-1].name:48s} {figures[-1].value:8.3f} images/s   {quality}", flush=True)
+        try:
+            model = _load(path, variant)
+            with tempfile.TemporaryDirectory(prefix="darkroom-quality-") as scratch:
+                on_ready = use_compiled(model, variant, Path(scratch)) if variant.compile == "on" else None
+                pictures, seconds = draw(model, variant, num_steps, seeds, on_ready)
+        except (DarkroomError, RuntimeError) as error:
+            print(f"quality, {name}, {label}: not measured: {str(error).splitlines()[0]}", flush=True)
+            continue
+        figures.append(_figure(name, num_steps, label, num_seeds / seconds, str(compare(pictures, expected))))
+        del model
     return figures
+
+
+def _load(path: Path, settings: Settings) -> DiffusionModel:
+    return next(iter(load_models(settings, [path]).values()))
+
+
+def _figure(name: str, num_steps: int, label: str, rate: float, quality: str) -> Figure:
+    figure = Figure(f"quality, {name}, {num_steps} steps, {label}", rate, "images/s", quality)
+    print(f"{figure.name:56s} {figure.value:8.3f} images/s   {quality}", flush=True)
+    return figure
 
 
 def size_for(family: Family, device: torch.device) -> Family:
@@ -187,6 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--families", nargs="*", default=list(FAMILIES), choices=list(FAMILIES), help="random-weight UNets"
     )
+    parser.add_argument("--without-compiled", action="store_true", help="save the minutes that torch.compile takes")
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS)
     parser.add_argument(
         "--models-dir", type=Path, help="where the random checkpoints are kept (default: a temporary one)"
@@ -195,15 +250,21 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = load_settings(device=arguments.device)
     device = choose_device(settings.device)
-    dtypes = fast_dtypes(settings)
-    figures = measure("built-in 64 px", BUILTIN_MODEL, settings, 20, dtypes=dtypes, num_seeds=arguments.seeds)
+    figures = measure(
+        "built-in 64 px",
+        BUILTIN_MODEL,
+        settings,
+        20,
+        compiled=not arguments.without_compiled,
+        num_seeds=arguments.seeds,
+    )
     with tempfile.TemporaryDirectory(prefix="darkroom-families-") as scratch:
         for name in arguments.families:
             family = size_for(FAMILIES[name], device)
             path = write_model(family, arguments.models_dir or Path(scratch), device)
             steps = NUM_STEPS.get(name, 20) if device.type == "cuda" else 4
             figures += measure(
-                f"random weights {family.name}", path, settings, steps, dtypes=dtypes, num_seeds=arguments.seeds
+                f"random weights {family.name}", path, settings, steps, compiled=False, num_seeds=arguments.seeds
             )
     if arguments.record:
         record(figures, "scikit-image", device=device_name(device.type))

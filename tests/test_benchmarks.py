@@ -9,23 +9,27 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from darkroom.config import load_settings
+from darkroom.config import Settings, load_settings
+from darkroom.diffusion.compiled import CompiledGraphs
+from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import BatchKey, Candidate
 from darkroom.worker.main import load_models
 from darkroom_kernels.attention.tuning import Size
-from darkroom_kernels.bench.cases import NETWORKS, SD15, SDXL, TOY, cases
-from darkroom_kernels.bench.measure import measure_case
-from darkroom_kernels.bench.report import sizes_to_tune, tune_attention
+from darkroom_kernels.bench.cases import NETWORKS, SD15, SDXL, TOY, Case, cases
+from darkroom_kernels.bench.measure import Result, measure_case
+from darkroom_kernels.bench.report import sizes_to_tune, tune_attention, tune_kernels
 from darkroom_kernels.bench.timing import Limits, relative_error, time_calls
+from darkroom_kernels.winners import load_winners
 
-from benchmarks import fleet
+from benchmarks import fleet, quality
 from benchmarks.arrivals import MIXED_STEPS, Arrival, percentile, poisson_trace
 from benchmarks.families import TOY as TOY_FAMILY
+from benchmarks.families import write_model
 from benchmarks.gpu.__main__ import NO_DEVICE, main
 from benchmarks.gpu.batching import BatchingSection, measure_capacity, play
 from benchmarks.gpu.kernels import KernelsSection
@@ -34,7 +38,7 @@ from benchmarks.gpu.op_classes import class_of
 from benchmarks.gpu.running import RunningEngine
 from benchmarks.gpu.sections import Item, Measured, State, report, run_section, table
 from benchmarks.policies import RequestLevelBatcher, SerialBatcher
-from benchmarks.quality import compare, psnr_db
+from benchmarks.quality import compare, fast_paths, psnr_db
 from benchmarks.record import FIELDS, Figure, record
 
 CPU = torch.device("cpu")
@@ -244,6 +248,34 @@ def test_tuning_measures_every_attention_once_and_stops_at_its_time_limit(monkey
     assert "stopped at the time limit, after 1 shapes" in said
 
 
+def test_tuning_writes_the_winner_of_each_kernel_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU's toy shapes; only torch's forms and the interpreter's run there."""
+    path = tmp_path / "winners.json"
+    path.write_text("{}")
+    seconds = {"torch": 2e-6, "darkroom triton": 1e-6, "darkroom gate": 3e-6}
+
+    def measured(case: Case, *_: Any, ways: tuple[str, ...], **__: Any) -> list[Result]:
+        wrong = case.op == "residual"
+        return [Result(way, seconds[way], error=1.0 if wrong and way != "torch" else 1e-4) for way in ways]
+
+    monkeypatch.setattr("darkroom_kernels.bench.report.measure_case", measured)
+    said: list[str] = []
+    tune_kernels(CPU, quick=False, time_limit_s=60.0, say=said.append, networks=(TOY,), path=path)
+    (kernels,) = load_winners(path).values()
+    assert {op: {row.winner for row in rows} for op, rows in kernels.items()} == {
+        "group_norm": {"triton"},
+        "layer_norm": {"triton"},
+        "geglu": {"triton"},
+        "residual": {"torch"},
+        "step": {"triton"},
+    }
+    assert [row.size for row in kernels["layer_norm"]] == [128]
+    assert kernels["geglu"][0].times_us == {"torch": 2.0, "gate": 3.0, "triton": 1.0}
+    assert said[-1] == f"wrote {path}"
+    tune_kernels(CPU, quick=False, time_limit_s=-1.0, say=said.append, networks=(TOY,), path=path)
+    assert "stopped at the time limit" in said[-1]
+
+
 def test_times_and_errors_are_what_they_say() -> None:
     calls: list[int] = []
     timing = time_calls([lambda: calls.append(0), lambda: calls.append(1)], CPU, budget_s=0.001)
@@ -285,6 +317,33 @@ def test_a_models_row_has_speed_and_quality_together(models_state: tuple[ModelsS
     assert row["unit"] == "images/s"
     assert row["quality"].startswith("PSNR")
     assert "sustained" in row["detail"]
+
+
+def test_the_compiled_engine_is_measured_beside_the_hand_made_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker starts it with DARKROOM_COMPILE=on, with one bucket. The compiler's part is played."""
+
+    def prepared(models: Iterable[DiffusionModel], settings: Settings) -> Callable[[], None]:
+        assert settings.compile == "on"
+        (model,) = models
+        graphs = model.unet.compiled = CompiledGraphs(
+            model.unet, lambda unet, inputs: lambda *again: unet(*again), lambda *_: 1.0
+        )
+        return graphs.close
+
+    monkeypatch.setattr("benchmarks.gpu.models.prepare_compile", prepared)
+    plan = Plan((TOY_FAMILY,), (1,), (1,), (), num_steps=2, num_seeds=0, rounds=1)
+    section = ModelsSection(plan, load_settings(device="cpu"), CPU, tmp_path)
+    state = State(tmp_path / "state.json", {})
+    try:
+        assert run(section, state.path, tmp_path / "results.csv", only="toy 64 darkroom", say=lambda line: None)
+    finally:
+        section.close()
+    rows = {row["figure"]: row for row in rows_of(tmp_path / "results.csv")}
+    row = next(row for name, row in rows.items() if "batch 1, darkroom compiled, rate" in name)
+    assert "bucket 2: compiled in 0 s, 1.000x the hand-made UNet, largest difference 0.0e+00, not used" in row["detail"]
+    assert any("darkroom compiled: darkroom is as fast as" in name for name in rows)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +467,32 @@ def test_quality_is_high_for_equal_pictures_and_falls_with_noise() -> None:
     assert 38 < off.psnr_db[0] < 48
     assert psnr_db(np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)) == 0.0
     assert "1 seeds against fp32" in str(off)
+
+
+def test_every_fast_path_of_a_device_is_held_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(device="cpu")
+    monkeypatch.setattr(quality, "choose_device", lambda name: torch.device("cuda"))
+    paths = dict(fast_paths(settings, compiled=True))
+    offered = set(get_args(Settings.model_fields["attention"].annotation)) - {"auto", "reference"}
+    assert {path.attention for path in paths.values()} == offered | {"auto"}
+    assert {path.dtype for path in paths.values()} == {"fp32", "fp16", "bf16"}
+    assert paths["fp16, GEGLU of one kernel"].kernels == "triton"
+    assert [label for label, path in paths.items() if path.compile == "on"] == [
+        "fp32, compiled", "fp16, compiled", "bf16, compiled",
+    ]  # fmt: skip
+
+
+def test_a_path_that_cannot_run_is_named_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = load_settings(device="cpu", num_threads=1)
+    named = [("xformers", settings.model_copy(update={"attention": "xformers"})), ("fp32", settings)]
+    monkeypatch.setattr(quality, "fast_paths", lambda *_, **__: named)
+    path = write_model(TOY_FAMILY, tmp_path, CPU)
+    figures = quality.measure("toy", path, settings, 2, compiled=False, num_seeds=2)
+    assert [figure.name for figure in figures] == ["quality, toy, 2 steps, plain fp32", "quality, toy, 2 steps, fp32"]
+    assert figures[1].quality.startswith("PSNR")
+    assert "quality, toy, xformers: not measured: attention 'xformers' is unavailable" in capsys.readouterr().out
 
 
 def test_tables_are_aligned() -> None:

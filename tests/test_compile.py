@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support.engines import job_for, run_jobs
-from tests.support.tiny_models import tiny_unet, write_tiny_model
+from tests.support.tiny_models import Family, tiny_unet, write_tiny_model
+from tests.support.twin_device import TwinDevice
+from tests.test_engine import CROWD
 
 CPU = torch.device("cpu")
 GOOD = CompileReport(seconds=60.0, difference=1e-6, is_close=True, speedup=1.4)
@@ -170,7 +173,10 @@ def test_reproducible_mode_and_a_missing_compiler_are_refused(
     monkeypatch.setattr(worker_compile, "compiler_problem", lambda: "no C++ compiler")
     with pytest.raises(ConfigError, match=r"DARKROOM_COMPILE=on: no C\+\+ compiler"):
         check_compile(settings, CPU)
-    check_compile(settings, torch.device("cuda"))
+    gpu = torch.device("cuda")
+    check_compile(settings, gpu)
+    with pytest.raises(ConfigError, match="DARKROOM_GRAPHS=off"):
+        check_compile(settings.model_copy(update={"graphs": "off"}), gpu)
 
 
 def test_a_compiler_that_is_not_there_is_noticed() -> None:
@@ -185,8 +191,8 @@ def test_nothing_is_prepared_when_the_setting_is_off(model: DiffusionModel, sett
     assert model.unet.compiled is None
 
 
-def small_unet() -> UNet:
-    """One level with one residual block a side, in the form that torch's compiler reads."""
+def small_unet(*, kernels: str = "auto", for_cuda: bool = False) -> UNet:
+    """One level with one residual block a side, in the form that torch's compiler reads, or in the form of CUDA."""
     theirs = tiny_unet(
         "sd1",
         5,
@@ -198,28 +204,99 @@ def small_unet() -> UNet:
         attention_head_dim=2,
     )
     with torch.device("meta"):
-        unet = UNet(dict(theirs.config))
+        unet = UNet(dict(theirs.config), kernels=kernels)
     unet.load_state_dict({name: value.clone() for name, value in theirs.state_dict().items()}, assign=True)
-    return unet.fuse(onednn=False)
+    return unet.fuse(for_cuda=for_cuda, onednn=False)
+
+
+class Compiler:
+    """Stands for torch's: what it makes computes the same, `off` by as much, and is counted by rows. Its `seconds_of`
+    says that the hand-made path takes 1 s and what it makes `1 / speedup`.
+    """
+
+    def __init__(self, *, off: float = 0.0, speedup: float = 2.0) -> None:
+        self.off, self.speedup = off, speedup
+        self.compiled_for: list[int] = []
+        self.calls: list[int] = []
+        self._timed = 0
+
+    def __call__(self, unet: UNet, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+        assert inputs[0] is not None
+        self.compiled_for.append(inputs[0].shape[0])
+        forward = inspect.unwrap(UNet.forward)
+
+        def graph(*inputs: Tensor) -> Tensor:
+            self.calls.append(inputs[0].shape[0])
+            compiled, unet.compiled = unet.compiled, None
+            try:
+                return forward(unet, *inputs) + self.off  # type: ignore[no-any-return]
+            finally:
+                unet.compiled = compiled
+
+        return graph
+
+    def seconds_of(self, call: Callable[[], object], device: torch.device) -> float:
+        self._timed += 1
+        return 1.0 if self._timed % 2 else 1.0 / self.speedup
+
+
+def slotted_inputs(unet: UNet, num_rows: int) -> tuple[Tensor, Tensor, Tensor, None, Tensor]:
+    """As a warm-up has them: zeros, and a store of texts of which each row reads the first."""
+    x, time_projection, _ = random_inputs(unet, num_rows, 8, 8, 7)
+    store = torch.zeros(9, 7, unet.text_kv_width)
+    return torch.zeros_like(x), torch.zeros_like(time_projection), store, None, torch.zeros(num_rows, dtype=torch.int64)
 
 
 def test_graphs_are_compiled_in_the_warm_up_only() -> None:
-    compiled_for = []
-
-    def fake(unet: UNet, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
-        assert inputs[0] is not None
-        compiled_for.append(inputs[0].shape[0])
-        return lambda *inputs: torch.full_like(inputs[0], 7.0)
-
-    unet = small_unet()
-    graphs = unet.compiled = CompiledGraphs(unet, fake)
+    unet, compiler = small_unet(), Compiler()
+    graphs = unet.compiled = CompiledGraphs(unet, compiler, compiler.seconds_of)
     for _ in range(2):
         for num_rows in (4, 2):
-            assert unet(*random_inputs(unet, num_rows, 8, 8, 7)).eq(7.0).all()
+            unet(*random_inputs(unet, num_rows, 8, 8, 7))
+    # One call to compare, one for each of those.
+    assert compiler.calls == [4, 4, 2, 2, 4, 2]
     graphs.close()
-    assert unet(*random_inputs(unet, 2, 8, 8, 7)).eq(7.0).all()
-    assert not unet(*random_inputs(unet, 3, 8, 8, 7)).eq(7.0).any()
-    assert compiled_for == [4, 2]
+    unet(*random_inputs(unet, 2, 8, 8, 7))
+    unet(*random_inputs(unet, 3, 8, 8, 7))
+    assert compiler.calls == [4, 4, 2, 2, 4, 2, 2]
+    assert compiler.compiled_for == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("off", "speedup", "is_used"), [(0.0, 1.2, True), (0.5, 2.0, False), (float("nan"), 2.0, False), (0.0, 0.9, False)]
+)
+def test_a_graph_takes_over_only_if_it_agrees_and_is_faster(off: float, speedup: float, is_used: bool) -> None:
+    """On a GPU whatever was compiled was used, right or wrong, faster or slower. Zeros, which a warm-up has, would not
+    tell."""
+    unet, compiler = small_unet(), Compiler(off=off, speedup=speedup)
+    inputs = slotted_inputs(unet, 2)
+    expected = unet(*inputs)
+    graphs = unet.compiled = CompiledGraphs(unet, compiler, compiler.seconds_of)
+    with structlog.testing.capture_logs() as lines:
+        assert_close(unet(*inputs), expected)
+        num_calls = len(compiler.calls)
+        assert_close(unet(*inputs), expected)
+    assert len(compiler.calls) - num_calls == is_used
+    (trial,) = graphs.trials
+    assert (trial.rows, trial.is_used, trial.speedup) == (2, is_used, pytest.approx(speedup))
+    assert [line["event"] for line in lines] == ["compiled_network_in_use" if is_used else "compiled_network_not_used"]
+    assert inputs[2].eq(0).all(), "the store of texts is as it was found"
+
+
+def test_a_graph_is_compared_on_inputs_that_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes the texts of other rows is right on zeros."""
+    unet = tiny_cuda_unet("sd1")
+    x, time_projection, _ = random_inputs(unet, 3, 8, 8, 7)
+    store = torch.zeros(9, 7, unet.text_kv_width)
+    compiler = Compiler()
+
+    def confused(unet: UNet, inputs: Sequence[Tensor | None]) -> Callable[..., Tensor]:
+        graph = compiler(unet, inputs)
+        return lambda x, time, store, lengths, slots: graph(x, time, store, lengths, slots.roll(1))
+
+    graphs = unet.compiled = CompiledGraphs(unet, confused, compiler.seconds_of)
+    unet(x, time_projection, store, None, torch.zeros(3, dtype=torch.int64))
+    assert [trial.is_used for trial in graphs.trials] == [False]
 
 
 def test_a_graph_that_cannot_be_compiled_is_left_to_the_hand_made_path() -> None:
@@ -238,14 +315,51 @@ def test_a_graph_that_cannot_be_compiled_is_left_to_the_hand_made_path() -> None
     ]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_form_of_cuda_can_be_exported_from_inference_mode() -> None:
-    """With texts by slot, as ticks on a GPU call it, and with everything that it does in place."""
-    theirs = tiny_unet("sd2", 5)
+def tiny_cuda_unet(family: Family, seed: int = 5) -> UNet:
+    """The whole UNet of a tiny family in the form of CUDA, with torch's operators."""
+    theirs = tiny_unet(family, seed)
     with torch.device("meta"):
         unet = UNet(dict(theirs.config), kernels="torch")
     unet.load_state_dict({name: value.clone() for name, value in theirs.state_dict().items()}, assign=True)
-    unet.fuse(for_cuda=True)
+    return unet.fuse(for_cuda=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(compiler_problem() is not None, reason="no C++ compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
+def test_a_compiled_network_computes_the_same_with_the_kernels_of_a_gpu() -> None:
+    """The real compiler and the interpreted kernels. It hands the norm behind `cat` a picture in NCHW, whatever was
+    traced, and the norm read other memory then: every compiled picture on a GPU was wrong.
+    """
+    unet = small_unet(kernels="triton", for_cuda=True)
+    with torch.inference_mode():
+        inputs = random_inputs(unet, 2, 4, 4, 7)
+        expected = unet(*inputs)
+        graph = torch.compile(compiled.export(unet, inputs), dynamic=False)
+        assert_close(graph(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_captured_ticks_of_compiled_graphs_draw_what_plain_ticks_draw(
+    model: DiffusionModel, settings: Settings
+) -> None:
+    """On a GPU's twin, with the exported network in place of the compiled one."""
+    model.unet = tiny_cuda_unet("sd1", 3)
+    settings = settings.model_copy(update={"max_rows": 2})
+    jobs = [job_for(model, str(i), **fields) for i, fields in enumerate(CROWD)]
+    plain = run_jobs(model, jobs, settings)
+    compiler = Compiler()
+    graphs = model.unet.compiled = CompiledGraphs(model.unet, compiled.export, compiler.seconds_of)
+    twin = run_jobs(model, jobs, settings, device=TwinDevice(), warm_up=True, on_ready=graphs.close)
+    assert [(trial.rows, trial.is_used) for trial in graphs.trials] == [(2, True), (1, True)]
+    for job in jobs:
+        assert np.abs(twin.pixels(job.id) - plain.pixels(job.id)).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_form_of_cuda_can_be_exported_from_inference_mode() -> None:
+    """With texts by slot, as ticks on a GPU call it, and with everything that it does in place."""
+    unet = tiny_cuda_unet("sd2")
     with torch.inference_mode():
         x, time_projection, store = random_inputs(unet, 3, 8, 8, 7)
         inputs = (x, time_projection, store, None, torch.tensor([2, 0, 0]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from darkroom_kernels import geglu
-from darkroom_kernels.backend import KernelUnavailable, triton_problem
+from darkroom_kernels.backend import KernelUnavailable
 from darkroom_kernels.geglu import kernel, tiles
 from darkroom_kernels.geglu.reference import reference_geglu
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,9 +160,7 @@ def test_a_named_form_never_gives_way_to_another(form, monkeypatch):
     from darkroom_kernels import backend
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    triton_problem.cache_clear()
-    backend.uses_triton.cache_clear()
+    backend.forget_decisions()
     with pytest.raises(KernelUnavailable, match="TRITON_INTERPRET"):
         geglu(*inputs((2, 5, 8), torch.device("cpu")), implementation=form)
-    triton_problem.cache_clear()
-    backend.uses_triton.cache_clear()
+    backend.forget_decisions()

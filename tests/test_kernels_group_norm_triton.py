@@ -178,6 +178,17 @@ def test_other_layouts_are_taken_too(change, kernel_device):
     torch.testing.assert_close(got, reference_group_norm(x, 4, weight, bias, 1e-5, shift=shift), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("change", [lambda x: x.contiguous(), lambda x: x.transpose(2, 3), lambda x: x[:, :, ::2]])
+def test_the_op_itself_takes_any_layout(change, division, kernel_device):
+    """torch's compiler hands it NCHW where channels-last was traced; it read the wrong memory then."""
+    x, weight, bias, shift = inputs((2, 24, 6, 5), kernel_device)
+    x, shift = change(x), shift.t().contiguous().t()
+    got = kernel.group_norm(x, 4, weight, bias, 1e-5, True, shift)
+    expected = reference_group_norm(x, 4, weight, bias, 1e-5, silu=True, shift=shift)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
+    assert got.is_contiguous(memory_format=LAST)
+
+
 def test_how_a_row_is_divided_depends_on_the_row_alone():
     small, middle, large = (kernel.plan(places, 320, 32, 2) for places in (64, 4096, 1 << 20))
     assert small.chunk == 0

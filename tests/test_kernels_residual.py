@@ -70,6 +70,22 @@ def test_a_residual_that_lies_otherwise_in_memory_is_taken(kernel_device):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 5, 4), (3, 7, 6)], ids=str)
+def test_the_op_itself_takes_any_layout(shape, kernel_device):
+    """torch's compiler may hand it other strides than it traced; memory would be added crosswise then."""
+    from darkroom_kernels.residual import kernel
+
+    y, residual, bias = inputs(shape, kernel_device)
+    expected = reference_add_residual(y, residual, bias)
+    other = y.contiguous() if len(shape) == 4 else y.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.cat((residual, residual), 1)[:, : shape[1]]
+    for y_given, residual_given in ((other.clone(), residual), (y.clone(), wide), (other.clone(), wide)):
+        strides = y_given.stride()
+        kernel.add_residual_(y_given, residual_given, bias)
+        torch.testing.assert_close(y_given, expected, rtol=1e-6, atol=1e-6)
+        assert y_given.stride() == strides
+
+
 def test_the_op_keeps_the_rules_of_torch_library_and_a_compiler_sees_through(kernel_device):
     from darkroom_kernels.residual import kernel
 

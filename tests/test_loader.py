@@ -19,6 +19,7 @@ from darkroom.diffusion.weights import content_hash, read_header
 from darkroom.errors import ConfigError, ModelError
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from support.tiny_models import FAMILIES, Family, fresh_seed, write_tiny_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -493,3 +494,34 @@ def test_one_variant_of_the_weights_is_fetched_and_nothing_that_runs() -> None:
     common = {"model_index.json", "unet/config.json", "tokenizer/merges.txt", "vae/diffusion_pytorch_model.safetensors"}
     assert set(files_to_fetch(names, prefer_fp16=False)) == common | {"unet/diffusion_pytorch_model.safetensors"}
     assert set(files_to_fetch(names, prefer_fp16=True)) == common | {"unet/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_an_attention_of_the_name_is_checked_for_the_device_of_the_model(
+    originals: dict[Family, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU beside the chosen processor does not make it available there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="'flash' is unavailable: it needs a CUDA device, not cpu"):
+        load_model(originals["sd1"], device="cpu", attention="flash")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_autoencoder_whose_one_head_is_too_wide_for_a_named_attention_takes_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SD 1.5's and SDXL's heads of 512 made DARKROOM_ATTENTION=triton fail in the warm-up."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+    directory = write_tiny_model(
+        tmp_path / "wide", "sd1", vae={"block_out_channels": (8, 8, 8, 512), "layers_per_block": 1}
+    )
+    with capture_logs() as lines:
+        model = load_model(directory, attention="triton")
+    (line,) = (line for line in lines if line["event"] == "vae_attention")
+    assert (line["asked"], line["instead"]) == ("triton", "auto")
+    assert "head size 512" in line["reason"]
+    latents = torch.randn(1, 4, 2, 2)
+    assert torch.equal(model.vae.decode(latents), load_model(directory).vae.decode(latents))
+    with capture_logs() as lines:
+        load_model(write_tiny_model(tmp_path / "narrow", "sd1"), attention="triton")
+    assert not [line for line in lines if line["event"] == "vae_attention"]

@@ -266,6 +266,18 @@ def test_the_network_sees_scaled_latents_in_its_own_layout(arguments, form, dtyp
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_every_value_of_the_scaled_input_is_written(arguments, monkeypatch):
+    """Into memory that comes poisoned, as a caching allocator's may."""
+    given = arguments(rows=3, height=31, width=17)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+    row_of = given["slots"].new_tensor([2, 0, 1, 1])
+    got = scale_input(
+        given["latents"], given["coefficients"], given["slots"], row_of, torch.float16, implementation="triton"
+    )
+    assert got.isfinite().all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_row_of_no_row_is_zero_whatever_the_pool_and_the_coefficients_hold(arguments, form):
     given = arguments(rows=3)

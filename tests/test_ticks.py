@@ -13,6 +13,7 @@ import pytest
 import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.engine.batch import Batch, Tick
 from darkroom.engine.decode import Decoder
 from darkroom.engine.device import WARM_UP_CALLS, CudaDevice, comes_from_cuda, is_device_lost
 from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, Saved, TickReport
@@ -177,6 +178,89 @@ def test_activations_of_the_warm_up_and_of_the_graphs_are_never_there_together(
     monkeypatch.setattr(TwinDevice, "capture", captures)
     run_on_twin(model, [job_for(model, "one")], settings_with(max_rows=4))
     assert order[: 3 * WARM_UP_CALLS + 1] == ["call"] * 3 * WARM_UP_CALLS + ["capture"]
+
+
+def test_decodings_share_calls_in_numbers_that_were_met_before_anybody_waits(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN tries algorithms out at the start only, and for each number anew: calls of 5 or 7 had none of it."""
+    sizes: list[int] = []
+    decode, at_ready = model.vae.decode, 0
+
+    def counted(latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(latents.shape[0])
+        return decode(latents)
+
+    def ready() -> None:
+        nonlocal at_ready
+        at_ready = len(sizes)
+
+    monkeypatch.setattr(model.vae, "decode", counted)
+    job = job_for(model, "many", num_images_per_prompt=7, num_inference_steps=2)
+    twin, _ = run_on_twin(model, [job], settings_with(), on_ready=ready)
+    assert sizes[:at_ready] == [1, 2, 4, 8, 1]
+    assert sum(sizes[at_ready:]) == 7
+    assert set(sizes[at_ready:]) <= {1, 2, 4}
+    plain = run_jobs(model, [job], settings_with())
+    for index in range(7):
+        assert np.abs(twin.pixels("many", index) - plain.pixels("many", index)).max() <= 1
+
+
+def test_reproducible_pictures_are_tried_one_by_one(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    decode = model.vae.decode
+    monkeypatch.setattr(model.vae, "decode", lambda latents: (sizes.append(latents.shape[0]), decode(latents))[1])
+    run_on_twin(model, [job_for(model, "a", num_images_per_prompt=3)], settings_with(**REPRODUCIBLE))
+    assert set(sizes) == {1}
+
+
+def test_a_decoding_that_fails_when_it_is_tried_out_stops_the_start(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(latents: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such algorithm")
+
+    monkeypatch.setattr(model.vae, "decode", broken)
+    engine = Engine(
+        {model.id: model}, settings_with(max_rows=2), on_event=lambda _: None, warm_up=True, device=TwinDevice()
+    )
+    with pytest.raises(RuntimeError, match="no such algorithm"):
+        engine.run()
+
+
+def test_noise_is_copied_for_the_rows_of_a_tick_and_not_for_its_padding(model: DiffusionModel) -> None:
+    copied: list[int] = []
+
+    class Watching(TwinDevice):
+        def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+            if target.ndim == 4:
+                copied.append(target.shape[0])
+            super().copy(target, source)
+
+    settings = settings_with(**REPRODUCIBLE)
+    jobs = [job_for(model, "noisy", sampler="euler_a"), job_for(model, "quiet", num_inference_steps=9)]
+    twin, _ = run_on_twin(model, jobs, settings, Watching())
+    plain = run_jobs(model, jobs, settings)
+    assert set(copied) <= {1, 2}
+    for job in jobs:
+        assert twin.images(job.id) == plain.images(job.id)
+
+
+def test_a_finishing_row_leaves_its_latents_in_memory_that_it_had_from_the_start(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tick allocates nothing, the last one of a picture included."""
+    enqueue, was_there = Batch.enqueue, []
+
+    def watched(batch: Batch) -> Tick:
+        held = [row.last_latents for row in batch.rows]
+        tick = enqueue(batch)
+        was_there.extend(any(latents is last for last in held) for latents in tick.finished.values())
+        return tick
+
+    monkeypatch.setattr(Batch, "enqueue", watched)
+    run_on_twin(model, [job_for(model, str(i), seed=i) for i in range(3)], settings_with(max_rows=4))
+    assert was_there == [True] * 4
 
 
 def test_more_rows_than_slots_wait_for_each_other(model: DiffusionModel) -> None:

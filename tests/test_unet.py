@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import darkroom_kernels
 import pytest
 import torch
 from darkroom.diffusion.unet import UNet, UNetConfig
@@ -329,3 +330,25 @@ def test_sdxl_without_its_pooled_text_is_refused() -> None:
     unet = ours(tiny_unet("sdxl", 0))
     with pytest.raises(ValueError, match="pooled_prompt_embeds"):
         unet.time_projection(torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "geglu", "others"),
+    [("auto", "auto", "auto"), ("triton", "triton", "triton"), ("gate", "gate", "triton"), ("torch", "torch", "torch")],
+)
+def test_the_gate_of_a_feed_forward_may_be_named(
+    kernels: str, geglu: str, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What auto takes on a GPU could not be asked for by name."""
+    asked: dict[str, set[str]] = {}
+    for name in ("geglu", "group_norm", "layer_norm", "add_residual_"):
+        kernel = getattr(darkroom_kernels, name)
+
+        def watched(*args: Any, implementation: str, name: str = name, kernel: Any = kernel, **rest: Any) -> Any:
+            asked.setdefault(name, set()).add(implementation)
+            return kernel(*args, implementation="torch", **rest)
+
+        monkeypatch.setattr(darkroom_kernels, name, watched)
+    unet = ours(tiny_unet("sd2", 1), kernels=kernels, for_cuda=True)
+    unet(torch.zeros(1, 4, 8, 8), torch.zeros(1, unet.time_width), torch.zeros(1, 7, unet.text_kv_width))
+    assert asked == {"geglu": {geglu}, "group_norm": {others}, "layer_norm": {others}, "add_residual_": {others}}

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n", 1)[1])
     parser.add_argument("--section", choices=SECTIONS, help="one section (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a few items of each, all in 90 s")
+    parser.add_argument("--quick", action="store_true", help="a few items of each, begun within 85 s in all")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs measured")
     parser.add_argument("--only", default="", metavar="TEXT", help="only items with this in their name")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu at toy size")

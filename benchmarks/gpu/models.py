@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from darkroom.config import Settings
+from darkroom.diffusion.compiled import CompiledGraphs
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.memory import Needed, measure
 from darkroom.engine.batcher import Batcher
 from darkroom.jobs import GenerationRequest
+from darkroom.worker.compile import prepare_compile
 from darkroom.worker.main import choose_dtype, load_models
 from darkroom_kernels.bench.timing import Limits, measure_limits, time_calls, time_replays
 
@@ -39,7 +41,8 @@ GUIDANCE_SCALE = 5.0
 NUM_SEEDS = 20
 # Pictures that share a decoder call here; the engine takes as many where they are small.
 DECODE_BATCH = 4
-OURS, EAGER, COMPILED = "darkroom", "diffusers eager", "diffusers compiled"
+OURS, OURS_COMPILED = "darkroom", "darkroom compiled"
+EAGER, COMPILED = "diffusers eager", "diffusers compiled"
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ class ModelsSection:
         self._found = dict(found)
 
     def close(self) -> None:
-        if self._held is not None and isinstance(self._held[1], RunningEngine):
-            self._held[1].close()
+        held = () if self._held is None else self._held[1] if isinstance(self._held[1], tuple) else (self._held[1],)
+        for part in held:
+            if isinstance(part, RunningEngine):
+                part.close()
+        del held
         self._held = None
         gc.collect()
         if self.device.type == "cuda":
@@ -103,6 +109,12 @@ class ModelsSection:
                 )
             for count in plan.breakdown_batches:
                 yield item(f"breakdown {count}", lambda f=family, n=count: self._measure_breakdown(f, n), 15)
+            for count in plan.compiled_batches:
+                yield item(
+                    f"{OURS_COMPILED} {count}",
+                    lambda f=family, n=count: self._measure_compiled(f, n),
+                    240 + 8 * count * floor_s,
+                )
             for mode, counts in ((None, plan.batches), (plan.compile_mode, plan.compiled_batches)):
                 side = COMPILED if mode else EAGER
                 for count in counts:
@@ -210,6 +222,33 @@ class ModelsSection:
         if peak_gib is not None:
             detail += f", {peak_gib:.2f} GiB reserved at most, {data['computed_gib']:.2f} computed"
         return Measured(self._figures(family, OURS, count, seconds, self._quality(family), detail), data)
+
+    def _measure_compiled(self, family: Family, count: int) -> Measured:
+        """With `DARKROOM_COMPILE=on`, as a worker starts with it, and one bucket: each takes the compiler minutes."""
+        plan = self.plan
+        settings = self.settings.model_copy(update={"compile": "on", "max_rows": 2 * count})
+
+        def make() -> tuple[RunningEngine, CompiledGraphs]:
+            model = self._model(family, settings)
+            close = prepare_compile([model], settings)
+            running = RunningEngine(model, settings, [2 * count])
+            close()
+            assert isinstance(model.unet.compiled, CompiledGraphs)
+            return running, model.unet.compiled
+
+        running, graphs = self._hold((OURS_COMPILED, family.name, count), make)
+        running.draw(self._requests(running.model, count, 2))
+        self._reset_peak()
+        runs = [running.draw(self._requests(running.model, count, plan.num_steps)) for _ in range(plan.rounds)]
+        seconds = statistics.median(run.last_s for run in runs)
+        data = self._data(family, OURS_COMPILED, count, seconds) | {"peak_gib": self._peak_gib()}
+        trials = [
+            f"bucket {trial.rows}: compiled in {trial.seconds:.0f} s, {trial.speedup:.3f}x the hand-made UNet, "
+            f"largest difference {trial.difference:.1e}, {'used' if trial.is_used else 'not used'}"
+            for trial in graphs.trials
+        ]
+        detail = ", ".join([f"{data['share']:.3f} of the floor's rate", *(trials or ["nothing was compiled"])])
+        return Measured(self._figures(family, OURS_COMPILED, count, seconds, "", detail), data)
 
     def _measure_peer(self, family: Family, count: int, compile_mode: str | None) -> Measured:
         plan, side = self.plan, COMPILED if compile_mode else EAGER

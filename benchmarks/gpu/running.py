@@ -36,10 +36,11 @@ class Run:
 class RunningEngine:
     """Its policy may be exchanged while it has nothing to do, so that policies share one engine and its graphs.
 
-    Ready, with its ticks captured, when the constructor returns. Raises `RuntimeError` when the engine ends by itself.
+    Ready, with its ticks captured, when the constructor returns. `buckets` are the model-row counts of its ticks, by
+    default those of a worker. Raises `RuntimeError` when the engine ends by itself.
     """
 
-    def __init__(self, model: DiffusionModel, settings: Settings) -> None:
+    def __init__(self, model: DiffusionModel, settings: Settings, buckets: Sequence[int] | None = None) -> None:
         self.model = model
         self._is_ready, self._broken = threading.Event(), list[Exception]()
         self.engine = Engine(
@@ -49,6 +50,7 @@ class RunningEngine:
             on_tick=self._ticked,
             on_ready=self._is_ready.set,
             warm_up=True,
+            batcher=Batcher(buckets) if buckets else None,
         )
         self.buckets = self.engine.batcher.buckets
         self._lock = threading.Condition()

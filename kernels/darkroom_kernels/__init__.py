@@ -1,6 +1,6 @@
 """Tensor operations of the denoising path. Imports nothing of `darkroom`."""
 
-from darkroom_kernels.attention import Implementation, attention, check_available
+from darkroom_kernels.attention import Implementation, attention, check_available, head_refusal
 from darkroom_kernels.check import check_kernels
 from darkroom_kernels.geglu import geglu
 from darkroom_kernels.group_norm import group_norm
@@ -15,5 +15,6 @@ __all__ = [
     "check_kernels",
     "geglu",
     "group_norm",
+    "head_refusal",
     "layer_norm",
 ]

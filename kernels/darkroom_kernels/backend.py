@@ -11,10 +11,13 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch._ops import OpOverload
+
+from darkroom_kernels.winners import winner_for
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +26,11 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 LEAST_CAPABILITY = (8, 0)
-IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 # Ops live as long as the process; a Library that is collected takes its ops with it.
 _library = torch.library.Library("darkroom", "FRAGMENT")
 _failed: dict[tuple[str, str], str] = {}
+_decisions: list[Callable[[], None]] = []
 
 
 class Decision(Protocol[P, R_co]):
@@ -39,13 +42,21 @@ class Decision(Protocol[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
+class Implementation(str, Enum):
+    """Who computes a kernel that has these forms. `auto` picks one; every other name is a demand."""
+
+    AUTO = "auto"
+    TRITON = "triton"
+    TORCH = "torch"
+
+
 class KernelUnavailable(RuntimeError):
     """A named implementation cannot run here; the message says why."""
 
 
 def decided_once(function: Callable[P, R]) -> Decision[P, R]:
-    """Remember each answer, as `functools.cache` does. torch.compile takes it as a constant, instead of warning of the
-    cache and tracing how the answer was found."""
+    """Remember each answer, as `functools.cache` does, until `forget_decisions`. torch.compile takes it as a constant,
+    instead of warning of the cache and tracing how the answer was found."""
     cached = functools.lru_cache(maxsize=8192)(function)
 
     @functools.wraps(function)
@@ -56,7 +67,14 @@ def decided_once(function: Callable[P, R]) -> Decision[P, R]:
     # What torch.compiler.assume_constant_result sets; calling it would import the compiler, which takes seconds.
     decision._dynamo_marked_constant = True
     decision.cache_clear = cached.cache_clear
+    _decisions.append(cached.cache_clear)
     return decision
+
+
+def forget_decisions() -> None:
+    """Decide anew from now on: a table changed, or a kernel failed its check."""
+    for clear in _decisions:
+        clear()
 
 
 def interprets() -> bool:
@@ -98,7 +116,7 @@ def mark_failed(kernel: str, device: torch.device, reason: str) -> None:
     """Turn `auto` away from a kernel on a kind of device for the life of the process; by name it raises from now on."""
     _failed[kernel, device.type] = reason
     logger.error("kernel %s on %s: %s; it is not used", kernel, device.type, reason)
-    uses_triton.cache_clear()
+    forget_decisions()
 
 
 def failure(kernel: str, device: torch.device) -> str | None:
@@ -106,22 +124,34 @@ def failure(kernel: str, device: torch.device) -> str | None:
     return _failed.get((kernel, device.type))
 
 
-@decided_once
-def uses_triton(implementation: str, device: torch.device, kernel: str = "") -> bool:
-    """Whether a kernel with the implementations "auto", "triton" and "torch" takes its Triton form on `device`.
+E = TypeVar("E", bound=Enum)
 
-    "auto" takes it on a CUDA device wherever it can run, and never on a CPU, where the interpreter is a tool for tests.
-    `kernel` is the name that a failed self-check is recorded under. Raises `KernelUnavailable` when "triton" cannot run
-    and `ValueError` on an unknown name.
+
+def named(kind: type[E], name: str) -> E:
+    """The implementation of a name. Raises `ValueError` with those that exist."""
+    try:
+        return kind(name)
+    except ValueError:
+        known = [one.value for one in kind]
+        raise ValueError(f"implementation {name!r} is unknown, expected one of {known}") from None
+
+
+@decided_once
+def uses_triton(implementation: str, device: torch.device, kernel: str = "", size: int = 0) -> bool:
+    """Whether a kernel with the forms of `Implementation` takes its Triton form on `device`.
+
+    "auto" takes it on a CUDA device wherever it can run, unless torch's was measured to be faster at this `size`
+    (`winners`), and never on a CPU, where the interpreter is a tool for tests. `kernel` is the name in that table, and
+    the one that a failed self-check is recorded under. Raises `KernelUnavailable` when "triton" cannot run and
+    `ValueError` on an unknown name.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation {implementation!r} is unknown, expected one of {list(IMPLEMENTATIONS)}")
-    if implementation == "torch" or (implementation == "auto" and device.type == "cpu"):
+    chosen = named(Implementation, implementation)
+    if chosen is Implementation.TORCH or (chosen is Implementation.AUTO and device.type == "cpu"):
         return False
     problem = triton_problem(device) or failure(kernel, device)
     if problem is None:
-        return True
-    if implementation == "triton":
+        return chosen is Implementation.TRITON or winner_for(kernel, device, size) != "torch"
+    if chosen is Implementation.TRITON:
         raise KernelUnavailable(f"{kernel or 'kernel'} 'triton' is unavailable: {problem}")
     logger.warning("%s: torch instead of triton, because %s", kernel or "kernels", problem)
     return False

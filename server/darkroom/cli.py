@@ -246,7 +246,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 @bench.command()
 def kernels(
     tune: Annotated[
-        bool, typer.Option("--tune", help="Try the tiles of attention, and rewrite the table that `auto` reads.")
+        bool, typer.Option("--tune", help="Try every form and tile, and rewrite the tables that `auto` reads.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="SDXL's shapes alone.")] = False,
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="With --tune: begin no shape after this.")] = 480,
@@ -261,10 +261,14 @@ def kernels(
     place = choose_device(device)
     if tune and place.type == "cpu":
         raise ConfigError("--tune: tiles are tuned on a CUDA device")
-    from darkroom_kernels.bench.report import bench_kernels, tune_attention
+    from darkroom_kernels.bench.report import bench_kernels, tune_attention, tune_kernels
 
     if tune:
-        tune_attention(place, quick=quick, time_limit_s=time_limit, say=typer.echo)
+        # The others first: they take seconds, and attention the rest of the time.
+        began_s = time.monotonic()
+        tune_kernels(place, quick=quick, time_limit_s=time_limit, say=typer.echo)
+        left_s = time_limit - (time.monotonic() - began_s)
+        tune_attention(place, quick=quick, time_limit_s=left_s, say=typer.echo)
     else:
         bench_kernels(place, quick=quick, say=typer.echo)
 

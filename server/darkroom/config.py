@@ -90,11 +90,15 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
         "auto", description="Weights and activations of UNet and text encoder; auto is fp16 on a GPU."
     )
-    attention: Literal["auto", "sdpa", "triton", "xformers", "reference"] = Field(
-        "auto", description="Attention implementation."
+    attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "xformers", "reference"] = Field(
+        "auto",
+        description="Attention of the UNet: auto, sdpa, cudnn, flash, efficient, triton, xformers or reference; the "
+        "autoencoder takes the same, or auto where that cannot hold its one wide head.",
     )
-    kernels: Literal["auto", "triton", "torch"] = Field(
-        "auto", description="Implementation of norms, gates and sampler steps; auto is Triton on a GPU that can."
+    kernels: Literal["auto", "triton", "gate", "torch"] = Field(
+        "auto",
+        description="Implementation of norms, gates and sampler steps: auto, triton, gate (triton, but the product "
+        "before a gate is torch's) or torch; auto is the fastest measured, else gate, on a GPU that can.",
     )
     graphs: Literal["auto", "off"] = Field(
         "auto", description="auto captures ticks as CUDA graphs at start; off launches every kernel by itself."

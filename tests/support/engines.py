@@ -65,6 +65,7 @@ def run_jobs(
     *,
     expected: int | None = None,
     deadline_in_s: float | None = None,
+    timeout_s: float = 60.0,
     on_tick: Callable[[Engine, TickReport, int], None] | None = None,
     checkpoints: Mapping[str, Mapping[int, bytes]] | None = None,
     **options: Any,
@@ -92,6 +93,6 @@ def run_jobs(
         engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=(checkpoints or {}).get(job.id))
     thread = threading.Thread(target=engine.run, daemon=True)
     thread.start()
-    thread.join(60)
+    thread.join(timeout_s)
     assert not thread.is_alive(), f"only {sorted(outcome.events)} of {expected} jobs ended"
     return outcome

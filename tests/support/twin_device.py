@@ -94,6 +94,7 @@ class TwinDevice(TickDevice):
     ticks_ahead = 1
     has_graphs = True
     has_stores = True
+    tries_decoding = True
 
     def __init__(self, *, has_graphs: bool = True, fails: Callable[[int], Exception | None] = lambda n: None) -> None:
         super().__init__(torch.device("cpu"))

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from darkroom_kernels.attention import sdpa_backends
 from darkroom_kernels.attention.launch import KERNEL, triton_attention
 from darkroom_kernels.attention.reference import reference_attention
 from darkroom_kernels.attention.tiles import MAX_FEW_KEYS, row_for
 from darkroom_kernels.attention.xformers_form import xformers_attention, xformers_problem
-from darkroom_kernels.backend import KernelUnavailable, decided_once, failure, triton_problem
+from darkroom_kernels.backend import KernelUnavailable, decided_once, failure, forget_decisions, triton_problem
+from darkroom_kernels.devices import device_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -25,20 +27,31 @@ class Implementation(str, Enum):
 
     AUTO = "auto"
     SDPA = "sdpa"
+    CUDNN = "cudnn"
+    FLASH = "flash"
+    EFFICIENT = "efficient"
     TRITON = "triton"
     XFORMERS = "xformers"
     REFERENCE = "reference"
 
 
-# Head sizes that the kernels of sdpa are made for. At the others they pad, and Triton's exact split wastes less.
-WELL_SERVED_HEAD_DIMS = (64, 128)
+# What an automatic choice is made among, and tuning measures beside the tiles of Triton.
+OTHERS = (
+    Implementation.SDPA,
+    Implementation.CUDNN,
+    Implementation.FLASH,
+    Implementation.EFFICIENT,
+    Implementation.XFORMERS,
+)
+# Head sizes that PyTorch's backends pad nothing of. At the others Triton's exact split wastes less.
+UNPADDED_HEAD_DIMS = (64, 128)
 
 
 @decided_once
-def check_available(name: str) -> Implementation:
-    """Return the named implementation.
+def check_available(name: str, device: torch.device) -> Implementation:
+    """Return the named implementation, for tensors of `device`.
 
-    Raises `ValueError` on an unknown name and `KernelUnavailable`, with the reason, on one that cannot run here.
+    Raises `ValueError` on an unknown name and `KernelUnavailable`, with the reason, on one that cannot run there.
     """
     try:
         implementation = Implementation(name)
@@ -46,15 +59,27 @@ def check_available(name: str) -> Implementation:
         raise ValueError(
             f"attention {name!r} is unknown, expected one of {[i.value for i in Implementation]}"
         ) from None
-    problem = None
-    if implementation is Implementation.TRITON:
-        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        problem = triton_problem(here) or failure(KERNEL, here)
-    elif implementation is Implementation.XFORMERS:
-        problem = xformers_problem()
-    if problem is not None:
+    if (problem := _problem(implementation, device)) is not None:
         raise KernelUnavailable(f"attention {name!r} is unavailable: {problem}")
     return implementation
+
+
+def _problem(implementation: Implementation, device: torch.device) -> str | None:
+    if implementation is Implementation.TRITON:
+        return triton_problem(device) or failure(KERNEL, device)
+    problem = xformers_problem() if implementation is Implementation.XFORMERS else None
+    if problem is None and implementation.value in (*sdpa_backends.NAMES, "xformers") and device.type != "cuda":
+        problem = f"it needs a CUDA device, not {device.type}"
+    return problem
+
+
+@decided_once
+def head_refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a named implementation takes no heads of this size and dtype, whatever their number and length; None when it
+    may."""
+    if name == Implementation.TRITON.value:
+        return triton_refusal(device, dtype, head_dim, MAX_FEW_KEYS + 1, MAX_FEW_KEYS + 1)
+    return sdpa_backends.head_refusal(name, dtype, head_dim) if name in sdpa_backends.NAMES else None
 
 
 @decided_once
@@ -73,26 +98,38 @@ def triton_refusal(
     return problem
 
 
+# What `auto` chose and found to refuse, by implementation and the arguments of `choose`.
+_refused: set[tuple[str, torch.device, torch.dtype, int, int, int]] = set()
+
+
 @decided_once
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int) -> Implementation:
-    """What `auto` means for tensors of this device, dtype and size: the measured winner of the table's row.
+    """What `auto` means for tensors of this device, dtype and size: the fastest of the table's row that runs here.
 
-    Without a measurement: sdpa on a CPU, in fp32 and at the head sizes that it is made for; Triton elsewhere and at few
-    keys. Each choice is logged once for a kind of size.
+    Without a measurement: sdpa on a CPU and in fp32; Triton at few keys and at head sizes that others pad; at head
+    sizes of 64 and 128 cuDNN on Hopper, sdpa elsewhere. Each choice is logged once for a kind of size.
     """
     chosen, reason = Implementation.SDPA, "unmeasured"
     if device.type == "cpu":
         _log_choice("cpu", chosen)
         return chosen
     refusal = triton_refusal(device, dtype, head_dim, num_queries, num_keys)
+    wanted: list[Implementation] = []
     if refusal is None:
         row = row_for(device, dtype.itemsize * 8, head_dim, num_queries, num_keys)
-        if row.winner is not None and (row.winner != "xformers" or xformers_problem() is None):
-            chosen, reason = Implementation(row.winner), "measured"
-        elif dtype.itemsize == 2 and (head_dim not in WELL_SERVED_HEAD_DIMS or row.tile.kernel == "few_keys"):
-            chosen = Implementation.TRITON
+        if row.winner is not None:
+            reason = "measured"
+            wanted = [Implementation(name) for name in sorted(row.times_us, key=lambda name: row.times_us[name])]
+        elif dtype.itemsize == 2 and (head_dim not in UNPADDED_HEAD_DIMS or row.tile.kernel == "few_keys"):
+            wanted = [Implementation.TRITON]
+        elif dtype.itemsize == 2 and device.type == "cuda" and device_kinds(device)[-1] == "sm_90":
+            # torch's own order, which depends on its release, may have it last; 1.7 to 2.3 times slower are reported.
+            wanted = [Implementation.CUDNN]
     else:
         reason = f"triton: {refusal}"
+    size = device, dtype, head_dim, num_queries, num_keys
+    can_run = (one for one in wanted if _problem(one, device) is None and (one.value, *size) not in _refused)
+    chosen = next(can_run, chosen)
     keys = "few" if num_keys <= MAX_FEW_KEYS else "many"
     _log_choice(f"{device.type}, {dtype}, heads of {head_dim}, {keys} keys ({reason})", chosen)
     return chosen
@@ -105,8 +142,9 @@ def _log_choice(what: str, implementation: Implementation) -> None:
 
 def forget_choices() -> None:
     """Choose anew from now on: the table changed, or a kernel failed its check."""
-    for function in (check_available, triton_refusal, choose, _log_choice):
-        function.cache_clear()
+    _refused.clear()
+    _log_choice.cache_clear()
+    forget_decisions()
 
 
 def attention(
@@ -150,20 +188,62 @@ def attention(
     # The kernels scale the largest score instead of all scores, which a scale below 0 would make the smallest.
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"expected a finite scale above 0, got {scale}")
-    chosen = check_available(implementation)
-    if chosen is Implementation.AUTO:
-        chosen = choose(q.device, q.dtype, dim, num_queries, num_keys)
-    if chosen is Implementation.TRITON:
+    name = _checked(implementation, q.device)
+    if name != "auto":
+        return _computed(name, q, k, v, key_lengths, key_slots, scale)
+    size = q.device, q.dtype, dim, num_queries, num_keys
+    while True:
+        name = _chosen(*size)
+        if key_lengths is not None and name in sdpa_backends.NAMES:
+            name = "sdpa"
+        try:
+            return _computed(name, q, k, v, key_lengths, key_slots, scale)
+        except KernelUnavailable as refusal:
+            if name == "sdpa":
+                raise
+            logger.warning("attention on %s: not %s, because %s", q.device, name, refusal)
+            _refused.add((name, *size))
+            choose.cache_clear()
+            _chosen.cache_clear()
+
+
+# By name: torch's compiler takes a decision as a constant, and an enum's member is none to it.
+@decided_once
+def _checked(implementation: str, device: torch.device) -> str:
+    return check_available(implementation, device).value
+
+
+@decided_once
+def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int) -> str:
+    return choose(device, dtype, head_dim, num_queries, num_keys).value
+
+
+def _computed(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_slots: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """`attention` by one implementation. Raises `KernelUnavailable` when it does not take these inputs."""
+    dim, num_queries, num_keys = q.shape[3], q.shape[2], k.shape[2]
+    if name == "triton":
         if (refusal := triton_refusal(q.device, q.dtype, dim, num_queries, num_keys)) is not None:
             raise KernelUnavailable(f"attention 'triton' is unavailable: {refusal}")
         result: Tensor = triton_attention(q, k, v, key_lengths, key_slots, dim**-0.5 if scale is None else scale)
         return result
+    if name in sdpa_backends.NAMES and key_lengths is not None:
+        raise KernelUnavailable(f"attention {name!r} takes no key lengths")
     if key_slots is not None:
         k, v = k.index_select(0, key_slots), v.index_select(0, key_slots)
-    if chosen is Implementation.REFERENCE:
+    if name == "reference":
         out = reference_attention(q, k, v, key_lengths, scale)
-    elif chosen is Implementation.XFORMERS:
+    elif name == "xformers":
         out = xformers_attention(q, k, v, None if key_lengths is None else key_mask(key_lengths, num_keys), scale)
+    elif name in sdpa_backends.NAMES:
+        out = sdpa_backends.attention_by(name, q, k, v, scale)
     else:
         mask = None if key_lengths is None else key_mask(key_lengths, num_keys)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

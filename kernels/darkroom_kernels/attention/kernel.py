@@ -240,17 +240,21 @@ HEAD_DIMS = {48: 40}
 
 
 def builds() -> list[Build]:
-    """Every row of the tuned table as a launch would build it: whole tiles, and odd sizes with lengths and slots."""
+    """Every row of the tuned table as a launch would build it: whole tiles; the same with slots, as a tick attends to
+    a text; and odd sizes with lengths and slots."""
     found = []
     for kind, rows in load_table().items():
         capability = int(kind.rpartition("sm_")[2])
         for row in rows:
-            for is_odd in (False, True):
-                found.append(_build(row, f"attention {kind}", capability, is_odd))
+            forms = [(False, False), (True, True)]
+            if row.tile.kernel == "few_keys":
+                forms.append((False, True))
+            for is_odd, has_slots in forms:
+                found.append(_build(row, f"attention {kind}", capability, is_odd, has_slots))
     return found
 
 
-def _build(row: Row, name: str, capability: int, is_odd: bool) -> Build:
+def _build(row: Row, name: str, capability: int, is_odd: bool, has_slots: bool) -> Build:
     tile, dim = row.tile, HEAD_DIMS.get(row.max_head_dim, row.max_head_dim)
     dtype = "fp32" if row.bits == 32 else "bf16" if is_odd else "fp16"
     d1, d2 = split(dim)
@@ -262,7 +266,7 @@ def _build(row: Row, name: str, capability: int, is_odd: bool) -> Build:
         "BLOCK_M": tile.block_m,
         "EVEN_M": not is_odd,
         "HAS_LENGTHS": is_odd,
-        "HAS_SLOTS": is_odd,
+        "HAS_SLOTS": has_slots,
         "PRECISION": precision(torch.float32 if row.bits == 32 else torch.float16),
     }
     if tile.kernel == "flash":
@@ -274,9 +278,12 @@ def _build(row: Row, name: str, capability: int, is_odd: bool) -> Build:
         keys = SHORT_TEXT if row.max_keys is not None and row.max_keys < LONG_TEXT else LONG_TEXT
         n1, n2 = split(keys)
         constants |= {"N1": n1, "N2": n2, "EVEN_N": False}
-    types = {"p_lengths": "*i32", "p_slots": "*i64", "scale": "fp32"}
-    if not is_odd:
-        types |= {"p_lengths": f"*{dtype}", "p_slots": f"*{dtype}"}
+    # What a kernel has no use for is a pointer to other values.
+    types = {
+        "p_lengths": "*i32" if is_odd else f"*{dtype}",
+        "p_slots": "*i64" if has_slots else f"*{dtype}",
+        "scale": "fp32",
+    }
     signature = {
         argument: "constexpr"
         if argument in constants
@@ -286,7 +293,7 @@ def _build(row: Row, name: str, capability: int, is_odd: bool) -> Build:
     integers = {argument for argument, kind in signature.items() if kind == "i32"}
     return Build(
         f"{name} {tile.kernel} {dim} x {keys} {dtype} {tile.block_m}x{tile.block_n} {tile.num_warps}w "
-        f"{tile.num_stages}s{' odd' if is_odd else ''}",
+        f"{tile.num_stages}s{' odd' if is_odd else ' slots' if has_slots else ''}",
         kernel,
         signature,
         constants,

@@ -90,6 +90,8 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_slots: Tensor | None, scale: float
 ) -> Tensor:
     row = row_for(q.device, q.dtype.itemsize * 8, q.shape[3], q.shape[2], k.shape[2])
+    # torch's compiler may hand over other strides than those it traced.
+    q, k, v = (part if part.stride(3) == 1 else part.contiguous() for part in (q, k, v))
     return run(row.tile, q, k, v, key_lengths, key_slots, scale)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from darkroom_kernels.devices import device_kinds
+
 TABLE = Path(__file__).with_name("tuned.json")
 # Keys and values of a head that few_keys holds on the chip: two programs of them fit a multiprocessor of every class.
 MAX_FEW_KEYS = 160
@@ -75,18 +77,6 @@ def fits_few_keys(bits: int, head_dim: int, num_keys: int) -> bool:
     """Whether `few_keys` can hold all keys and values of a head."""
     held = sum(split(num_keys)) * sum(split(head_dim)) * 2 * bits // 8
     return bits == 16 and sum(split(num_keys)) <= MAX_FEW_KEYS and held <= MAX_HELD_BYTES
-
-
-def device_kinds(device: torch.device) -> list[str]:
-    """Names under which the table may know a device, the closest first: product and class, then the class alone.
-
-    Classes differ in tensor cores and shared memory: 8.x and 12.x have 99 KiB at least, 9.x and 10.x 227 KiB.
-    """
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return ["sm_90"]
-    major, _ = torch.cuda.get_device_capability(device)
-    by_class = {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
-    return [f"{torch.cuda.get_device_name(device)} {by_class}", by_class]
 
 
 @functools.cache

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from darkroom_kernels.attention import tiles
-from darkroom_kernels.attention.api import Implementation, attention, check_available, forget_choices
+from darkroom_kernels.attention.api import OTHERS, attention, check_available, forget_choices
 from darkroom_kernels.attention.check import TOLERANCE
 from darkroom_kernels.attention.launch import launch, run
 from darkroom_kernels.attention.reference import reference_attention
 from darkroom_kernels.attention.tiles import Row, Tile
+from darkroom_kernels.devices import device_kinds
 
 logger = logging.getLogger(__name__)
 SecondsOf = Callable[[Callable[[], object]], float]
@@ -52,7 +53,7 @@ def tune(
         except Exception as error:  # out of memory, or nothing that works: the other sizes still count
             logger.warning("%s is not tuned: %s: %s", size, type(error).__name__, error)
             continue
-        tiles.save_table(tiles.device_kinds(device)[0], rows, path)
+        tiles.save_table(device_kinds(device)[0], rows, path)
     if not rows:
         raise RuntimeError(f"no size could be tuned on {device}")
     forget_choices()
@@ -86,9 +87,9 @@ def _measure(size: Size, device: torch.device, dtype: torch.dtype, seconds_of: S
     if best is None:
         raise RuntimeError(f"no tile of the Triton attention works at {size} on {device}")
     times_us = {"triton": seconds[best] * 1e6}
-    for implementation in (Implementation.SDPA, Implementation.XFORMERS):
+    for implementation in OTHERS:
         try:
-            name = check_available(implementation.value).value
+            name = check_available(implementation.value, device).value
             times_us[name] = 1e6 * seconds_of(
                 lambda name=name: attention(q, k, v, key_slots=slots, implementation=name)  # type: ignore[misc]
             )

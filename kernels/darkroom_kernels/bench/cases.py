@@ -89,7 +89,8 @@ NETWORKS = (SD15, SDXL, SD21)
 @dataclass(frozen=True)
 class Case:
     """One kernel at one shape. `make` draws inputs; the first is what rotates. `ways` compute the same by name, `ours`
-    the names among them that are Darkroom's; `expected` is the reference in fp32.
+    the names among them that are Darkroom's; `expected` is the reference in fp32. `size` is what the table of winners
+    knows the shape by; 0: attention, which has a table of its own.
     """
 
     op: str
@@ -102,6 +103,7 @@ class Case:
     ways: Mapping[str, Way]
     expected: Way
     is_compiled: bool
+    size: int = 0
 
     @property
     def name(self) -> str:
@@ -246,6 +248,7 @@ def _group_norm_cases(network: Network, rows: int, itemsize: int, *, is_compiled
                     i["x"].float(), NUM_GROUPS, i["weight"], i["bias"], EPS, silu=True, shift=i["shift"]
                 ),
                 is_compiled=is_compiled and has_shift,
+                size=width * side * side,
             )
 
 
@@ -275,6 +278,7 @@ def _layer_norm_cases(network: Network, rows: int, itemsize: int, *, is_compiled
             ways=_implementations(call, "auto", "triton"),
             expected=lambda i: reference_layer_norm(i["x"].float(), i["weight"], i["bias"], EPS, shift=i["shift"]),
             is_compiled=is_compiled,
+            size=width,
         )
 
 
@@ -299,6 +303,7 @@ def _geglu_cases(network: Network, rows: int, itemsize: int, *, is_compiled: boo
             ways=_implementations(call, "auto", "gate", "triton"),
             expected=lambda i: reference_geglu(i["x"].float(), i["weight"], i["bias"]),
             is_compiled=is_compiled,
+            size=width,
         )
 
 
@@ -327,6 +332,7 @@ def _residual_cases(network: Network, rows: int, itemsize: int, *, is_compiled: 
             ways=_implementations(call, "auto", "triton"),
             expected=lambda i: reference_add_residual(i["y"].float(), i["residual"], i["bias"]),
             is_compiled=is_compiled,
+            size=width * side * side,
         )
 
 
@@ -372,6 +378,7 @@ def _step_cases(network: Network, rows: int, itemsize: int, *, is_compiled: bool
         ways=_implementations(call, "auto", "triton"),
         expected=_expected_step,
         is_compiled=is_compiled,
+        size=4 * side * side,
     )
 
 

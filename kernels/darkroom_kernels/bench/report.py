@@ -1,4 +1,4 @@
-"""`darkroom bench kernels`: a table that can be read without knowing the kernels, and the tuning of attention."""
+"""`darkroom bench kernels`: a table that can be read without knowing the kernels, and the tuning of the tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import torch
 
 from darkroom_kernels.attention.tiles import TABLE
 from darkroom_kernels.attention.tuning import Size, tune
+from darkroom_kernels.backend import forget_decisions
 from darkroom_kernels.bench.cases import NETWORKS, SDXL, TOY, Case, Network, cases
 from darkroom_kernels.bench.measure import Result, measure_case, rate
 from darkroom_kernels.bench.timing import measure_limits, time_calls
+from darkroom_kernels.devices import device_kinds
+from darkroom_kernels.winners import TABLE as WINNERS
+from darkroom_kernels.winners import Row, save_winners
 
 TUNED_ROWS = 16
+AUTO = "darkroom auto"
+# A relative error that no rounding of fp16 explains.
+WRONG = 2e-2
 HEAD = ("kernel", "shape", "rows", "µs", "speed", "of limit", "best other", "µs", "faster", "error")
 
 
@@ -48,12 +55,12 @@ def _line(cells: tuple[str, ...], widths: tuple[int, ...]) -> str:
 
 def _cells(case: Case, results: list[Result]) -> tuple[str, ...]:
     measured = [result for result in results if not result.reason]
-    auto = next((result for result in measured if result.way == "darkroom auto"), None)
+    auto = next((result for result in measured if result.way == AUTO), None)
     others = [result for result in measured if not result.way.startswith("darkroom")]
     best = min(others, key=lambda result: result.seconds, default=None)
     head = (case.op, f"{case.network}: {case.shape}"[:44], str(case.rows))
     if auto is None:
-        reason = next((result.reason for result in results if result.way == "darkroom auto"), "not measured")
+        reason = next((result.reason for result in results if result.way == AUTO), "not measured")
         return (*head, reason, "", "", "", "", "", "")
     return (
         *head,
@@ -88,6 +95,54 @@ def tune_attention(
         times = ", ".join(f"{name} {us:.1f} µs" for name, us in row.times_us.items())
         say(f"head size {row.max_head_dim}, {row.max_queries} queries, {row.max_keys} keys: {row.winner} ({times})")
     say(f"wrote {path}")
+
+
+def tune_kernels(
+    device: torch.device,
+    *,
+    quick: bool,
+    time_limit_s: float,
+    say: Callable[[str], None],
+    networks: tuple[Network, ...] = NETWORKS,
+    path: Path = WINNERS,
+) -> None:
+    """Time every form of the kernels beside attention at every shape, and rewrite this kind of device's winners.
+
+    Shapes of one size, as the table counts it, are one row with the sum of their times. A form that is wrong or cannot
+    run is left out. A kernel that is not reached within `time_limit_s` keeps its rows.
+    """
+    began_s = time.monotonic()
+    dtype = torch.float16
+    limits = measure_limits(device, dtype)
+    for op in dict.fromkeys(case.op for case in _with_winners(networks)):
+        sums: dict[int, dict[str, float]] = {}
+        for case in _with_winners((SDXL,) if quick else networks):
+            if case.op != op:
+                continue
+            if time.monotonic() - began_s > time_limit_s:
+                say(f"stopped at the time limit, before {case.name}")
+                return
+            forms = [way for way in case.ways if way != AUTO]
+            results = measure_case(case, device, dtype, limits, budget_s=0.03, ways=tuple(forms), compiled=False)
+            right = {result.way: result.seconds for result in results if not result.reason and result.error < WRONG}
+            total = sums.setdefault(case.size, dict.fromkeys(right, 0.0))
+            # Only what ran at all shapes of a size can be compared.
+            sums[case.size] = {way: total[way] + 1e6 * right[way] for way in total if way in right}
+        rows = [
+            Row(size, {way.removeprefix("darkroom "): round(us, 2) for way, us in times.items()})
+            for size, times in sums.items()
+            if times
+        ]
+        save_winners(device_kinds(device)[0], op, rows, path)
+        forget_decisions()
+        for row in rows:
+            times = ", ".join(f"{name} {us:.1f} µs" for name, us in row.times_us.items())
+            say(f"{op}, size {row.size}: {row.winner} ({times})")
+    say(f"wrote {path}")
+
+
+def _with_winners(networks: tuple[Network, ...]) -> Iterator[Case]:
+    return (case for case in cases(networks, (TUNED_ROWS,)) if case.size)
 
 
 def sizes_to_tune(networks: tuple[Network, ...]) -> Iterator[Size]:

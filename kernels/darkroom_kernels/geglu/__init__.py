@@ -1,5 +1,5 @@
 """The gated feed-forward of a transformer block. The maths is in README.md."""
 
-from darkroom_kernels.geglu.api import geglu
+from darkroom_kernels.geglu.api import Implementation, geglu
 
-__all__ = ["geglu"]
+__all__ = ["Implementation", "geglu"]

@@ -284,9 +284,21 @@ def touched_groups(block_c: int, per_group: int) -> int:
     return 1 if per_group % block_c == 0 else (block_c + per_group - 2) // per_group + 1
 
 
+def is_places_by_channels(x: Tensor) -> bool:
+    """Whether channels lie side by side and one stride leads from place to place; they may be part of more channels."""
+    _, channels, height, width = x.shape
+    _, stride_channel, stride_high, stride_place = x.stride()
+    return (stride_channel == 1 or channels == 1) and (height == 1 or width == 1 or stride_high == width * stride_place)
+
+
 def _group_norm_on_device(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool, shift: Tensor | None
 ) -> Tensor:
+    # Here and not before the op: torch's compiler may hand over other strides than those it traced.
+    if not is_places_by_channels(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+    if shift is not None and shift.stride(1) != 1:
+        shift = shift.contiguous()
     y = _fake(x, num_groups, weight, bias, eps, silu, shift)
     batch, channels, height, width = x.shape
     places, per_group = height * width, channels // num_groups

@@ -21,8 +21,9 @@ def layer_norm(
 
     `x` `[..., C]` any float dtype and strides; `weight`, `bias` `[C]`; `shift` `[C]` or None: the bias of the product
     before, left for here. `implementation`: "triton", "torch", or "auto", which is triton on CUDA devices where it can
-    run. Statistics are fp32. Returns a contiguous tensor of x's shape and dtype. Raises `ValueError` on shapes or names
-    that do not fit, `KernelUnavailable` on a named implementation that cannot run here.
+    run and torch was not measured to be faster. Statistics are fp32. Returns a contiguous tensor of x's shape and
+    dtype. Raises `ValueError` on shapes or names that do not fit, `KernelUnavailable` on a named implementation that
+    cannot run here.
     Source: Ba, Kiros & Hinton 2016, equation 3.
     """
     width = x.shape[-1:]
@@ -31,7 +32,7 @@ def layer_norm(
             f"expected x [..., C], not empty, and weight, bias, shift [C], got {list(x.shape)}, {list(weight.shape)}, "
             f"{list(bias.shape)}, {None if shift is None else list(shift.shape)}"
         )
-    if uses_triton(implementation, x.device, "layer_norm"):
+    if uses_triton(implementation, x.device, "layer_norm", x.shape[-1]):
         from darkroom_kernels.layer_norm.kernel import layer_norm as launch
 
         return launch(x, weight, bias, eps, shift)  # type: ignore[no-any-return]

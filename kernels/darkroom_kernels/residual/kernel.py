@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,11 +29,21 @@ def _add_residual(p_y, p_residual, p_bias, numel, C: tl.constexpr, BLOCK: tl.con
     tl.store(p_y + start + o, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
+def layout_of(y: Tensor) -> torch.memory_format:
+    """How `y` must lie for its channels to be side by side: four dimensions are a picture, others end in channels."""
+    return torch.channels_last if y.ndim == 4 else torch.contiguous_format
+
+
 def _add_residual_on_device(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    numel = y.numel()
+    # torch's compiler may hand over other strides than those it traced, so the layout is seen to here.
+    layout, numel = layout_of(y), y.numel()
+    total = y.contiguous(memory_format=layout)
     _add_residual[(triton.cdiv(numel, BLOCK),)](
-        y, residual, bias.contiguous(), numel, C=bias.shape[0], BLOCK=BLOCK, **backend.launch_options(NUM_WARPS)
-    )
+        total, residual.contiguous(memory_format=layout), bias.contiguous(), numel,
+        C=bias.shape[0], BLOCK=BLOCK, **backend.launch_options(NUM_WARPS),
+    )  # fmt: skip
+    if total is not y:
+        y.copy_(total)
 
 
 def _fake(y: Tensor, residual: Tensor, bias: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What frames the network in a tick: the scaled input, then guidance, denoised and each row's solver update."""
 
+from darkroom_kernels.backend import Implementation
 from darkroom_kernels.step.api import scale_input, step_
 from darkroom_kernels.step.columns import (
     A_D,
@@ -25,6 +26,7 @@ __all__ = [
     "C_SKIP",
     "INPUT_SCALE",
     "NUM_COLUMNS",
+    "Implementation",
     "scale_input",
     "step_",
 ]

@@ -40,7 +40,7 @@ def scale_input(
     if dtype not in OUTPUT_DTYPES:
         raise ValueError(f"dtype: expected one of {list(OUTPUT_DTYPES)}, got {dtype}")
     _expect_values(latents, slots, row_of)
-    if uses_triton(implementation, device, "step"):
+    if uses_triton(implementation, device, "step", latents.shape[1:].numel()):
         from darkroom_kernels.step.kernel import scale_input as launch
 
         return launch(latents, coefficients, slots, row_of, dtype)  # type: ignore[no-any-return]
@@ -109,7 +109,7 @@ def step_(
         noise,
         is_finite,
     )
-    if uses_triton(implementation, device, "step"):
+    if uses_triton(implementation, device, "step", latents.shape[1:].numel()):
         from darkroom_kernels.step.kernel import step_ as launch
 
         launch(*arguments)

@@ -8,13 +8,18 @@ lock for the length of the call; torch's own loader holds it, and with it everyt
 from __future__ import annotations
 
 import ctypes
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
+from darkroom_kernels.bench.timing import time_calls
 from torch import Tensor, nn
 
 from darkroom.diffusion.unet import UNet
@@ -24,6 +29,9 @@ log = structlog.get_logger("darkroom.diffusion")
 
 # Largest difference from the hand-made path that is rounding, relative to the largest output.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# How long each side of a trial is timed, and how many texts its rows share.
+TRIAL_S = 0.3
+TRIED_TEXTS = 4
 
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
@@ -67,8 +75,11 @@ class _Denoiser(nn.Module):
         return self._forward(self.unet, *inputs)
 
 
-def random_inputs(unet: UNet, num_rows: int, height: int, width: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, time projection, and text keys and values, all in the UNet's dtype, from a seed of their own."""
+def random_inputs(
+    unet: UNet, num_rows: int, height: int, width: int, length: int, num_texts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, time projection, and keys and values of `num_texts` texts, by default one a row, all in the UNet's
+    dtype, from a seed of their own."""
     generator = torch.Generator().manual_seed(num_rows)
 
     def randn(*shape: int) -> Tensor:
@@ -78,7 +89,7 @@ def random_inputs(unet: UNet, num_rows: int, height: int, width: int, length: in
     return (
         latents.contiguous(memory_format=torch.channels_last),
         0.1 * randn(num_rows, unet.time_width),
-        randn(num_rows, length, unet.text_kv_width),
+        randn(num_texts or num_rows, length, unet.text_kv_width),
     )
 
 
@@ -157,19 +168,45 @@ def compile_graph(unet: UNet, inputs: Sequence[Tensor | None]) -> Callable[..., 
     return graph
 
 
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call: inside a CUDA graph, on a CPU as it is."""
+    return time_calls([call], device, budget_s=TRIAL_S).seconds
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A compiled graph beside the hand-made path. `difference` is relative to the largest output, `speedup` over the
+    hand-made path; `is_used` when it agrees and is faster.
+    """
+
+    rows: int
+    seconds: float
+    difference: float
+    speedup: float
+    is_used: bool
+
+
 class CompiledGraphs:
     """`unet` through `compile`, one graph for each kind of inputs that is met until `close`; others are left alone.
 
-    Meant for a warm-up that runs every bucket before it captures it, so that what it captures is compiled.
+    Meant for a warm-up that runs every bucket before it captures it, so that what it captures is compiled. A graph is
+    used only if it computes what the hand-made path does, up to rounding, and faster; `trials` has what was found. Both
+    are timed as ticks run: captured where the device has graphs. `close` comes before the first text is stored, because
+    a trial writes to the store.
     """
 
     def __init__(
-        self, unet: UNet, compile: Callable[[UNet, Sequence[Tensor | None]], Callable[..., Tensor]] = compile_graph
+        self,
+        unet: UNet,
+        compile: Callable[[UNet, Sequence[Tensor | None]], Callable[..., Tensor]] = compile_graph,
+        seconds_of: Callable[[Callable[[], object], torch.device], float] = seconds_of,
     ) -> None:
         self._unet = unet
         self._compile = compile
+        self._seconds_of = seconds_of
         self._graphs: dict[tuple[Any, ...], Callable[..., Tensor] | None] = {}
         self._is_open = True
+        self.trials: list[Trial] = []
 
     def close(self) -> None:
         self._is_open = False
@@ -186,13 +223,70 @@ class CompiledGraphs:
         key = _kind(x, text_kv, *texts)
         graph = self._graphs[key]
         if graph is None:
+            graph = self._graphs[key] = self._tried(inputs)
+        return self._unet(*inputs) if graph is None else graph(*inputs)
+
+    def _tried(self, inputs: tuple[Tensor | None, ...]) -> Callable[..., Tensor] | None:
+        """The graph for inputs like these, or None if it is not to be used."""
+        x, _, text_kv, *texts = inputs
+        assert x is not None  # noqa: S101
+        assert text_kv is not None  # noqa: S101
+        rows, started_s = x.shape[0], time.monotonic()
+        with _telling_inputs(self._unet, rows, *x.shape[2:], text_kv, *texts) as telling:
             try:
-                graph = self._graphs[key] = self._compile(self._unet, inputs)
+                # First by hand: what is chosen at a first call is then known to what is compiled.
+                expected = self._unet(*telling)
+                graph = self._compile(self._unet, telling)
+                seconds = time.monotonic() - started_s
+                difference = largest_difference(graph(*telling), expected)
+                by_hand, compiled = (
+                    self._seconds_of(functools.partial(call, *telling), x.device) for call in (self._unet, graph)
+                )
+            except torch.AcceleratorError:
+                # The device may be lost, and then nothing works.
+                raise
             except Exception as error:
                 # torch's compiler has no common class of errors; the hand-made path needs none of it.
-                log.warning("compile_failed", rows=x.shape[0], reason=_first_line(error))
-                return self._unet(*inputs)  # type: ignore[no-any-return]
-        return graph(*inputs)
+                log.warning("compile_failed", rows=rows, reason=_first_line(error))
+                return None
+        is_used = difference <= TOLERANCES[self._unet.dtype] and compiled < by_hand
+        self.trials.append(Trial(rows, seconds, difference, by_hand / compiled, is_used))
+        log.info(
+            "compiled_network_in_use" if is_used else "compiled_network_not_used",
+            rows=rows,
+            seconds=round(seconds),
+            speedup=round(by_hand / compiled, 2),
+            difference=float(f"{difference:.1e}"),
+        )
+        return graph if is_used else None
+
+
+def largest_difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected value; infinite where a NaN would get lost in a maximum."""
+    expected = expected.float()
+    gap = ((expected - got.float()).abs().max() / expected.abs().max()).item()
+    return gap if gap == gap else float("inf")
+
+
+@contextmanager
+def _telling_inputs(
+    unet: UNet, rows: int, height: int, width: int, text_kv: Tensor, *texts: Tensor | None
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Inputs of the same kind whose outputs tell: a warm-up's own are zeros. The store of texts is the very one, with
+    random texts in its first places for as long as this lasts."""
+    x, time_projection, drawn = (
+        part.to(text_kv.device) for part in random_inputs(unet, rows, height, width, text_kv.shape[1], TRIED_TEXTS)
+    )
+    places = text_kv[: drawn.shape[0]]
+    held = places.clone()
+    lengths, slots = (*texts, None, None)[:2]
+    if slots is not None:
+        slots = torch.arange(rows, device=text_kv.device) % places.shape[0]
+    places.copy_(drawn[: places.shape[0]])
+    try:
+        yield x.contiguous(memory_format=torch.channels_last), time_projection, text_kv, *(lengths, slots)[: len(texts)]
+    finally:
+        places.copy_(held)
 
 
 def _kind(*tensors: Tensor | None) -> tuple[Any, ...]:

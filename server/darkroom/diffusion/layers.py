@@ -60,16 +60,27 @@ def load_onednn() -> OneDNN | None:
         return None
 
 
+def all_but_geglu(kernels: str) -> str:
+    """What the setting's name means for every kernel but GEGLU, the only one that knows "gate"."""
+    return "triton" if kernels == "gate" else kernels
+
+
 @dataclass(frozen=True)
 class Form:
     """How a network runs. Chosen once, when its weights are loaded.
 
     `onednn`: oneDNN's operators where layers may use them; None on CUDA. `kernels` names the implementation of
-    `darkroom_kernels`' norms, gate and residual.
+    `darkroom_kernels`' norms and residual, `geglu` that of its gated product.
     """
 
     onednn: OneDNN | None
     kernels: str = "auto"
+    geglu: str = "auto"
+
+    @classmethod
+    def named(cls, onednn: OneDNN | None, kernels: str) -> Form:
+        """`kernels` as the setting has it: "gate" is "triton" with the product of a gate left to torch."""
+        return cls(onednn, all_but_geglu(kernels), kernels)
 
     def onednn_for(self, weight: Tensor) -> OneDNN | None:
         """The operators, if they can hold this weight."""
@@ -268,7 +279,7 @@ class GEGLU(Layer):
     def prepare(self, form: Form) -> None:
         weight, bias = self.proj.weight.detach(), self.proj.bias
         assert bias is not None  # noqa: S101
-        self._kernels = form.kernels
+        self._kernels = form.geglu
         onednn = self._onednn = form.onednn_for(weight)
         if onednn is None:
             self._weights, self._biases = (weight,), (bias.detach(),)

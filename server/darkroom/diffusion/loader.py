@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 import structlog
 import torch
-from darkroom_kernels import check_available
+from darkroom_kernels import check_available, head_refusal
 from darkroom_kernels.backend import uses_triton
 from torch import Tensor, nn
 
+from darkroom.diffusion.layers import all_but_geglu
 from darkroom.diffusion.memory import ModelMemory, measure
 from darkroom.diffusion.samplers import default_sampler
 from darkroom.diffusion.schedule import NoiseSchedule
@@ -143,8 +144,8 @@ def load_model(
     started_s = time.monotonic()
     place = _device(device)
     try:
-        check_available(attention)
-        uses_triton(kernels, place)
+        check_available(attention, place)
+        uses_triton(all_but_geglu(kernels), place)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     dtype = dtype or (torch.float16 if place.type == "cuda" else torch.float32)
@@ -162,11 +163,13 @@ def load_model(
     vae_config = reader.config("vae")
     is_sdxl = "text_encoder_2" in classes
 
-    def build_vae() -> VAE:
-        return VAE(vae_config, attention=attention, kernels=kernels, tile_px=vae_tile_px)
-
     def load_vae(dtype: torch.dtype) -> VAE:
-        return reader.network("vae", build_vae, dtype, _modern_name).fuse()  # type: ignore[no-any-return]
+        def build() -> VAE:
+            config = VAEConfig.from_dict(vae_config)
+            chosen = attention_for_vae(attention, config, place, dtype)
+            return VAE(config, attention=chosen, kernels=kernels, tile_px=vae_tile_px)
+
+        return reader.network("vae", build, dtype, _modern_name).fuse()  # type: ignore[no-any-return]
 
     vae = load_vae(vae_dtype or choose_vae_dtype(vae_config, place, dtype, is_sdxl=is_sdxl))
     text_dtype = dtype if place.type == "cuda" else torch.float32
@@ -189,7 +192,7 @@ def load_model(
         device=place,
         dtype=dtype,
         load_vae=load_vae,
-        kernels=kernels,
+        kernels=all_but_geglu(kernels),
     )
 
 
@@ -226,6 +229,18 @@ def measure_checkpoint(
             vae_tile_px=vae_tile_px,
             kernels=kernels,
         )
+
+
+def attention_for_vae(name: str, config: VAEConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention of an autoencoder beside a UNet whose attention is `name`: the same, or `auto` where that cannot
+    hold the one head of the middle block, which is as wide as the block."""
+    if not config.mid_block_add_attention:
+        return name
+    refusal = head_refusal(name, device, dtype, config.block_out_channels[-1])
+    if refusal is None:
+        return name
+    log.info("vae_attention", asked=name, instead="auto", reason=refusal)
+    return "auto"
 
 
 def choose_vae_dtype(

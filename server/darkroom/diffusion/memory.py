@@ -147,8 +147,8 @@ def measure(
     row = unet_rows = decode = 0
     for width_px, height_px in sizes_px:
         height, width = height_px // scale, width_px // scale
-        # Latents and two earlier denoised ones, fp32.
-        row = max(row, 3 * 4 * vae.config.latent_channels * height * width)
+        # Latents, two earlier denoised ones and those of the end, fp32.
+        row = max(row, 4 * 4 * vae.config.latent_channels * height * width)
         unet_rows = max(unet_rows, unet_activation_bytes(unet, 1, height, width))
         together = max(1, MAX_DECODE_PIXELS // (width_px * height_px))
         decode = max(decode, decode_activation_bytes(vae, together, height, width))

@@ -385,7 +385,7 @@ class UNet(nn.Module):
         self.dtype = self.conv_in.weight.dtype
         if for_cuda:
             self._fuse_blocks()
-        prepare(self, Form(load_onednn() if onednn and not for_cuda else None, self._kernels))
+        prepare(self, Form.named(load_onednn() if onednn and not for_cuda else None, self._kernels))
         return self
 
     def _fuse_blocks(self) -> None:

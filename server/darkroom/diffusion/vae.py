@@ -247,7 +247,7 @@ class VAE(nn.Module):
         if for_cuda:
             self.encoder.fuse()
             self.decoder.fuse()
-        prepare(self, Form(None if for_cuda else load_onednn(), self._kernels))
+        prepare(self, Form.named(None if for_cuda else load_onednn(), self._kernels))
         return self
 
     @torch.inference_mode()

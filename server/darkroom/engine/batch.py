@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from darkroom.engine.checkpoint import Checkpoint, history_at
 from darkroom.engine.inputs import Frame
 from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,17 @@ class Batch:
         Whatever raises here has changed no row, and the step may be tried again.
         """
         lane, rows, inputs, captured = self.lane, self.rows, self._inputs, self._captured
-        finishing = [row for row in rows if row.step_index + 1 == row.table.num_evaluations]
-        finished = {row: torch.empty(lane.shape, device=lane.model.device) for row in finishing}
+        finished = {row: _held(row.last_latents) for row in rows if row.step_index + 1 == row.table.num_evaluations}
         frame = inputs.frames[lane.next_turn()]
-        has_noise = self._write(frame)
-        inputs.send(frame, with_noise=has_noise)
+        noisy_rows = self._write(frame)
+        inputs.send(frame, noisy_rows=noisy_rows)
         lines = [
             conditioning.time_lines[rows[row].step_index]
             for conditioning, row in zip(self._conditionings, self._row_of, strict=True)
         ]
         torch.stack(lines, out=inputs.time_projection)
         if captured is None:
-            lane.compute(inputs, inputs.noise if has_noise else None, self._text_kv, self._text_slots)
+            lane.compute(inputs, inputs.noise if noisy_rows else None, self._text_kv, self._text_slots)
         else:
             captured.replay()
         inputs.fetch(frame)
@@ -97,19 +99,19 @@ class Batch:
             row.step_index += 1
         return Tick(rows, frame.is_finite, done, finished, saved)
 
-    def _write(self, frame: Frame) -> bool:
-        """Fill a frame for this step of every row. Returns whether any row draws noise in it."""
+    def _write(self, frame: Frame) -> int:
+        """Fill a frame for this step of every row. Returns how many rows hold all those that draw noise in it."""
         frame.fixed[:] = self._fixed
-        has_noise = False
+        noisy_rows = 0
         for i, row in enumerate(self.rows):
             frame.coefficients[i] = row.coefficients[row.step_index]
             if row.needs_noise:
-                has_noise = True
+                noisy_rows = i + 1
                 if frame.noise is None:
                     self._inputs.add_noise(self.lane.shape)
                 assert frame.noise is not None  # noqa: S101
                 frame.noise[i].copy_(row.draw_noise())
-        return has_noise
+        return noisy_rows
 
 
 def checkpoint_of(lane: Lane, row: Row, num_done: int) -> Checkpoint:
@@ -119,6 +121,6 @@ def checkpoint_of(lane: Lane, row: Row, num_done: int) -> Checkpoint:
     return Checkpoint(row.index, num_done, latents, previous, history, row.fingerprint)
 
 
-def _held(slot: int | None) -> int:
-    assert slot is not None, "a row in a tick holds a slot, and so does its text where there is a store"  # noqa: S101
-    return slot
+def _held(thing: T | None) -> T:
+    assert thing is not None, "a row in a tick holds a slot, and so does its text where there is a store"  # noqa: S101
+    return thing

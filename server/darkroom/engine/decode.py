@@ -54,16 +54,34 @@ class Developed:
     image_encode_s: float = 0.0
 
 
+class Trial:
+    """Latents of one model and size, drawn by nobody, to be decoded once in every number that may share a call."""
+
+    def __init__(self, model: DiffusionModel, width: int, height: int) -> None:
+        self.model, self.width, self.height = model, width, height
+        self.is_over = threading.Event()
+        self.error: Exception | None = None
+
+
 class Decoder:
     """Decodes rows and reports each to `on_developed` on one of its threads.
 
-    `max_batch` is how many latents of one shape share a VAE call at most; large pictures share it with fewer.
+    `max_batch` is how many latents of one shape share a VAE call at most; large pictures share it with fewer. With
+    `has_few_sizes` calls are of 1, 2, 4 or 8 latents and so on, the numbers that `try_out` has tried.
     """
 
-    def __init__(self, on_developed: Callable[[Developed], None], *, max_batch: int, encode_threads: int) -> None:
+    def __init__(
+        self,
+        on_developed: Callable[[Developed], None],
+        *,
+        max_batch: int,
+        encode_threads: int,
+        has_few_sizes: bool = False,
+    ) -> None:
         self._on_developed = on_developed
         self._max_batch = max_batch
-        self._waiting: queue.SimpleQueue[Exposed | None] = queue.SimpleQueue()
+        self._has_few_sizes = has_few_sizes
+        self._waiting: queue.SimpleQueue[Exposed | Trial | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode", initializer=_yield_to_others)
         # Pictures that may wait for compression; latents are hundreds of times smaller.
         self._room = threading.Semaphore(max_batch + 2 * encode_threads)
@@ -74,6 +92,17 @@ class Decoder:
     def submit(self, row: Row, latents: Tensor, ready: torch.cuda.Event | None) -> None:
         """Decode `latents` `[C, H, W]` fp32 of `row`, a copy that nobody else writes to, complete once `ready` is."""
         self._waiting.put(Exposed(row, latents, ready))
+
+    def try_out(self, model: DiffusionModel, width: int, height: int) -> None:
+        """Decode pictures of `width` × `height` for nobody, in every number that may share a call, and wait for it.
+
+        On the thread that decodes, since libraries keep what they found out by thread. Raises what that meets.
+        """
+        trial = Trial(model, width, height)
+        self._waiting.put(trial)
+        trial.is_over.wait()
+        if trial.error is not None:
+            raise trial.error
 
     def close(self) -> None:
         """Finish what was submitted, then stop."""
@@ -95,19 +124,46 @@ class Decoder:
             is_open = None not in arrived
             groups: dict[object, list[Exposed]] = {}
             for exposed in arrived:
-                if exposed is not None and not exposed.row.active.is_over:
+                if isinstance(exposed, Trial):
+                    self._try_out(exposed)
+                elif exposed is not None and not exposed.row.active.is_over:
                     groups.setdefault(exposed.row.key, []).append(exposed)
             for group in groups.values():
                 request = group[0].row.active.job.request
-                size = max(1, min(self._max_batch, MAX_DECODE_PIXELS // (request.width * request.height)))
-                for start in range(0, len(group), size):
+                start = 0
+                for size in self._sizes(len(group), request.width, request.height):
                     self._decode(group[start : start + size])
+                    start += size
+
+    def _sizes(self, count: int, width: int, height: int) -> list[int]:
+        """How many of `count` pictures share each call."""
+        most = max(1, min(self._max_batch, MAX_DECODE_PIXELS // (width * height)))
+        sizes = []
+        while count:
+            size = min(count, most)
+            sizes.append(1 << size.bit_length() - 1 if self._has_few_sizes else size)
+            count -= sizes[-1]
+        return sizes
+
+    def _try_out(self, trial: Trial) -> None:
+        model = trial.model
+        side = model.vae_scale_factor
+        shape = model.latent_channels, trial.height // side, trial.width // side
+        try:
+            for size in sorted(set(self._sizes(2 * self._max_batch - 1, trial.width, trial.height))):
+                drawn = torch.randn((size, *shape), generator=torch.Generator().manual_seed(size))
+                decode_latents(model, list(drawn.to(model.device)), [], self._stream(model.device))
+        except Exception as error:
+            trial.error = error
+        trial.is_over.set()
 
     def _decode(self, group: list[Exposed]) -> None:
         started_s = time.monotonic()
         pixels = None
         try:
-            pixels = decode_latents(group, self._stream(group[0].row.model.device))
+            model = group[0].row.model
+            latents, ready = [exposed.latents for exposed in group], [exposed.ready for exposed in group]
+            pixels = decode_latents(model, latents, ready, self._stream(model.device))
         except Exception as error:
             release_frames(error)
             if is_out_of_memory(error):
@@ -159,23 +215,28 @@ def _yield_to_others() -> None:
 
 
 @torch.inference_mode()
-def decode_latents(group: list[Exposed], stream: torch.cuda.Stream | None) -> list[NDArray[np.uint8] | None]:
-    """Decode rows of one shape to `[H, W, 3]` uint8 each, or None where a picture holds NaN or infinity.
+def decode_latents(
+    model: DiffusionModel,
+    latents: list[Tensor],
+    ready: list[torch.cuda.Event | None],
+    stream: torch.cuda.Stream | None,
+) -> list[NDArray[np.uint8] | None]:
+    """Decode `latents` `[C, H, W]` of one shape, complete once `ready` are, to `[H, W, 3]` uint8 each, or None where a
+    picture holds NaN or infinity.
 
     On CUDA everything is queued on `stream`, pixels are made bytes there, and the calling thread sleeps until they have
     arrived. An autoencoder that overflows in fp16 is replaced, and decodes once more.
     """
-    model = group[0].row.model
     with nullcontext() if stream is None else torch.cuda.stream(stream):
-        for exposed in group:
-            if stream is not None and exposed.ready is not None:
-                stream.wait_event(exposed.ready)
-        latents = torch.stack([exposed.latents for exposed in group])
-        pixels, is_finite = _decode(model, latents)
+        for event in ready:
+            if stream is not None and event is not None:
+                stream.wait_event(event)
+        together = torch.stack(latents)
+        pixels, is_finite = _decode(model, together)
         if model.vae.dtype is torch.float16 and (is_finite[0] & ~is_finite[1]).any():
             model.upcast_vae()
             metrics.VAE_UPCASTS.inc()
-            pixels, is_finite = _decode(model, latents)
+            pixels, is_finite = _decode(model, together)
     whole = is_finite.all(0).tolist()
     return [image if good else None for image, good in zip(pixels.numpy(), whole, strict=True)]
 

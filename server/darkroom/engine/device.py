@@ -21,12 +21,14 @@ class TickDevice:
     """A CPU: whatever was asked for is done when the call returns, and nothing is captured.
 
     `ticks_ahead` is how many ticks may be enqueued beside the one that runs; `has_graphs` whether `capture` may be
-    called; `has_stores` whether what ticks read should keep its address for good.
+    called; `has_stores` whether what ticks read should keep its address for good; `tries_decoding` whether the decoder
+    should meet each size of a call before anybody waits.
     """
 
     ticks_ahead = 0
     has_graphs = False
     has_stores = False
+    tries_decoding = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -54,7 +56,7 @@ class TickDevice:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy between a host buffer and its counterpart, in stream order; the host does not wait."""
-        if target is not source:
+        if target.data_ptr() != source.data_ptr():
             target.copy_(source)
 
     def upload(self, host: Tensor) -> Tensor:
@@ -96,6 +98,7 @@ class CudaDevice(TickDevice):
 
     ticks_ahead = 1
     has_stores = True
+    tries_decoding = True
 
     def __init__(self, device: torch.device, *, has_graphs: bool) -> None:
         super().__init__(device)

@@ -166,6 +166,7 @@ class Engine:
             self._developed,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
+            has_few_sizes=self._device.tries_decoding,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
         self._wake = threading.Condition()
@@ -241,6 +242,7 @@ class Engine:
                     self.check_kernels()
                     with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
                         self._capture()
+                        self._try_decoding()
                         for model in self.models.values():
                             self._draw_for_nobody(model)
                     metrics.WARM_UP_SECONDS.set(self._clock() - started_s)
@@ -262,13 +264,26 @@ class Engine:
                 check_kernels(model.device, model.dtype, model.unet.config.head_dims, kernels=self._settings.kernels)
                 check_kernels(model.device, model.vae.dtype, [])
 
+    def _prepared_sizes(self, model: DiffusionModel) -> list[tuple[int, int]]:
+        """(width, height) of the model's own pictures, and of those that the settings name."""
+        return list(dict.fromkeys(((model.card.width, model.card.height), *self._settings.graph_sizes_px)))
+
+    def _try_decoding(self) -> None:
+        """Let the decoder meet every number of pictures that a call may have, at the sizes that ticks are captured
+        for."""
+        if self._device.tries_decoding:
+            for model in self.models.values():
+                for width, height in self._prepared_sizes(model):
+                    if not self._is_stopping:
+                        self._decoder.try_out(model, width, height)
+
     def _capture(self) -> None:
         """Capture the ticks of each model's own size, and of the sizes that the settings name."""
         if not self._device.has_graphs:
             return
         for model in self.models.values():
             card = model.card
-            for width, height in dict.fromkeys(((card.width, card.height), *self._settings.graph_sizes_px)):
+            for width, height in self._prepared_sizes(model):
                 if width % card.size_multiple or height % card.size_multiple:
                     raise ConfigError(
                         f"DARKROOM_GRAPH_SIZES: {width}x{height} is no size of model {model.id}, expected multiples of "
@@ -380,7 +395,7 @@ class Engine:
             rows = [row for active in self._jobs.values() for row in active.rows]
         saved = []
         for row in rows:
-            if row.last_latents is not None:
+            if row.num_done == row.table.num_evaluations and row.last_latents is not None:
                 latents = self._device.download(row.last_latents)
                 nothing = latents.new_zeros((MAX_HISTORY, *latents.shape))
                 saved.append((row, Checkpoint(row.index, row.num_done, latents, nothing, 0, row.fingerprint)))
@@ -455,8 +470,7 @@ class Engine:
                 error = JobError("the picture came out as NaN or infinity", code="non_finite")
                 self._end(active, Failed(active.job, failure_of(error)))
             elif row in tick.finished:
-                row.last_latents = tick.finished[row]
-                self._decoder.submit(row, row.last_latents, tick.done)
+                self._decoder.submit(row, tick.finished[row], tick.done)
             elif row in tick.saved:
                 self._save(row, tick.saved[row])
 
@@ -588,13 +602,14 @@ class Engine:
         for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
             assert row.first_latents is not None  # noqa: S101
             try:
-                row.slot = self._lane(row.key).pool.take(row.first_latents, row.first_previous)
+                taken = self._lane(row.key).pool.take(row.first_latents, row.first_previous)
             except Exception as error:
                 if self._device.is_lost(error):
                     raise
                 self._end(row.active, Failed(row.active.job, failure_of(error)))
                 continue
-            if row.slot is not None:
+            if taken is not None:
+                row.slot, row.last_latents = taken
                 row.first_latents = row.first_previous = None
 
     def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:

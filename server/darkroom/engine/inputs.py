@@ -98,13 +98,13 @@ class TickInputs:
         self.noise = self._device.buffer_like(self.frames[0].noise)
         return self.noise
 
-    def send(self, frame: Frame, *, with_noise: bool) -> None:
-        """Bring a frame to the device."""
+    def send(self, frame: Frame, *, noisy_rows: int) -> None:
+        """Bring a frame to the device, with the noise of its first `noisy_rows` rows."""
         self._device.copy(self._packed, frame.packed)
-        if with_noise:
+        if noisy_rows:
             assert self.noise is not None  # noqa: S101
             assert frame.noise is not None  # noqa: S101
-            self._device.copy(self.noise, frame.noise)
+            self._device.copy(self.noise[:noisy_rows], frame.noise[:noisy_rows])
 
     def fetch(self, frame: Frame) -> None:
         """Bring the flags back; they may be read when the tick is complete."""

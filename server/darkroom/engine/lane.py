@@ -126,7 +126,7 @@ class Lane:
             nobody: list[int] = []
             fixed = inputs.pack(nobody, nobody, nobody, [0] * bucket, [0] * bucket, [])
             inputs.frames[0].fixed[:] = fixed
-            inputs.send(inputs.frames[0], with_noise=False)
+            inputs.send(inputs.frames[0], noisy_rows=0)
             device.wait(device.record())
 
             def work(inputs: TickInputs = inputs) -> None:

@@ -31,21 +31,24 @@ class RowPool:
     def num_used(self) -> int:
         return len(self.latents) - len(self._free)
 
-    def take(self, latents: Tensor, previous: Tensor | None = None) -> int | None:
+    def take(self, latents: Tensor, previous: Tensor | None = None) -> tuple[int, Tensor] | None:
         """A slot that holds `latents` `[C, H, W]` fp32 from the host and its history `previous` `[2, C, H, W]`, empty
-        without; None when all are in use."""
+        without; None when all are in use.
+
+        With it the device's own copy of the latents, or on a CPU `latents` itself, which nobody reads any more.
+        """
         if not self._free:
             if self._is_fixed:
                 return None
             self._grow()
-        uploaded = [self._device.upload(tensor) for tensor in (latents, previous) if tensor is not None]
+        uploaded, *history = [self._device.upload(tensor) for tensor in (latents, previous) if tensor is not None]
         slot = self._free.pop()
-        self.latents[slot].copy_(uploaded[0])
-        if previous is None:
-            self.previous[slot].zero_()
+        self.latents[slot].copy_(uploaded)
+        if history:
+            self.previous[slot].copy_(history[0])
         else:
-            self.previous[slot].copy_(uploaded[1])
-        return slot
+            self.previous[slot].zero_()
+        return slot, uploaded
 
     def release(self, slot: int) -> None:
         self._free.append(slot)

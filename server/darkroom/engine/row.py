@@ -71,9 +71,9 @@ class Row:
     """One image's trajectory.
 
     `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` and `first_previous` `[2, C, H, W]` (None at step
-    0), fp32 on the host, are there until the row holds `slot` of its lane's pool; `last_latents`, on the device, once
-    its last evaluation is done. `saved_s` is when it was last made safe, or joined. `conditionings` holds the prompt's
-    and, with guidance, the negative prompt's.
+    0), fp32 on the host, are there until the row holds `slot` of its lane's pool; on the device, in the memory that
+    brought them there, `last_latents` are what its last evaluation leaves. `saved_s` is when it was last made safe, or
+    joined. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -91,8 +91,8 @@ class Row:
     waiting_since_s: float
     saved_s: float
     first_previous: Tensor | None = None
-    last_latents: Tensor | None = None
     slot: int | None = None
+    last_latents: Tensor | None = None
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))

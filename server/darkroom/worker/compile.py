@@ -2,7 +2,8 @@
 
 On a CPU a child process compiles, at the lowest priority: in this one the compiler would hold Python's lock and stop
 the ticks. The child also compares the result with the hand-made path, and measures both. When it agrees and is faster,
-it takes over from one tick to the next. On CUDA the compiled graphs are made in the warm-up, before ticks are captured.
+it takes over from one tick to the next. On CUDA the compiled graphs are made, compared and measured bucket by bucket in
+the warm-up, before ticks are captured.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ def check_compile(settings: Settings, device: torch.device) -> None:
         raise ConfigError(
             "DARKROOM_COMPILE=on does not go with DARKROOM_BATCHING=reproducible: pictures before and after the "
             "compiled network takes over differ in their last bits"
+        )
+    if device.type == "cuda" and settings.graphs == "off":
+        raise ConfigError(
+            "DARKROOM_COMPILE=on does not go with DARKROOM_GRAPHS=off on a GPU: what is compiled are the ticks that "
+            "are captured"
         )
     problem = compiler_problem() if device.type == "cpu" else None
     if problem is not None:

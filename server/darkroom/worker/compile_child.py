@@ -14,7 +14,14 @@ from pathlib import Path
 import msgspec
 import torch
 
-from darkroom.diffusion.compiled import TOLERANCES, Library, compile_library, load_unet, random_inputs
+from darkroom.diffusion.compiled import (
+    TOLERANCES,
+    Library,
+    compile_library,
+    largest_difference,
+    load_unet,
+    random_inputs,
+)
 from darkroom.diffusion.unet import UNet
 from darkroom.worker.compile import CompileOrder, CompileReport
 
@@ -44,10 +51,7 @@ def compare(hand_made: UNet, library: Library, order: CompileOrder) -> tuple[flo
     difference = 0.0
     for num_rows in {1, 2, order.max_rows}:
         inputs = random_inputs(hand_made, num_rows, order.height, order.width, order.length)
-        expected, got = hand_made(*inputs).float(), library(*inputs).float()
-        gap = ((expected - got).abs().max() / expected.abs().max()).item()
-        # A NaN must not get lost in a maximum.
-        difference = max(difference, gap if gap == gap else float("inf"))
+        difference = max(difference, largest_difference(library(*inputs), hand_made(*inputs)))
     inputs = random_inputs(hand_made, 2, order.height, order.width, order.length)
     times: dict[str, list[float]] = {"hand-made": [], "compiled": []}
     for _ in range(ROUNDS):
