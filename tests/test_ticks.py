@@ -252,9 +252,9 @@ def test_a_finishing_row_leaves_its_latents_in_memory_that_it_had_from_the_start
     """A tick allocates nothing, the last one of a picture included."""
     enqueue, was_there = Batch.enqueue, []
 
-    def watched(batch: Batch) -> Tick:
+    def watched(batch: Batch, *arguments: Any) -> Tick:
         held = [row.last_latents for row in batch.rows]
-        tick = enqueue(batch)
+        tick = enqueue(batch, *arguments)
         was_there.extend(any(latents is last for last in held) for latents in tick.finished.values())
         return tick
 
