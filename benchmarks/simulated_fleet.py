@@ -199,7 +199,7 @@ class KnownAnswerEngine:
                 self._cancelled.discard(attempt)
                 self._on_event(Cancelled(job))
             else:
-                self._on_event(Finished(job, [self._picture], self._result(job)))
+                self._on_event(Finished(job, [self._picture], self._result(job), {}))
         # The worker looks at progress once in its interval, so a tick between has nothing to say.
         if left or self._loop.time() - self._reported_at >= PROGRESS_INTERVAL_S:
             self._reported_at = self._loop.time()
@@ -208,7 +208,7 @@ class KnownAnswerEngine:
             ]
             key = BatchKey(self._load.model, self._load.side_px // 8, self._load.side_px // 8)
             choice = Choice(key, (), model_rows, model_rows)
-            self._on_tick(TickReport(choice, tick_s, len(chosen), 0, len(left), {}, progress))
+            self._on_tick(TickReport(choice, tick_s, self._loop.time(), len(chosen), 0, len(left), {}, progress))
         self._start_tick()
 
     def _result(self, job: Job) -> Result:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"errors", "config", "jobs", "sampling", "infotext", "metrics", "logs"}
+SHARED = {"errors", "config", "jobs", "sampling", "infotext", "metrics", "logs", "tracing"}
 # What each room and each shared module may import of Darkroom, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "api": {"queue", *SHARED},
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "infotext": {"jobs"},
     "metrics": {"errors"},
     "logs": set(),
+    "tracing": {"errors", "config", "jobs"},
     "supervisor": {"errors"},
     # The command line may use every room; no room may use it.
     "up": {"queue", "supervisor", *SHARED},
@@ -50,6 +51,7 @@ ONLY_IN: dict[str, set[str]] = {
     "uvicorn": {"api"},
     "redis": {"queue"},
     "obstore": {"queue"},
+    "opentelemetry": {"tracing"},
     "diffusers": set(),
     "pickle": set(),
 }

@@ -82,7 +82,7 @@ def test_prompts_that_were_encoded_before_are_hits(model: DiffusionModel, settin
 
 def report_of(bucket: int, model_rows: int, seconds: float) -> TickReport:
     choice = Choice(BatchKey("tiny", 8, 8), (0,), model_rows, bucket)
-    return TickReport(choice, seconds, num_rows=1, joined=0, left=0, not_taken={"no_room": 2}, progress=[])
+    return TickReport(choice, seconds, ended_s=9.0, num_rows=1, joined=0, left=0, not_taken={"no_room": 2}, progress=[])
 
 
 def test_a_tick_is_counted_with_its_padding_under_its_row_bucket() -> None:

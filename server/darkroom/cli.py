@@ -285,7 +285,8 @@ def _settings(process: str, **overrides: object) -> Settings:
     from darkroom.config import load_settings
 
     settings = load_settings(**{name: value for name, value in overrides.items() if value is not None})
-    logs.configure(settings.log_level, process=os.environ.get("DARKROOM_PROCESS", process))
+    process = os.environ.get("DARKROOM_PROCESS", process)
+    logs.configure(settings.log_level, process=process, with_prompts=settings.log_prompts)
     return settings
 
 

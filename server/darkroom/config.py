@@ -35,6 +35,10 @@ class Settings(BaseSettings):
     )
     shard: str = Field("0", pattern=r"^[a-zA-Z0-9_-]{1,32}$", description="Hash tag of this queue's keys.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_prompts: bool = Field(False, description="Whether the line of an accepted job shows its prompts.")
+    tracing: Literal["off", "on"] = Field(
+        "off", description="on sends traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `tracing`."
+    )
 
     host: str = Field("127.0.0.1", description="Address the API binds to.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")

@@ -82,7 +82,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations ×
     latent pixels; `attempt` is the fencing token that every write of the worker must present; `failures` counts the
     workers that were lost while they ran it; images below `num_checkpoints` may have a checkpoint of an earlier
-    attempt.
+    attempt; `traceparent` is the W3C trace context of the request that made it, if that is sampled.
     """
 
     id: str
@@ -96,6 +96,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     failures: int = 0
     num_checkpoints: int = 0
+    # Left out of the message when unset.
+    traceparent: str | msgspec.UnsetType = msgspec.UNSET
     version: int = MESSAGE_VERSION
 
 

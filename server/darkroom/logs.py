@@ -1,7 +1,7 @@
 """Logs: one line an event on stderr, for people on a terminal, as JSON elsewhere.
 
-Prompts are the users' own and never logged: fields that would carry one are dropped, and tracebacks show no local
-variables.
+Prompts are the users' own and not logged unless asked for: fields that would carry one are dropped, and tracebacks show
+no local variables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-_PRIVATE_FIELDS = ("prompt", "negative_prompt", "request", "body")
+_PROMPTS = ("prompt", "negative_prompt")
+_WHOLE_REQUESTS = ("request", "body")
 _LABEL_COLOURS = ("\x1b[36m", "\x1b[35m", "\x1b[34m", "\x1b[33m", "\x1b[32m")
 _RESET = "\x1b[0m"
 
@@ -42,10 +43,11 @@ class _NamedLogger(structlog.WriteLogger):
         self.name = name
 
 
-def configure(level: str, *, process: str) -> None:
+def configure(level: str, *, process: str, with_prompts: bool = False) -> None:
     """Send structlog's and the standard library's logs of this process to stderr.
 
-    `level` is the least severe one written; `process` labels every line. May be called again.
+    `level` is the least severe one written; `process` labels every line. Fields that hold a prompt are
+    dropped, unless `with_prompts`. May be called again.
     """
     output = _Output(sys.stderr)
     threshold = logging.getLevelName(level.upper())
@@ -53,7 +55,7 @@ def configure(level: str, *, process: str) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
         structlog.processors.add_log_level,
-        _without_prompts,
+        _without(_WHOLE_REQUESTS if with_prompts else _PROMPTS + _WHOLE_REQUESTS),
     ]
     render = _console(process) if sys.stderr.isatty() else _json(process)
     structlog.configure(
@@ -76,10 +78,13 @@ def configure(level: str, *, process: str) -> None:
     logging.captureWarnings(True)
 
 
-def _without_prompts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    for field in _PRIVATE_FIELDS:
-        event.pop(field, None)
-    return event
+def _without(private: tuple[str, ...]) -> Processor:
+    def drop(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        for field in private:
+            event.pop(field, None)
+        return event
+
+    return drop
 
 
 def _json(process: str) -> list[Processor]:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from darkroom import __version__
+from darkroom import __version__, tracing
 from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
@@ -167,6 +167,7 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
     Raises `ConfigError` and `ModelError` where a start is refused before any child could say so itself.
     """
     began = time.monotonic()
+    tracing.check(settings)
     supervisor = Supervisor()
     supervisor.handle_signals()
     port = free_port(settings.host, settings.port, setting="--port")

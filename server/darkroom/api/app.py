@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from darkroom import __version__, metrics
+from darkroom import __version__, metrics, tracing
 from darkroom.api import generate, health, jobs, page, schema
 from darkroom.api.observe import Observe
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
@@ -22,6 +22,8 @@ from darkroom.config import Settings
 from darkroom.errors import DarkroomError
 from darkroom.queue import JobQueue
 
+# Asked every few seconds by machines.
+_NOT_TRACED = ("/health/", "/metrics")
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -43,6 +45,16 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
         docs_url=None,  # /docs is ours: FastAPI's page loads its script from a CDN
         redoc_url=None,
         redirect_slashes=False,
+        # Of its own telemetry only the span of a call: its logs would hold what clients send.
+        telemetry={
+            "tracing": tracing.provider() is not None,
+            "tracer_provider": tracing.provider(),
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+            "exclude": lambda scope: scope["path"].startswith(_NOT_TRACED),
+        },
     )
     app.state.service = Service(settings, queue)
     for surface in (generate, jobs, health, page):

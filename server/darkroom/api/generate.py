@@ -143,7 +143,8 @@ async def generate(request: Request) -> Response:
     job_id = enqueued.job_id
     if enqueued.is_new:
         metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
-        log.info("job_accepted", job_id=job_id, model=card.id, priority=job.priority.value, cost=cost)
+        asked = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} if settings.log_prompts else {}
+        log.info("job_accepted", job_id=job_id, model=card.id, priority=job.priority.value, cost=cost, **asked)
 
     if body.mode == "async":
         # The seed in the reply is the stored job's: a replay may have been given a random one.

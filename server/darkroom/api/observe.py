@@ -1,18 +1,22 @@
-"""What an API process's metrics see of calls and of the queue."""
+"""What an API process's metrics and logs see of calls and of the queue."""
 
 from __future__ import annotations
 
 import math
+import re
+import secrets
 import time
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from darkroom import metrics
+from darkroom import metrics, tracing
 from darkroom.api.problems import problem_of, respond
 from darkroom.queue import MemorySample, QueueStats
 
 log = structlog.get_logger("darkroom.api")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 _WHOLE = (
     metrics.QUEUE_IN_FLIGHT,
@@ -24,7 +28,10 @@ _WHOLE = (
 
 
 class Observe:
-    """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside."""
+    """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside.
+
+    Each reply has an `X-Request-Id`, the client's own if it sent one that can be taken, and so have all log lines.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -35,28 +42,37 @@ class Observe:
             return
         began = time.perf_counter()
         status = 0
+        request_id = _request_id(scope)
         metrics.HTTP_REQUESTS_IN_FLIGHT.inc()
 
         async def observed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((b"x-content-type-options", b"nosniff"))
+                headers = message.setdefault("headers", [])
+                headers += [(b"x-content-type-options", b"nosniff"), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        try:
-            await self._app(scope, receive, observed)
-        except Exception:
-            log.exception("unexpected_error", method=scope["method"], route=_route(scope))
-            metrics.REJECTS.labels("internal").inc()
-            if status == 0:
-                detail = "the error was logged; trying again may help"
-                await respond(problem_of("internal", detail))(scope, receive, observed)
-        finally:
-            route = _route(scope)
-            metrics.HTTP_REQUESTS_IN_FLIGHT.dec()
-            metrics.HTTP_REQUESTS.labels(_method(scope), route, str(status)).inc()
-            metrics.HTTP_REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)
+        trace = tracing.mark_request(request_id, has_query=bool(scope["query_string"]))
+        with structlog.contextvars.bound_contextvars(request_id=request_id, **trace):
+            try:
+                await self._app(scope, receive, observed)
+            except Exception:
+                log.exception("unexpected_error", method=scope["method"], route=_route(scope))
+                metrics.REJECTS.labels("internal").inc()
+                if status == 0:
+                    detail = "the error was logged; trying again may help"
+                    await respond(problem_of("internal", detail))(scope, receive, observed)
+            finally:
+                route = _route(scope)
+                metrics.HTTP_REQUESTS_IN_FLIGHT.dec()
+                metrics.HTTP_REQUESTS.labels(_method(scope), route, str(status)).inc()
+                metrics.HTTP_REQUEST_SECONDS.labels(route).observe(time.perf_counter() - began)
+
+
+def _request_id(scope: Scope) -> str:
+    sent = dict(scope["headers"]).get(b"x-request-id", b"")
+    return sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
 
 
 def _route(scope: Scope) -> str:

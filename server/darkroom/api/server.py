@@ -8,12 +8,13 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import structlog
 import uvicorn
 
-from darkroom import metrics
+from darkroom import metrics, tracing
 from darkroom.api.app import create_app
 from darkroom.api.service import Service
 from darkroom.config import Settings
@@ -26,6 +27,9 @@ log = structlog.get_logger("darkroom.api")
 _HAND_OVER_AFTER_S = 0.6
 # Written replies may still be on their way to slow readers; they are cut off after this.
 _CLOSE_AFTER_S = 1
+# All of this, and the last spans, fit into what `darkroom up` grants.
+_STOP_AFTER_S = 1.65
+_LAST_SPANS_S = 0.4
 
 
 def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] | None = None) -> None:
@@ -35,6 +39,7 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
     an address cannot be bound.
     """
     settings = settings.model_copy(update={"redis_url": url})
+    tracing.configure(settings, "darkroom-api")
     JobQueue(settings, url)  # an unusable URL or result store stops the start here; an absent server does not
     listener = bind(settings.host, settings.port)
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
@@ -49,6 +54,8 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=_CLOSE_AFTER_S,
+        # A pipelined call would inherit the log fields and the span of the one before it.
+        reset_contextvars=True,
     )
 
     def announce() -> None:
@@ -57,8 +64,10 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
             on_listening(base_url)
 
     with contextlib.closing(listener):
-        asyncio.run(DrainingServer(config, app.state.service, announce).serve(sockets=[listener]))
+        server = DrainingServer(config, app.state.service, announce)
+        asyncio.run(server.serve(sockets=[listener]))
     log.info("api_stopped")
+    tracing.shutdown(min(_LAST_SPANS_S, max(0.0, server.stopping_since_s + _STOP_AFTER_S - time.monotonic())))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -86,6 +95,7 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._announce = announce
         self._drain: asyncio.Task[None] | None = None
+        self.stopping_since_s = float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -113,6 +123,7 @@ class DrainingServer(uvicorn.Server):
             self._service.handing_over.set()
             self.should_exit = self.force_exit = True
             return
+        self.stopping_since_s = time.monotonic()
         log.info("api_draining", waiting=self._service.num_waiting)
         self._service.is_draining = True
         self._drain = asyncio.get_running_loop().create_task(self._finish())

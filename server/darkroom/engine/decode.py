@@ -26,13 +26,14 @@ from darkroom.diffusion.images import encode_image
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory
-from darkroom.engine.row import Row
+from darkroom.engine.row import Interval, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
 from darkroom.errors import JobError
 
 # Lower priority, in the kernel's own unit: beside a busy thread, a quarter of its share.
 ENCODE_NICENESS = 5
+NEVER = Interval(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Exposed:
 
 @dataclass(frozen=True)
 class Developed:
-    """One finished image: its bytes, or why there are none, and the seconds that the VAE and the compression took."""
+    """One finished image: its bytes, or why there are none, and when it was in the VAE and in compression."""
 
     row: Row
     outcome: bytes | Exception
-    decode_s: float = 0.0
-    image_encode_s: float = 0.0
+    decode: Interval = NEVER
+    image_encode: Interval = NEVER
 
 
 class Trial:
@@ -176,10 +177,10 @@ class Decoder:
             for exposed in group:
                 self._decode([exposed])
             return
-        decode_s = time.monotonic() - started_s
+        decoded = Interval(started_s, time.monotonic())
         for exposed, image in zip(group, pixels, strict=True):
             self._room.acquire()
-            self._pool.submit(self._encode, exposed.row, image, decode_s)
+            self._pool.submit(self._encode, exposed.row, image, decoded)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -188,7 +189,7 @@ class Decoder:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
-    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, decode_s: float) -> None:
+    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, decoded: Interval) -> None:
         self._room.release()
         started_s = time.monotonic()
         outcome: bytes | Exception
@@ -206,7 +207,7 @@ class Decoder:
                 )
             except Exception as error:
                 outcome = error
-        self._on_developed(Developed(row, outcome, decode_s, time.monotonic() - started_s))
+        self._on_developed(Developed(row, outcome, decoded, Interval(started_s, time.monotonic())))
 
 
 def _yield_to_others() -> None:

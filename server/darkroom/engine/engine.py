@@ -31,7 +31,7 @@ from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
 from darkroom.engine.joining import key_of, make_rows, prompts_of
 from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
-from darkroom.engine.row import ActiveJob, Row
+from darkroom.engine.row import ActiveJob, Interval, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
 from darkroom.errors import ConfigError, DarkroomError, JobError
@@ -44,9 +44,12 @@ log = structlog.get_logger("darkroom.engine")
 
 @dataclass(frozen=True)
 class Finished:
+    """`phases` says by name when the job was in encode, denoise, decode and image_encode."""
+
     job: Job
     images: list[bytes]
     result: Result
+    phases: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class TickReport:
-    """What one tick did.
+    """What one tick did, in the `seconds` before `ended_s` on the engine's clock.
 
     `joined` images are in a batch for the first time, `left` had their last evaluation. `not_taken` counts the images
     that it left waiting, by reason. `progress` is (job, evaluations done by its slowest image, evaluations in all).
@@ -88,6 +91,7 @@ class TickReport:
 
     choice: Choice
     seconds: float
+    ended_s: float
     num_rows: int
     joined: int
     left: int
@@ -450,6 +454,7 @@ class Engine:
                 TickReport(
                     choice=choice,
                     seconds=seconds,
+                    ended_s=now_s,
                     num_rows=len(tick.rows),
                     joined=flight.joined,
                     left=len(tick.finished),
@@ -551,7 +556,7 @@ class Engine:
                 unfinished = [row for row in rows if not row.is_denoised]
                 for row in unfinished:
                     cache.retain(conditioning.encoded for conditioning in row.conditionings)
-                active.encode_s = self._clock() - started_s
+                active.note("encode", Interval(started_s, self._clock()))
                 with self._wake:
                     active.rows = rows
                 self._rows.update((row.id, row) for row in unfinished)
@@ -636,12 +641,16 @@ class Engine:
             return
         with self._wake:
             active.images[row.index] = developed.outcome
-            active.decode_s = max(active.decode_s, developed.decode_s)
-            active.image_encode_s = max(active.image_encode_s, developed.image_encode_s)
+            active.decode_s = max(active.decode_s, developed.decode.seconds)
+            active.image_encode_s = max(active.image_encode_s, developed.image_encode.seconds)
+            active.note("decode", developed.decode)
+            active.note("image_encode", developed.image_encode)
             if len(active.images) < len(active.rows):
                 return
         images = [active.images[i] for i in range(len(active.rows))]
-        self._end(active, Finished(active.job, images, self._result(active, images, row.model)))
+        if active.first_tick_s is not None:
+            active.note("denoise", Interval(active.first_tick_s, active.last_tick_s))
+        self._end(active, Finished(active.job, images, self._result(active, images, row.model), active.phases))
 
     def _result(self, active: ActiveJob, images: list[bytes], model: DiffusionModel) -> Result:
         request = active.job.request
@@ -658,7 +667,7 @@ class Engine:
                 for i, data in enumerate(images)
             ],
             timings=Timings(
-                encode_s=active.encode_s,
+                encode_s=active.phases["encode"].seconds,
                 denoise_s=active.last_tick_s - (active.first_tick_s or active.last_tick_s),
                 decode_s=active.decode_s,
                 image_encode_s=active.image_encode_s,

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,29 @@ from darkroom.jobs import Job
 _row_ids = itertools.count()
 
 
+class Interval(NamedTuple):
+    """From when to when something was done, in seconds on the monotonic clock."""
+
+    began_s: float
+    ended_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_s - self.began_s
+
+    def joined(self, other: Interval | None) -> Interval:
+        """From the earlier beginning to the later end."""
+        if other is None:
+            return self
+        return Interval(min(self.began_s, other.began_s), max(self.ended_s, other.ended_s))
+
+
 @dataclass(eq=False)
 class ActiveJob:
     """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
 
-    `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image.
+    `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image. `phases` are
+    those that are over, by name; `decode_s` and `image_encode_s` are the slowest image's.
     """
 
     job: Job
@@ -37,13 +55,17 @@ class ActiveJob:
     checkpoints: Mapping[int, bytes] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
-    encode_s: float = 0.0
+    phases: dict[str, Interval] = field(default_factory=dict)
     decode_s: float = 0.0
     image_encode_s: float = 0.0
     first_tick_s: float | None = None
     last_tick_s: float = 0.0
     max_batch_rows: int = 0
     is_over: bool = False
+
+    def note(self, phase: str, interval: Interval) -> None:
+        """Note when a phase was done; for a phase of each image, from the first's beginning to the last's end."""
+        self.phases[phase] = interval.joined(self.phases.get(phase))
 
     def is_late(self, now_s: float) -> bool:
         return self.deadline_s is not None and now_s > self.deadline_s

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from darkroom import tracing
 from darkroom.errors import (
     IdempotencyMismatch,
     ImageNotFound,
@@ -92,43 +93,46 @@ class ClientSide:
 
         Raises `QueueFull`, `StorageFull`, `IdempotencyMismatch`, `QueueUnavailable`.
         """
-        payload = encode(job)
-        memory = await self._memory.sample()
-        reply = await self._connection.script(
-            "enqueue",
-            job.id,
-            payload,
-            job.request.model,
-            job.priority.rank,
-            job.request.num_model_rows,
-            # Checkpoints go before pictures come.
-            max(checkpoint_bytes, result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
-            "" if deadline_s is None else int(deadline_s * 1000),
-            "" if idempotency_key is None else digest(idempotency_key),
-            body_hash,
-            self._max_queue_jobs,
-            memory.base_bytes,
-            memory.limit_bytes,
-            HEAD_START_S[job.priority] * 1_000_000,
-            int(job.cost),
-            caller,
-            LONGEST_PROMISE_MS,
-            PROMISE_GRACE_MS,
-        )
-        outcome: bytes = reply[0]
-        if outcome == b"mismatch":
-            raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
-        if outcome == b"queue_full":
-            wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else reply[2] / 1000
-            raise QueueFull(f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=wait_s)
-        if outcome == b"storage_full":
-            raise StorageFull("the memory for results is used up for now", retry_after_s=5.0)
-        return Enqueued(
-            job_id=reply[1].decode(),
-            is_new=outcome == b"new",
-            state=JobState(reply[2].decode()),
-            position=reply[3] if reply[3] >= 0 else None,
-        )
+        with tracing.enqueueing(job) as job:
+            payload = encode(job)
+            memory = await self._memory.sample()
+            reply = await self._connection.script(
+                "enqueue",
+                job.id,
+                payload,
+                job.request.model,
+                job.priority.rank,
+                job.request.num_model_rows,
+                # Checkpoints go before pictures come.
+                max(checkpoint_bytes, result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
+                "" if deadline_s is None else int(deadline_s * 1000),
+                "" if idempotency_key is None else digest(idempotency_key),
+                body_hash,
+                self._max_queue_jobs,
+                memory.base_bytes,
+                memory.limit_bytes,
+                HEAD_START_S[job.priority] * 1_000_000,
+                int(job.cost),
+                caller,
+                LONGEST_PROMISE_MS,
+                PROMISE_GRACE_MS,
+            )
+            outcome: bytes = reply[0]
+            if outcome == b"mismatch":
+                raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
+            if outcome == b"queue_full":
+                wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else reply[2] / 1000
+                raise QueueFull(f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=wait_s)
+            if outcome == b"storage_full":
+                raise StorageFull("the memory for results is used up for now", retry_after_s=5.0)
+            job_id = reply[1].decode()
+            tracing.mark_enqueued(job_id)
+            return Enqueued(
+                job_id=job_id,
+                is_new=outcome == b"new",
+                state=JobState(reply[2].decode()),
+                position=reply[3] if reply[3] >= 0 else None,
+            )
 
     async def status(self, job_id: str) -> JobStatus:
         """Look at a job. Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`."""

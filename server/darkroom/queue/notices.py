@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +53,8 @@ class Notices:
                         # A connection that the client mends by itself would lack this channel: begin afresh.
                         await self.close()
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._listen(), name="queue-notices")
+            # It outlives the call that happens to be the first, so it takes nothing from that one's log lines or trace.
+            self._task = asyncio.create_task(self._listen(), name="queue-notices", context=contextvars.Context())
         missing = [event.wait() for channel in channels if not (event := self._acknowledged[channel]).is_set()]
         if missing:
             with suppress(TimeoutError):

@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from darkroom import metrics
+from darkroom import metrics, tracing
 from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model, measure_checkpoint, read_card
 from darkroom.diffusion.memory import GIB, ModelMemory, Needed, check_memory
@@ -28,6 +28,8 @@ from darkroom.worker.worker import Worker
 
 log = structlog.get_logger("darkroom.worker")
 
+# What is left of the time that `darkroom up` grants a worker to end.
+LAST_SPANS_S = 0.4
 # Row counts of `memory_table`: the buckets that graphs are captured for.
 TABLE_ROWS = (1, 2, 4, 8, 16, 32)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -149,6 +151,7 @@ def run_worker(
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
+    tracing.configure(settings, "darkroom-worker")
     device = choose_device(settings.device)
     check_compile(settings, device)
     use_cpu_threads(1)
@@ -159,6 +162,7 @@ def run_worker(
     is_ready = threading.Event()
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port, is_ready.is_set)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, is_ready, on_ready))
+    tracing.shutdown(LAST_SPANS_S)
 
 
 async def _serve(

@@ -1,10 +1,13 @@
-"""What a worker's metrics see of its state, its ticks and finished jobs, and the rate that follows from the ticks."""
+"""What a worker's metrics and traces see of its state, its ticks and finished jobs, and the rate that follows from the
+ticks."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Mapping
 
-from darkroom import metrics
+from darkroom import metrics, tracing
 from darkroom.engine.engine import Event, Failed, Finished, TickReport
 
 _STATES = ("starting", "ready", "draining")
@@ -53,6 +56,24 @@ def observe_tick(report: TickReport) -> None:
         metrics.ROWS_NOT_TAKEN.labels(reason).inc(rows)
 
 
+def trace_tick(report: TickReport, traces: Mapping[tuple[str, int], tracing.JobTrace]) -> None:
+    """Add the span of a tick if any of its jobs is among `traces`, by id and attempt."""
+    jobs = [traces[key] for job, *_ in report.progress if (key := (job.id, job.attempt)) in traces]
+    if not jobs:
+        return
+    choice = report.choice
+    attributes: dict[str, str | int] = {
+        "darkroom.model": choice.key.model,
+        "darkroom.rows": report.num_rows,
+        "darkroom.model_rows": choice.model_rows,
+        "darkroom.bucket": choice.bucket,
+        "darkroom.padded_rows": choice.bucket - choice.model_rows,
+        "darkroom.joined": report.joined,
+        "darkroom.left": report.left,
+    }
+    tracing.add_tick(jobs, report.ended_s - report.seconds, report.ended_s, attributes)
+
+
 def observe_end(event: Event, outcome: str, held_s: float) -> None:
     """Count a job's end, `held_s` seconds after its claim, and where its time went."""
     waited_s = (event.job.claimed_at_ms - event.job.created_at_ms) / 1000
@@ -69,3 +90,12 @@ def observe_end(event: Event, outcome: str, held_s: float) -> None:
         metrics.DENOISE_SECONDS.observe(timings.denoise_s)
         metrics.DECODE_SECONDS.observe(timings.decode_s)
         metrics.IMAGE_ENCODE_SECONDS.observe(timings.image_encode_s)
+
+
+def trace_end(trace: tracing.JobTrace, event: Event, outcome: str, settling_since_s: float) -> None:
+    """End a job's spans, its phases included, once its end is stored."""
+    if isinstance(event, Finished):
+        for phase, interval in event.phases.items():
+            trace.add(phase, *interval)
+    trace.add("store", settling_since_s, time.monotonic())
+    trace.end(outcome, event.failure.code if isinstance(event, Failed) else None)

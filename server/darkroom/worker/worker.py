@@ -18,14 +18,14 @@ from typing import Any
 import msgspec
 import structlog
 
-from darkroom import metrics
+from darkroom import metrics, tracing
 from darkroom.config import Settings
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, Saved, TickReport
 from darkroom.errors import QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
-from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick
+from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick, trace_end, trace_tick
 
 log = structlog.get_logger("darkroom.worker")
 
@@ -71,6 +71,7 @@ class Worker:
         observe_state("starting")
         self._held: dict[str, Job] = {}
         self._claimed_s: dict[tuple[str, int], float] = {}
+        self._traces: dict[tuple[str, int], tracing.JobTrace] = {}
         self._lost: set[tuple[str, int]] = set()
         self._ending: set[tuple[str, int]] = set()
         # A job may be cancelled between the script that claims it and that script's reply.
@@ -165,6 +166,8 @@ class Worker:
             for job in held:
                 await self._queue.hand_back(self.id, job)
             await self._queue.unregister(self.id)
+        for trace in self._traces.values():
+            trace.end("lost" if is_broken else "handed_back")
         log.info("worker_stopped", worker=self.id, handed_back=len(held))
 
     async def _stay_registered(self, on_ready: Callable[[], None] | None) -> None:
@@ -227,7 +230,9 @@ class Worker:
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
                     self._held[job.id] = job
-                    self._claimed_s[job.id, job.attempt] = time.monotonic()
+                    self._claimed_s[job.id, job.attempt] = claimed_s = time.monotonic()
+                    if (trace := tracing.follow(job, claimed_s)) is not None:
+                        self._traces[job.id, job.attempt] = trace
                 # From here on they are handed back, whatever happens.
                 for job in jobs:
                     self._submit(job, await self._checkpoints(job))
@@ -249,7 +254,8 @@ class Worker:
         if job.deadline_at_ms is not None:
             deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
         self._engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=checkpoints)
-        log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=job.request.model)
+        model = job.request.model
+        log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=model, **tracing.log_fields(job))
         if job.id in self._early_cancellations:
             del self._early_cancellations[job.id]
             self._engine.cancel(job.id, job.attempt)
@@ -264,7 +270,7 @@ class Worker:
             if attempt in self._ending or not self._holds(*attempt):
                 continue  # it ended while the renewal was under way
             metrics.LEASES_LOST.inc()
-            log.warning("lease_lost", job_id=job_id)
+            log.warning("lease_lost", job_id=job_id, **tracing.log_fields(self._held[job_id]))
             self._lost.add(attempt)
             self._engine.cancel(*attempt)
         for job_id in renewal.cancelled:
@@ -308,6 +314,8 @@ class Worker:
 
     def _note_tick(self, report: TickReport) -> None:
         self._rates.note(report)
+        if self._traces:
+            trace_tick(report, self._traces)
         for job, step, num_steps in report.progress:
             if step < num_steps:
                 self._progress[job.id] = (step, num_steps)
@@ -342,13 +350,13 @@ class Worker:
             if (event.job.id, event.job.attempt) not in self._lost:
                 await self._settle(event)
         except Exception:
-            log.exception("job_not_settled", job_id=event.job.id)
+            log.exception("job_not_settled", job_id=event.job.id, **tracing.log_fields(event.job))
         finally:
             self._forget(event.job)
 
     async def _settle(self, event: Event) -> None:
         """A refusal by the script means that somebody else holds the job: nothing to do."""
-        job = event.job
+        job, settling_since_s = event.job, time.monotonic()
         if isinstance(event, Finished):
             event = await self._with_stored_images(event)
         if isinstance(event, Finished):
@@ -367,7 +375,9 @@ class Worker:
             outcome = "failed"
         if stored:
             observe_end(event, outcome, time.monotonic() - self._claimed_s[job.id, job.attempt])
-        log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored)
+            if (trace := self._traces.get((job.id, job.attempt))) is not None:
+                trace_end(trace, event, outcome, settling_since_s)
+        log.info("job_ended", job_id=job.id, outcome=outcome, stored=stored, **tracing.log_fields(job))
 
     async def _with_stored_images(self, event: Finished) -> Finished | Failed:
         """The event once its pictures are in the result store, if there is one, or the failure that they are not. The
@@ -383,6 +393,8 @@ class Worker:
         self._lost.discard((job.id, job.attempt))
         self._ending.discard((job.id, job.attempt))
         self._claimed_s.pop((job.id, job.attempt), None)
+        if (trace := self._traces.pop((job.id, job.attempt), None)) is not None:
+            trace.end("lost")
         if self._holds(job.id, job.attempt):
             del self._held[job.id]
 
