@@ -49,6 +49,7 @@ ONLY_IN: dict[str, set[str]] = {
     "starlette": {"api"},
     "uvicorn": {"api"},
     "redis": {"queue"},
+    "pynvml": {"worker"},
     "diffusers": set(),
     "pickle": set(),
 }

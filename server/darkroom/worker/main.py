@@ -23,6 +23,7 @@ from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
 from darkroom.queue import JobQueue
 from darkroom.worker.compile import check_compile, prepare_compile
+from darkroom.worker.gpu import watch_gpu
 from darkroom.worker.worker import Worker
 
 log = structlog.get_logger("darkroom.worker")
@@ -152,6 +153,9 @@ def run_worker(
     if device.type == "cuda":
         check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
     models = load_models(settings, model_paths)
+    metrics.export_only("worker")
+    if device.type == "cuda":
+        watch_gpu(device)
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, on_ready))
 
