@@ -1,10 +1,11 @@
 #!/bin/sh
-# The extras of `make test` that are not Python packages: a redis-server and the emoji font.
+# The extras of `make test` that are not Python packages: a redis-server, the emoji font, and Prometheus with promtool.
 # Installed where this runs as root on Debian; elsewhere their absence is said and the tests that need them skip.
 set -eu
 missing=""
 command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
 [ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] || missing="$missing fonts-noto-color-emoji"
+command -v promtool >/dev/null 2>&1 || missing="$missing prometheus"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     apt-get update -qq
