@@ -64,7 +64,7 @@ class Range:
         found = []
         for query in panel.queries:
             expr = query.expr.replace("$__rate_interval", self._rate_interval).replace("$__range", self._range)
-            fields = {"query": expr, "start": self.start_s, "end": self.end_s, "step": self.step_s}
+            fields = httpx.QueryParams(query=expr, start=self.start_s, end=self.end_s, step=self.step_s)
             reply = self._client.get("/api/v1/query_range", params=fields).raise_for_status().json()
             for series in reply["data"]["result"]:
                 values = [math.nan] * (NUM_POINTS + 1)
@@ -117,7 +117,8 @@ def draw_lines(axes: Axes, panel: Panel, lines: list[Line], minutes: list[float]
     else:
         for line, colour in zip(lines, colours, strict=True):
             axes.plot(minutes, line.values, color=colour, linewidth=1.2, label=line.name)
-    top = max(axes.get_ylim()[1], 1e-9)
+    axes.set_facecolor("none")
+    top = axes.get_ylim()[1] if any(value > 0 for line in lines for value in line.values) else 1.0
     if panel.limit is not None:
         axes.axhline(panel.limit, color=_STATES["red"], linewidth=0.8, linestyle="--")
         top = max(top, panel.limit * 1.15)
@@ -131,8 +132,18 @@ def draw_lines(axes: Axes, panel: Panel, lines: list[Line], minutes: list[float]
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 4, "fontsize": 6.3, "frameon": False}
-    axes.legend(**legend, labelcolor=_TEXT, handlelength=1, handletextpad=0.4, columnspacing=1, borderpad=0)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.13),
+        ncols=4,
+        fontsize=6.3,
+        frameon=False,
+        labelcolor=_TEXT,
+        handlelength=1,
+        handletextpad=0.4,
+        columnspacing=1,
+        borderpad=0,
+    )
 
 
 def draw(places: list[Placed], lines: dict[Panel, list[Line]], minutes: list[float]) -> Figure:
@@ -156,8 +167,8 @@ def draw(places: list[Placed], lines: dict[Panel, list[Line]], minutes: list[flo
         card.set(xticks=[], yticks=[])
         for side in card.spines.values():
             side.set_color(_GRID)
-        x, y, width, tall = box(place, 0.3, 0, 0.3, 0.35)
-        figure.text(x, y + tall, place.title, color=_TEXT, size=8, weight="bold", va="top")
+        left, bottom, _, tall = box(place, 0.3, 0, 0.3, 0.35)
+        figure.text(left, bottom + tall, place.title, color=_TEXT, size=8, weight="bold", va="top")
         if panel.kind == "stat":
             draw_stat(figure.add_axes(box(place, 0.2, 0.1, 0.2, 0.8)), panel, lines[panel])
         else:
