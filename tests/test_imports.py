@@ -52,6 +52,7 @@ ONLY_IN: dict[str, set[str]] = {
     "redis": {"queue"},
     "obstore": {"queue"},
     "opentelemetry": {"tracing"},
+    "pynvml": {"worker"},
     "diffusers": set(),
     "pickle": set(),
 }

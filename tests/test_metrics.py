@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,8 @@ from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batcher import Batcher, BatchKey, Choice
 from darkroom.engine.engine import Engine, TickReport
-from darkroom.jobs import JobState
+from darkroom.errors import HTTP_STATUS
+from darkroom.jobs import JobState, Priority
 from darkroom.queue import JobQueue
 from darkroom.worker.observe import Rates, observe_tick
 
@@ -38,12 +41,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
 
 def test_every_name_has_a_base_unit_and_every_label_a_small_closed_set() -> None:
     allowed = {"version", "python", "method", "route", "status", "priority", "outcome", "reason", "model", "kind"}
-    allowed |= {"state", "delivery", "code", "bucket", "where", "operation", "gpu"}
+    allowed |= {"state", "delivery", "code", "bucket", "where", "operation", "gpu", "xid"}
     for metric in metrics.declared():
         assert metric.name.startswith("darkroom_")
         assert not metric.name.endswith(("_ms", "_minutes", "_mib", "_percent")), metric.name
         assert set(metric.labels) <= allowed, metric
         assert metric.documentation.endswith("."), metric.name
+
+
+def test_series_of_closed_sets_are_there_before_their_first_event() -> None:
+    ends = [state.value for state in JobState if state.is_terminal]
+    for outcome in ends:
+        assert value("jobs_finished_total", outcome=outcome) is not None
+        assert value("job_duration_seconds_count", outcome=outcome) is not None
+        assert value("jobs_answered_total", outcome=outcome) is not None
+    for priority in Priority:
+        assert value("jobs_accepted_total", priority=priority.value) is not None
+    for code in HTTP_STATUS:
+        assert value("rejects_total", reason=code) is not None
+
+
+@pytest.mark.parametrize(("kind", "other"), [("api", "resident_rows"), ("worker", "queue_reachable")])
+def test_a_process_exports_nothing_that_only_the_other_kind_knows(kind: str, other: str) -> None:
+    """A worker that said 0 for the whole queue would look like an outage of it."""
+    code = f"from darkroom import metrics; metrics.export_only({kind!r}); print(metrics.exposition()[0].decode())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert f"darkroom_{other} " not in done.stdout
+    assert "darkroom_dead_letters_total 0.0" in done.stdout
 
 
 def test_a_tick_says_which_images_it_left_waiting_and_why(model: DiffusionModel, settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """Every metric Darkroom exports, declared once.
 
-One registry per process; a process exports what its own rooms observe, and Prometheus adds processes up. Names carry
-the prefix `darkroom_`, base units and plural suffixes. Labels come from small closed sets: never a job id, prompt or
-size.
+One registry per process; a process exports what its own rooms observe (`export_only`), and Prometheus adds processes
+up. Names carry the prefix `darkroom_`, base units and plural suffixes. Labels come from small closed sets: never a job
+id, prompt or size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import (
@@ -30,7 +30,9 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from darkroom import __version__
-from darkroom.errors import ConfigError
+from darkroom.errors import HTTP_STATUS, ConfigError
+
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -47,103 +49,156 @@ _PART_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 
-def _counter(name: str, documentation: str, *labels: str) -> Counter:
-    return Counter(name, documentation, labels, namespace="darkroom", registry=REGISTRY)
+class _Declare:
+    """Declares metrics, and keeps in mind which kind of process has values of them."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Collector] = []
+
+    def counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return self._kept(Counter(name, documentation, labels, namespace="darkroom", registry=REGISTRY))
+
+    def gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return self._kept(Gauge(name, documentation, labels, namespace="darkroom", registry=REGISTRY))
+
+    def histogram(self, name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        metric = Histogram(name, documentation, labels, namespace="darkroom", buckets=buckets, registry=REGISTRY)
+        return self._kept(metric)
+
+    def _kept(self, metric: _Metric) -> _Metric:
+        self.metrics.append(metric)
+        return metric
 
 
-def _gauge(name: str, documentation: str, *labels: str) -> Gauge:
-    return Gauge(name, documentation, labels, namespace="darkroom", registry=REGISTRY)
+_any, _api, _worker = _Declare(), _Declare(), _Declare()
 
-
-def _histogram(name: str, documentation: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-    return Histogram(name, documentation, labels, namespace="darkroom", buckets=buckets, registry=REGISTRY)
-
-
-BUILD_INFO = _gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
+BUILD_INFO = _any.gauge("build_info", "Always 1; the labels say what runs.", "version", "python")
 BUILD_INFO.labels(__version__, platform.python_version()).set(1)
 
 # The API.
-HTTP_REQUESTS = _counter("http_requests_total", "HTTP calls answered.", "method", "route", "status")
-HTTP_REQUESTS_IN_FLIGHT = _gauge("http_requests_in_flight", "HTTP calls that are being answered.")
-HTTP_REQUEST_SECONDS = _histogram(
+HTTP_REQUESTS = _api.counter("http_requests_total", "HTTP calls answered.", "method", "route", "status")
+HTTP_REQUESTS_IN_FLIGHT = _api.gauge("http_requests_in_flight", "HTTP calls that are being answered.")
+HTTP_REQUEST_SECONDS = _api.histogram(
     "http_request_duration_seconds", "From the call's head to the reply's last byte.", _CALL_SECONDS, "route"
 )
-JOBS_ACCEPTED = _counter("jobs_accepted_total", "New jobs put into the queue by this process.", "priority")
-JOBS_ANSWERED = _counter(
+JOBS_ACCEPTED = _api.counter("jobs_accepted_total", "New jobs put into the queue by this process.", "priority")
+JOBS_ANSWERED = _api.counter(
     "jobs_answered_total",
     "How waiting calls ended: the job's final state, handed_over (202 with its URL) or abandoned (the client left).",
     "outcome",
 )
-REJECTS = _counter("rejects_total", "Calls refused or failed, by error code.", "reason")
+REJECTS = _api.counter("rejects_total", "Calls refused or failed, by error code.", "reason")
 
 # The whole queue, as each API process sees it once a second: take the max over processes, never the sum. While Redis
 # is away only queue_reachable has a value.
-QUEUE_REACHABLE = _gauge("queue_reachable", "1 while Redis answers this process, else 0.")
-QUEUE_DEPTH = _gauge("queue_depth", "Jobs waiting for a worker.", "model")
-QUEUE_BACKLOG_SECONDS = _gauge(
+QUEUE_REACHABLE = _api.gauge("queue_reachable", "1 while Redis answers this process, else 0.")
+QUEUE_DEPTH = _api.gauge("queue_depth", "Jobs waiting for a worker.", "model")
+QUEUE_BACKLOG_SECONDS = _api.gauge(
     "queue_backlog_seconds",
     "Work that waits, over the measured rate of the live workers (of one, while none lives). No value before any "
     "worker has measured its rate.",
     "model",
 )
-QUEUE_IN_FLIGHT = _gauge("queue_in_flight", "Jobs held by workers.")
-QUEUE_OLDEST_WAIT_SECONDS = _gauge("queue_oldest_wait_seconds", "Age of the oldest waiting job; 0 when none waits.")
-QUEUE_RESERVED_BYTES = _gauge("queue_reserved_bytes", "Memory kept free in Redis for results of accepted jobs.")
-QUEUE_DEAD_LETTERS = _gauge("queue_dead_letters", "Jobs on the dead-letter stream.")
-LIVE_WORKERS = _gauge("live_workers", "Workers whose heartbeat is alive.")
-REDIS_MEMORY_BYTES = _gauge("redis_memory_bytes", "Memory of the Redis server: used, and its limit if any.", "kind")
+QUEUE_IN_FLIGHT = _api.gauge("queue_in_flight", "Jobs held by workers.")
+QUEUE_OLDEST_WAIT_SECONDS = _api.gauge("queue_oldest_wait_seconds", "Age of the oldest waiting job; 0 when none waits.")
+QUEUE_RESERVED_BYTES = _api.gauge("queue_reserved_bytes", "Memory kept free in Redis for results of accepted jobs.")
+QUEUE_DEAD_LETTERS = _api.gauge("queue_dead_letters", "Jobs on the dead-letter stream.")
+LIVE_WORKERS = _api.gauge("live_workers", "Workers whose heartbeat is alive.")
+REDIS_MEMORY_BYTES = _api.gauge("redis_memory_bytes", "Memory of the Redis server: used, and its limit if any.", "kind")
 
 # Whoever looks after lost leases: API and workers.
-REDELIVERIES = _counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
-DEAD_LETTERS = _counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
+REDELIVERIES = _any.counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
+DEAD_LETTERS = _any.counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
 
 # The worker and its engine.
-WORKER_STATE = _gauge("worker_state", "1 for the state the worker is in: starting, ready or draining.", "state")
-MODEL_LOAD_SECONDS = _gauge("model_load_seconds", "Time to load a model's weights.", "model")
-WARM_UP_SECONDS = _gauge("warm_up_seconds", "Time to check kernels, capture graphs and draw a first picture.")
-JOBS_CLAIMED = _counter("jobs_claimed_total", "Jobs this worker took: for the first time, or again.", "delivery")
-JOBS_FINISHED = _counter("jobs_finished_total", "Jobs this worker brought to an end.", "outcome")
-JOBS_FAILED = _counter("jobs_failed_total", "Jobs this worker failed, by error code.", "code")
-JOB_SECONDS = _histogram(
+WORKER_STATE = _worker.gauge("worker_state", "1 for the state the worker is in: starting, ready or draining.", "state")
+MODEL_LOAD_SECONDS = _worker.gauge("model_load_seconds", "Time to load a model's weights.", "model")
+WARM_UP_SECONDS = _worker.gauge("warm_up_seconds", "Time to check kernels, capture graphs and draw a first picture.")
+JOBS_CLAIMED = _worker.counter("jobs_claimed_total", "Jobs this worker took: for the first time, or again.", "delivery")
+JOBS_FINISHED = _worker.counter("jobs_finished_total", "Jobs this worker brought to an end.", "outcome")
+JOBS_FAILED = _worker.counter("jobs_failed_total", "Jobs this worker failed, by error code.", "code")
+JOB_SECONDS = _worker.histogram(
     "job_duration_seconds", "From a job's acceptance to its end by this worker.", _PART_SECONDS, "outcome"
 )
-LEASES_LOST = _counter("leases_lost_total", "Jobs this worker gave up because another owns them now.")
-IMAGES = _counter("images_total", "Images finished by this worker.")
-PIXELS = _counter("pixels_total", "Pixels of those images.")
-MAX_MODEL_ROWS = _gauge("max_model_rows", "Most model rows that one tick of this worker holds.")
-RESIDENT_ROWS = _gauge("resident_rows", "Model rows this worker holds or is about to hold.")
-TICKS = _counter("ticks_total", "UNet calls.")
-ROW_STEPS = _counter("row_steps_total", "Denoising updates, one per image and UNet evaluation.")
-PADDED_ROWS = _counter("padded_rows_total", "Model rows computed only to fill a fixed batch shape.")
-TICK_ROWS = _histogram("tick_rows", "Model rows in one UNet call, padding left out.", _ROWS)
-TICK_PADDED_ROWS = _histogram("tick_padded_rows", "Model rows of padding in one UNet call.", (0, *_ROWS))
-TICK_SECONDS = _histogram(
+LEASES_LOST = _worker.counter("leases_lost_total", "Jobs this worker gave up because another owns them now.")
+IMAGES = _worker.counter("images_total", "Images finished by this worker.")
+PIXELS = _worker.counter("pixels_total", "Pixels of those images.")
+MAX_MODEL_ROWS = _worker.gauge("max_model_rows", "Most model rows that one tick of this worker holds.")
+RESIDENT_ROWS = _worker.gauge("resident_rows", "Model rows this worker holds or is about to hold.")
+TICKS = _worker.counter("ticks_total", "UNet calls.")
+ROW_STEPS = _worker.counter("row_steps_total", "Denoising updates, one per image and UNet evaluation.")
+PADDED_ROWS = _worker.counter("padded_rows_total", "Model rows computed only to fill a fixed batch shape.")
+TICK_ROWS = _worker.histogram("tick_rows", "Model rows in one UNet call, padding left out.", _ROWS)
+TICK_PADDED_ROWS = _worker.histogram("tick_padded_rows", "Model rows of padding in one UNet call.", (0, *_ROWS))
+TICK_SECONDS = _worker.histogram(
     "tick_seconds", "One tick, by its row bucket: gather, UNet, guidance, sampler update.", _TICK_SECONDS, "bucket"
 )
-ROWS_JOINED = _counter("rows_joined_total", "Images that joined the running batch between two ticks.")
-ROWS_LEFT = _counter(
+ROWS_JOINED = _worker.counter("rows_joined_total", "Images that joined the running batch between two ticks.")
+ROWS_LEFT = _worker.counter(
     "rows_left_total", "Images that left it: finished, or early because their job ended (cancelled, failed).", "reason"
 )
-ROWS_NOT_TAKEN = _counter(
+ROWS_NOT_TAKEN = _worker.counter(
     "rows_not_taken_total",
     "Images that a tick left waiting: other_shape (another size or model had its turn), no_room (the tick was full), "
     "no_slot (no place for their latents yet), kept_apart (a worker was lost with them, or with the others).",
     "reason",
 )
-CHECKPOINTS = _counter("checkpoints_total", "Times that the state of a running image was copied out.")
-RESUMES = _counter("resumes_total", "Images that went on from where another worker, or an earlier life, had left them.")
-STEPS_SAVED = _counter("steps_saved_total", "UNet evaluations of images that need not be done again because of that.")
-PROMPT_CACHE = _counter("prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome")
-OUT_OF_MEMORY = _counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
-NON_FINITE = _counter("non_finite_total", "Images that came out as NaN or infinity.", "where")
-VAE_UPCASTS = _counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
-QUEUE_WAIT_SECONDS = _histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
-ENCODE_SECONDS = _histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
-DENOISE_SECONDS = _histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
-DECODE_SECONDS = _histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
-IMAGE_ENCODE_SECONDS = _histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
-RESULT_STORE_SECONDS = _histogram("result_store_seconds", "One call to the result store.", _PART_SECONDS, "operation")
-RESULT_STORE_ERRORS = _counter("result_store_errors_total", "Calls to the result store that failed.", "operation")
+CHECKPOINTS = _worker.counter("checkpoints_total", "Times that the state of a running image was copied out.")
+RESUMES = _worker.counter(
+    "resumes_total", "Images that went on from where another worker, or an earlier life, had left them."
+)
+STEPS_SAVED = _worker.counter(
+    "steps_saved_total", "UNet evaluations of images that need not be done again because of that."
+)
+PROMPT_CACHE = _worker.counter(
+    "prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome"
+)
+OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
+NON_FINITE = _worker.counter("non_finite_total", "Images that came out as NaN or infinity.", "where")
+VAE_UPCASTS = _worker.counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
+QUEUE_WAIT_SECONDS = _worker.histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
+ENCODE_SECONDS = _worker.histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
+DENOISE_SECONDS = _worker.histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
+DECODE_SECONDS = _worker.histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
+IMAGE_ENCODE_SECONDS = _worker.histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
+RESULT_STORE_SECONDS = _any.histogram(
+    "result_store_seconds", "One call to the result store.", _PART_SECONDS, "operation"
+)
+RESULT_STORE_ERRORS = _any.counter("result_store_errors_total", "Calls to the result store that failed.", "operation")
+GPU_MEMORY_BYTES = _worker.gauge(
+    "gpu_memory_bytes",
+    "Memory of the worker's GPU: total and used, by whomever; of the used, what torch keeps (reserved) and what holds "
+    "tensors (allocated).",
+    "gpu",
+    "kind",
+)
+GPU_UTILIZATION = _worker.gauge("gpu_utilization_ratio", "Share of time in which a kernel ran on the GPU.", "gpu")
+GPU_POWER_WATTS = _worker.gauge("gpu_power_watts", "Power that the GPU draws.", "gpu")
+GPU_TEMPERATURE_CELSIUS = _worker.gauge("gpu_temperature_celsius", "Temperature of the GPU.", "gpu")
+GPU_XID_ERRORS = _worker.counter(
+    "gpu_xid_errors_total", "Critical errors that the driver reported of the GPU, by their Xid number.", "gpu", "xid"
+)
+
+# A series of a closed set is there from the start: Prometheus sees the first event as a change only then.
+_ENDS = ("succeeded", "failed", "cancelled", "expired")
+for _metric, _values in (
+    (JOBS_ACCEPTED, ("low", "normal", "high")),
+    (JOBS_ANSWERED, (*_ENDS, "handed_over", "abandoned")),
+    (REJECTS, tuple(HTTP_STATUS)),
+    (JOBS_CLAIMED, ("first", "again")),
+    (JOBS_FINISHED, _ENDS),
+    (JOB_SECONDS, _ENDS),
+    (JOBS_FAILED, ("job_failed", "bad_message", "non_finite", "out_of_memory", "storage_unavailable")),
+    (ROWS_LEFT, ("finished", "ended_early")),
+    (ROWS_NOT_TAKEN, ("other_shape", "no_room", "no_slot", "kept_apart")),
+    (PROMPT_CACHE, ("hit", "miss")),
+    (OUT_OF_MEMORY, ("tick", "decode")),
+    (NON_FINITE, ("tick", "decode")),
+    (RESULT_STORE_SECONDS, ("put", "get", "delete", "sign")),
+    (RESULT_STORE_ERRORS, ("put", "get", "delete", "sign")),
+):
+    for _value in _values:
+        _metric.labels(_value)
 
 
 class _QueueJobs(Collector):
@@ -169,6 +224,7 @@ class _QueueJobs(Collector):
 
 QUEUE_JOBS = _QueueJobs()
 REGISTRY.register(QUEUE_JOBS)
+_api.metrics.append(QUEUE_JOBS)
 
 
 class Declared(NamedTuple):
@@ -184,6 +240,12 @@ def declared() -> list[Declared]:
     own = (metric for metric in globals().values() if isinstance(metric, MetricWrapperBase))
     declared = [Declared(metric._name, metric._documentation, metric._labelnames) for metric in own]
     return [*declared, Declared("darkroom_queue_jobs", "Jobs of the whole queue, by state.", ("state",))]
+
+
+def export_only(kind: Literal["api", "worker"]) -> None:
+    """Leave out, for good, what only the other kind of process observes: zeros would pass for an empty queue."""
+    for metric in (_worker if kind == "api" else _api).metrics:
+        REGISTRY.unregister(metric)
 
 
 def exposition() -> tuple[bytes, str]:

@@ -42,6 +42,7 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
     tracing.configure(settings, "darkroom-api")
     JobQueue(settings, url)  # an unusable URL or result store stops the start here; an absent server does not
     listener = bind(settings.host, settings.port)
+    metrics.export_only("api")
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     base_url = f"http://{host}:{listener.getsockname()[1]}"

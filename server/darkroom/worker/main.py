@@ -24,6 +24,7 @@ from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
 from darkroom.queue import JobQueue
 from darkroom.worker.compile import check_compile, prepare_compile
+from darkroom.worker.gpu import watch_gpu
 from darkroom.worker.worker import Worker
 
 log = structlog.get_logger("darkroom.worker")
@@ -159,6 +160,9 @@ def run_worker(
         check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
     JobQueue(settings, redis_url)  # an unusable URL or result store stops the start before models are loaded
     models = load_models(settings, model_paths)
+    metrics.export_only("worker")
+    if device.type == "cuda":
+        watch_gpu(device)
     is_ready = threading.Event()
     metrics_port = metrics.serve_metrics(settings.metrics_host, settings.metrics_port, is_ready.is_set)
     asyncio.run(_serve(settings, redis_url, models, metrics_port, is_ready, on_ready))
