@@ -2,7 +2,8 @@
 
 First the server is saturated by as many closed-loop clients as its rows and its queue hold; that gives its rate and
 the latency of a full queue. Then requests arrive at a multiple of that rate for a while, each a client of its own that
-comes back exactly when `Retry-After` says, with the same bytes, until it is accepted.
+comes back exactly when `Retry-After` says, with the same bytes, until it is accepted. At last clients that do not come
+back saturate the server: what was kept for them must not be lost to the others.
 
 **Over-wait.** Let the queue have K places. In order of first arrival, the n-th client could have had a place once
 n - K jobs had been claimed from the queue, so the place became free for it at
@@ -62,6 +63,7 @@ class Overload:
     median_over_wait_s: float | None
     p95_at_saturation_s: float | None
     p95_accepted_s: float | None
+    fickle_images_s: float
     errors: dict[str, int]
 
     @property
@@ -105,7 +107,13 @@ def free_times(visits: Sequence[Visit], max_queue_jobs: int) -> list[float | Non
 
 
 def analyse(
-    visits: Sequence[Visit], *, max_queue_jobs: int, saturated: Stage, offered_images_s: float, errors: dict[str, int]
+    visits: Sequence[Visit],
+    *,
+    max_queue_jobs: int,
+    saturated: Stage,
+    fickle: Stage,
+    offered_images_s: float,
+    errors: dict[str, int],
 ) -> Overload:
     """Reduce the clients of an overload to figures."""
     refused = [visit for visit in visits if visit.told_s]
@@ -133,6 +141,7 @@ def analyse(
         median_over_wait_s=percentile(over_waits_s, 0.5) if over_waits_s else None,
         p95_at_saturation_s=saturated.p95_s,
         p95_accepted_s=percentile(latencies, 0.95) if latencies else None,
+        fickle_images_s=fickle.images_s,
         errors=errors,
     )
 
@@ -148,26 +157,40 @@ def measure(
 ) -> tuple[list[Stage], Overload, list[Visit]]:
     """Start a server with a queue of `max_queue_jobs`, saturate it, then overload it `factor` times for `seconds`.
 
-    Refused clients get `drain_s` more to be accepted.
+    Refused clients get `drain_s` more to be accepted. Raises `RuntimeError` when nothing is drawn at saturation.
     """
     with darkroom(max_queue_jobs=max_queue_jobs) as target:
         clients = max_queue_jobs + RESIDENT_JOBS
-        saturated = run_stage(
-            target,
-            {"Mixed": clients},
-            part="overload",
-            label="saturation",
-            seconds=seconds,
-            warm_up_s=warm_up_s,
-            warm_up_images=clients,
-            seed=seed,
-        )
+
+        def saturate(kind: str, label: str, count: int) -> Stage:
+            return run_stage(
+                target,
+                {kind: count},
+                part="overload",
+                label=label,
+                seconds=seconds,
+                warm_up_s=warm_up_s,
+                warm_up_images=clients,
+                warm_up_limit_s=30.0,
+                seed=seed,
+            )
+
+        saturated = saturate("Mixed", "saturation", clients)
+        if not saturated.images:
+            raise RuntimeError(f"no picture within {seconds:g} s at saturation: {saturated.errors or 'no reply'}")
         rate = factor * saturated.images_s
         seen = generate(
             target, {"Arrivals": 1}, rate=rate, seconds=seconds, warm_up_s=0, drain_s=drain_s, seed=seed + 1
         )
+        fickle = saturate("Fickle", f"{2 * clients} clients that do not come back", 2 * clients)
     overloaded = summarise(seen, part="overload", label=f"{factor:g}x capacity", server=target.name)
     visits = [visit_of(visit) for visit in seen["visits"]]
-    errors = {kind: count for kind, count in overloaded.errors.items() if not kind.startswith("429")}
-    found = analyse(visits, max_queue_jobs=max_queue_jobs, saturated=saturated, offered_images_s=rate, errors=errors)
-    return [saturated, overloaded], found, visits
+    found = analyse(
+        visits,
+        max_queue_jobs=max_queue_jobs,
+        saturated=saturated,
+        fickle=fickle,
+        offered_images_s=rate,
+        errors={kind: count for kind, count in overloaded.errors.items() if not kind.startswith("429")},
+    )
+    return [saturated, overloaded, fickle], found, visits

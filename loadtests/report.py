@@ -75,6 +75,11 @@ def overload_rows(overload: Overload) -> list[list[str]]:
         ["over-wait, median", f"{shown(overload.median_over_wait_s)} s", ""],
         ["p95 of accepted requests", f"{shown(overload.p95_accepted_s)} s", ""],
         ["that over p95 at saturation", shown(overload.latency_ratio), "about 1"],
+        [
+            "images/s when refused clients do not come back, over saturation's",
+            shown(overload.fickle_images_s / overload.capacity_images_s),
+            "about 1",
+        ],
         ["other errors", error_text(overload.errors), "0"],
     ]
 

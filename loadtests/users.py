@@ -21,6 +21,9 @@ from loadtests import traffic
 from loadtests.traffic import Body
 
 PNG = b"\x89PNG"
+NONE: dict[str, str] = {}
+# Each arrival is a client of its own, with a connection of its own.
+ALONE = {"Connection": "close"}
 POLL_S = 0.2
 BURST_EVERY_S = 4.0
 # A waiting call may be held for as long as the server's queue is.
@@ -28,7 +31,7 @@ REPLY_TIMEOUT_S = 180.0
 
 
 class Client(FastHttpUser):
-    """Asks for one picture after the other. Told to come back later, it does so then and not before."""
+    """Asks for one picture after the other. Told to come back later, it does so then, with the same request."""
 
     abstract = True
     network_timeout = REPLY_TIMEOUT_S
@@ -41,9 +44,11 @@ class Client(FastHttpUser):
         super().__init__(*args, **kwargs)
         self.random = random.Random(f"{self.seed} {next(Client._numbers)}")
 
-    def post(self, body: Body, name: str, *, accept: str = "image/png", num_images: int = 0) -> Any:
+    def post(
+        self, body: Body, name: str, *, accept: str = "image/png", num_images: int = 0, headers: dict[str, str] = NONE
+    ) -> Any:
         """One call of `POST /generate`; `num_images` is what its success counts for."""
-        headers = {"Content-Type": "application/json", "Accept": accept}
+        headers = {"Content-Type": "application/json", "Accept": accept, **headers}
         content = json.dumps(body).encode()
         with self.client.post(
             "/generate", data=content, headers=headers, name=name, catch_response=True, context={"images": num_images}
@@ -55,10 +60,18 @@ class Client(FastHttpUser):
         return reply
 
     def draw(self, body: Body, name: str) -> None:
-        """Wait for a picture, and after a refusal for as long as it says."""
-        reply = self.post(body, name, num_images=body.get("num_images_per_prompt", 1))
-        if reply.status_code in (429, 503):
-            gevent.sleep(float(reply.headers.get("Retry-After", 1)))
+        """Wait for a picture; refused, come back when told to and ask for the same."""
+        while True:
+            reply = self.post(body, name, num_images=body.get("num_images_per_prompt", 1))
+            if reply.status_code not in (429, 503) or not self.sleep_as_told(reply):
+                return
+
+    def sleep_as_told(self, reply: Any) -> bool:
+        """Wait for the time of `Retry-After`; whether the test is still going on then."""
+        # By then the server has closed the connection, and a call that meets that moment would fail.
+        self.client.client.clientpool.close()
+        gevent.sleep(float((reply.headers or {}).get("Retry-After", 1)))
+        return self.environment.runner.state in ("spawning", "running")
 
     def report(self, name: str, started: float, exception: Exception | None, num_images: int = 0) -> None:
         """Count what took more than one call, or none of Locust's, from `time.time()` of its start."""
@@ -109,6 +122,16 @@ class Burst(Client):
         self.draw(traffic.mixed(self.random), "burst")
 
 
+class Fickle(Client):
+    """Refused, it waits as told and then wants something else, as when one client gives up and another one comes."""
+
+    @task
+    def picture(self) -> None:
+        reply = self.post(traffic.mixed(self.random), "fickle", num_images=1)
+        if reply.status_code in (429, 503):
+            self.sleep_as_told(reply)
+
+
 class JobClient(Client):
     """Asks for a job's URL, learns there of its end, and fetches the picture."""
 
@@ -120,7 +143,7 @@ class JobClient(Client):
         started = time.time()
         accepted = self.post({**traffic.mixed(self.random), "mode": "async"}, "POST", accept="application/json")
         if accepted.status_code != 202:
-            gevent.sleep(float((accepted.headers or {}).get("Retry-After", 1)))
+            self.sleep_as_told(accepted)
             return
         job = accepted.json()
         error = None
@@ -244,7 +267,7 @@ class Arrivals(Client):
         Arrivals.visits.append(visit)
         for _ in range(self.max_tries):
             sent_at = time.time()
-            reply = self.post(body, "arrival", num_images=1)
+            reply = self.post(body, "arrival", num_images=1, headers=ALONE)
             answered_at = time.time()
             if reply.status_code == 429:
                 told = (reply.headers or {}).get("Retry-After")
