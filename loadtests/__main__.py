@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.record import command_line, commit, device_name, versions
@@ -54,7 +54,7 @@ def run_ladder(target: Target, report: Report, arguments: argparse.Namespace) ->
                 target,
                 {arguments.mix: clients},
                 part="ladder",
-                label=f"{clients} clients",
+                label=f"{clients} client" + "s" * (clients > 1),
                 seconds=arguments.seconds,
                 warm_up_s=arguments.warm_up_s,
                 warm_up_images=clients,
@@ -90,7 +90,8 @@ def target_of(arguments: argparse.Namespace) -> Iterator[Target]:
             yield target
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, `words` in place of the process's own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default=os.environ.get("LOADTEST_URL"), help="(default: LOADTEST_URL, else our own)")
     parser.add_argument(
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="report directory (default: a new one in loadtests/reports)")
     parser.add_argument("--record", action="store_true", help="append the peers' figures to benchmarks/results.csv")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     # These parts start servers of their own.
     parts = [part for part in arguments.parts if not arguments.url or part in ("ladder", "users")]
 

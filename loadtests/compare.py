@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,12 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, `words` in place of the process's own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     a, b = load(arguments.a), load(arguments.b)
     table = Table(title=f"{b['commit']} over {a['commit']}: 1.10 is 10 % more")
     for heading in ("stage", *(name.removesuffix("_s") for name in RATIOS), "errors"):
@@ -53,7 +56,7 @@ def main() -> None:
     for row in compare(a, b):
         ratios = ("–" if row[name] is None else f"{row[name]:.2f}" for name in RATIOS)
         table.add_row(row["stage"], *ratios, "{} → {}".format(*row["errors"]))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if not table.row_count:
         raise SystemExit("the two runs have no stage in common")
     console.print(table)

@@ -102,9 +102,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ticks_after, cpu_after, ended_at = scrape(arguments.metrics), process.cpu_times(), time.time()
 
     users.Arrivals.is_open = False
+    runner.stop()
     users.Arrivals.crowd.join(timeout=arguments.drain_s)
     users.Arrivals.crowd.kill()
-    runner.stop()
     visits = users.Arrivals.visits
     jobs = read_jobs(arguments.url, [visit["job_id"] for visit in visits if visit["job_id"]])
     runner.quit()

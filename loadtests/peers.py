@@ -78,7 +78,8 @@ def record_figures(stages: Sequence[Stage]) -> None:
     record(figures_of(stages), "diffusers", "fastapi", "litserve", "locust")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line, `words` in place of the process's own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
     parser.add_argument("--seconds", type=float, default=20.0, help="measured at each load")
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", choices=list(SERVERS), default=list(SERVERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results.csv")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     report = Report({})
     measure(
         report,

@@ -53,8 +53,8 @@ def is_long(body: Body) -> bool:
     return "num_images_per_prompt" in body
 
 
-def trifle(source: random.Random) -> Body:
-    """The cheapest picture there is, for clients that send them without pause."""
+def quick(source: random.Random) -> Body:
+    """The cheapest picture there is."""
     return _body(source, num_inference_steps=1, guidance_scale=1.0)
 
 

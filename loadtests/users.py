@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import socket
 import time
-from typing import Any
+from collections import Counter
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import gevent
@@ -38,11 +38,13 @@ class Client(FastHttpUser):
     connection_timeout = 10.0
     wait_time = constant(0)
     seed = 0
-    _numbers = itertools.count()
+    _numbers: ClassVar[Counter[str]] = Counter()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.random = random.Random(f"{self.seed} {next(Client._numbers)}")
+        kind = type(self).__name__
+        Client._numbers[kind] += 1
+        self.random = random.Random(f"{self.seed} {kind} {Client._numbers[kind]}")
 
     def post(
         self, body: Body, name: str, *, accept: str = "image/png", num_images: int = 0, headers: dict[str, str] = NONE
@@ -92,6 +94,14 @@ class Steady(Client):
     @task
     def picture(self) -> None:
         self.draw(traffic.steady(self.random), "steady")
+
+
+class Quick(Client):
+    """One step without guidance: mostly what the service itself takes."""
+
+    @task
+    def picture(self) -> None:
+        self.draw(traffic.quick(self.random), "quick")
 
 
 class Mixed(Client):
@@ -194,7 +204,7 @@ class Abusive(Client):
     A call counts as an error when it is not refused in the way it should be.
     """
 
-    @task(4)
+    @task(8)
     def nonsense(self) -> None:
         call = self.random.choice(traffic.BAD_CALLS)
         headers = {"Content-Type": call.content_type}
@@ -206,7 +216,7 @@ class Abusive(Client):
             elif reply.status_code:
                 reply.failure(f"{call.name}: expected {call.status}, got {reply.status_code}")
 
-    @task(2)
+    @task(4)
     def leave(self) -> None:
         """Close the connection in the middle of the body, or while the picture is drawn."""
         content = json.dumps(traffic.steady(self.random)).encode()
@@ -229,7 +239,7 @@ class Abusive(Client):
     def hammer(self) -> None:
         """Ten jobs in a row that nobody waits for, whatever the server says."""
         for _ in range(10):
-            content = json.dumps({**traffic.trifle(self.random), "mode": "async"}).encode()
+            content = json.dumps({**traffic.quick(self.random), "mode": "async"}).encode()
             headers = {"Content-Type": "application/json"}
             with self.client.post(
                 "/generate", data=content, headers=headers, name="hammer", catch_response=True
@@ -250,7 +260,7 @@ class Arrivals(Client):
     max_tries = 50
     is_open = True
     crowd = Group()
-    visits: list[dict[str, Any]] = []  # noqa: RUF012 - Locust makes the user, and the generator reads this
+    visits: ClassVar[list[dict[str, Any]]] = []
 
     def on_start(self) -> None:
         self._due = time.time()

@@ -26,7 +26,7 @@ class Peer:
     def __init__(self, device: torch.device, dtype: torch.dtype, *, is_channels_last: bool) -> None:
         diffusers.logging.set_verbosity_error()
         self.pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            BUILTIN_MODEL, torch_dtype=dtype, safety_checker=None, feature_extractor=None
+            BUILTIN_MODEL, dtype=dtype, safety_checker=None, feature_extractor=None
         )
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)

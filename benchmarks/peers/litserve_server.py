@@ -4,8 +4,7 @@ LitServe collects up to `--max-batch-size` requests, or what came within `--batc
 steps, guidance and size in one call, so a batch is split into groups of equals, one call each.
 """
 
-from __future__ import annotations
-
+# No deferred annotations here: LitServe reads the type of a request from `decode_request`.
 import argparse
 from typing import Any
 
