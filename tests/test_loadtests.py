@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from darkroom.jobs import GenerationRequest
 from fastapi.testclient import TestClient
 
@@ -34,6 +35,8 @@ from loadtests.traffic import BAD_CALLS, BadCall
 
 PNG = b"\x89PNG"
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[Target]:
@@ -43,8 +46,12 @@ def target() -> Iterator[Target]:
 
 
 @pytest.fixture(scope="module")
-def peer() -> Peer:
-    return Peer.as_served()
+def peer() -> Iterator[Peer]:
+    """On one thread, for the same reason."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Peer.as_served()
+    torch.set_num_threads(num_threads)
 
 
 def stage(clients: int = 8, images_s: float = 10.0, *, cpu_share: float = 0.1, **fields: Any) -> Stage:
