@@ -27,6 +27,7 @@ from loadtests.stages import Stage, generate, run_stage, summarise
 
 OVERLOAD = 3.0
 MAX_QUEUE_JOBS = 16
+FILLINGS = 4
 # Three in four requests of the mix take two model rows, and a worker's largest tick has 32.
 RESIDENT_JOBS = round(32 / 1.75)
 
@@ -152,10 +153,10 @@ def measure(
     warm_up_s: float,
     factor: float = OVERLOAD,
     max_queue_jobs: int = MAX_QUEUE_JOBS,
-    drain_s: float = 120.0,
+    drain_s: float = 240.0,
     seed: int = 0,
 ) -> tuple[list[Stage], Overload, list[Visit]]:
-    """Start a server with a queue of `max_queue_jobs`, saturate it, then overload it `factor` times for `seconds`.
+    """Saturate a server with a queue of `max_queue_jobs`, then overload it `factor` times, for `seconds` or longer.
 
     Refused clients get `drain_s` more to be accepted. Raises `RuntimeError` when nothing is drawn at saturation.
     """
@@ -179,8 +180,10 @@ def measure(
         if not saturated.images:
             raise RuntimeError(f"no picture within {seconds:g} s at saturation: {saturated.errors or 'no reply'}")
         rate = factor * saturated.images_s
+        # The first arrivals find a server with nothing to do; many more than it can hold must come.
+        arriving_s = max(seconds, FILLINGS * clients / rate)
         seen = generate(
-            target, {"Arrivals": 1}, rate=rate, seconds=seconds, warm_up_s=0, drain_s=drain_s, seed=seed + 1
+            target, {"Arrivals": 1}, rate=rate, seconds=arriving_s, warm_up_s=0, drain_s=drain_s, seed=seed + 1
         )
         fickle = saturate("Fickle", f"{2 * clients} clients that do not come back", 2 * clients)
     overloaded = summarise(seen, part="overload", label=f"{factor:g}x capacity", server=target.name)
