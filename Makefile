@@ -1,13 +1,15 @@
 # Two commands matter: `make serve` and `make test`. Everything else is for people who change the code.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 # A CPU build of this torch serves every test; set TORCH= to keep the one that is installed.
 TORCH ?= torch==2.13.0
 PORT ?= 8000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean
+.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean \
+	loadtest loadtest-peers loadtest-compare
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +70,25 @@ bench: $(VENV)/.dev
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
+# LitServe lies on top of the other packages, out of their sight: it would change what Darkroom's API runs on.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+$(PEERS)/.peers: $(VENV)/.dev
+	$(BIN)/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > $$($(PEERS)/bin/python $(PURELIB))/beneath.pth
+	$(PEERS)/bin/pip install -q -c constraints.txt -e '.[peers]'
+	touch $@
+
+# LOADTEST_URL= loads a server that runs already. LOADTEST_ARGS="--parts ladder --seconds 30" is one part, for longer.
+loadtest: $(VENV)/.dev $(PEERS)/.peers
+	$(BIN)/python -m loadtests $(LOADTEST_ARGS)
+
+loadtest-peers: $(VENV)/.dev $(PEERS)/.peers
+	$(BIN)/python -m loadtests.peers $(LOADTEST_ARGS)
+
+# A= and B= are report directories.
+loadtest-compare: $(VENV)/.dev
+	$(BIN)/python -m loadtests.compare $(A) $(B)
+
 train-model: $(VENV)/.dev
 	$(BIN)/python -m training.train_vae --out runs/vae --minutes 13
 	$(BIN)/python -m training.train_text --out runs/text
@@ -75,4 +96,4 @@ train-model: $(VENV)/.dev
 	$(BIN)/python -m training.export --vae runs/vae --text runs/text --unet runs/unet
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(PEERS) build dist
