@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.record import command_line, commit, device_name, versions
 from loadtests import overload, peers
 from loadtests.report import Report
-from loadtests.servers import darkroom
+from loadtests.servers import darkroom, stop_on_sigterm
 from loadtests.stages import Target, run_stage
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32, 64)
@@ -138,4 +138,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     main()

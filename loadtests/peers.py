@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.record import Figure, record
 from loadtests.report import HEADINGS, Report, print_table, row_of
-from loadtests.servers import SERVERS
+from loadtests.servers import SERVERS, stop_on_sigterm
 from loadtests.stages import Stage, run_stage
 
 CLIENTS = (8, 32)
@@ -108,4 +108,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    stop_on_sigterm()
     main()

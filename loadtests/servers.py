@@ -61,6 +61,11 @@ def running(
             process.wait()
 
 
+def stop_on_sigterm() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, so that no server outlives it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _answers(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
         return httpx.get(url, timeout=5, trust_env=False).status_code == 200
