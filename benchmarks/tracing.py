@@ -62,14 +62,18 @@ def jobs_of(count: int, *, are_sampled: bool) -> list[Job]:
     return [msgspec.structs.replace(job, traceparent=context) for job, context in zip(jobs, contexts, strict=True)]
 
 
+def follow(worker: Worker, job: Job) -> None:
+    """What a claim does for the traces."""
+    if (trace := tracing.follow(job, time.monotonic())) is not None:
+        worker._traces[job.id, job.attempt] = trace
+
+
 async def cost_of_ticks(settings: Settings, jobs: list[Job], num_ticks: int) -> tuple[float, float]:
     """Microseconds that one tick holds the loop up for, and CPU microseconds that it costs the process in all."""
-    engine: Any = SimpleNamespace(
-        models={}, batcher=SimpleNamespace(max_model_rows=16), resident_model_rows=int, submit=lambda *_, **__: None
-    )
+    engine: Any = SimpleNamespace(models={}, batcher=SimpleNamespace(max_model_rows=16), resident_model_rows=int)
     worker = Worker(settings, SimpleNamespace(), lambda **_: engine)  # type: ignore[arg-type]
     for job in jobs:
-        worker._take(job)
+        follow(worker, job)
     choice = Choice(BatchKey("none", 64, 64), tuple(range(len(jobs))), 2 * len(jobs), 16)
     held_s, cpu_s = 0.0, time.process_time()
     for step in range(num_ticks):
@@ -90,7 +94,7 @@ async def cost_of_ticks(settings: Settings, jobs: list[Job], num_ticks: int) -> 
             # A job has so many ticks; and its links must not grow for ever.
             for job in jobs:
                 worker._forget(job)
-                worker._take(job)
+                follow(worker, job)
             await asyncio.sleep(0.01)  # so that spans are sent as they come and none is dropped
     tracing.shutdown(30)
     return held_s / num_ticks * 1e6, (time.process_time() - cpu_s) / num_ticks * 1e6

@@ -329,6 +329,7 @@ class JobBeforeTracing(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = "default"
     attempt: int = 0
     failures: int = 0
+    num_checkpoints: int = 0
     version: int = 1
 
 

@@ -246,7 +246,7 @@ class Worker:
         try:
             return await self._queue.checkpoints(job)
         except QueueUnavailable as error:
-            log.warning("checkpoints_not_read", job_id=job.id, reason=str(error))
+            log.warning("checkpoints_not_read", job_id=job.id, reason=str(error), **tracing.log_fields(job))
             return {}
 
     def _submit(self, job: Job, checkpoints: dict[int, bytes]) -> None:
