@@ -884,6 +884,20 @@ async def test_a_place_whose_caller_does_not_come_back_is_given_away(
         assert await refusal(queue, "next") is None
 
 
+async def test_callers_that_never_come_back_do_not_leave_the_queue_empty(
+    settings: Settings, redis_url: str, redis: Any, keys: Keys
+) -> None:
+    """Each asks for something else the next time, so no promise is ever taken up."""
+    async with full_queue(settings, redis_url, redis, keys) as queue:
+        for index in range(20):
+            assert await refusal(queue, f"fickle-{index}")
+        await claim(queue, max_jobs=2)
+        assert await refusal(queue, "one"), "the upper half is kept for those who were promised"
+        await claim(queue, max_jobs=1)
+        assert await refusal(queue, "two") is None
+        assert await refusal(queue, "three")
+
+
 async def test_nobody_is_promised_a_place_ten_minutes_ahead_or_before_a_pace_is_known(
     settings: Settings, redis_url: str, redis: Any, keys: Keys
 ) -> None:

@@ -27,8 +27,8 @@ if digest ~= '' then
   end
 end
 
--- A caller that is refused is promised a place at a time, and what is promised is not given to others meanwhile. It is
--- known again by what it asks for, and by its connection if it kept that.
+-- A caller that is refused is promised a place at a time, and what is promised is kept from others meanwhile. It is known
+-- again by what it asks for, and by its connection if it kept that.
 local caller, connection = digest ~= '' and digest or ARGV[9], ARGV[15]
 local longest_ms, grace_ms = tonumber(ARGV[16]), tonumber(ARGV[17])
 local promises, own = prefix .. 'promises', prefix .. 'promise:' .. caller
@@ -41,11 +41,11 @@ if not due_ms or due_ms < oldest_ms then
 end
 
 local waiting, most = redis.call('ZCARD', queued), tonumber(ARGV[10])
-local places = most - redis.call('ZCOUNT', promises, oldest_ms, '+inf')
-if due_ms then
-  -- Its own place is not taken. One whose time has come gets in a little above the limit too: it was promised.
-  places = due_ms <= now_ms and most + math.ceil(most / 4) or places + 1
-end
+-- Promises keep newcomers out of the upper half alone: callers that never come back must not leave the queue empty.
+local of_others = redis.call('ZCOUNT', promises, oldest_ms, '+inf') - (due_ms and 1 or 0)
+local places = math.max(math.ceil(most / 2), most - of_others)
+-- One whose time has come gets in a little above the limit too: it was promised.
+if due_ms and due_ms <= now_ms then places = most + math.ceil(most / 4) end
 if waiting >= places then
   if due_ms and due_ms > now_ms then return { 'queue_full', waiting, due_ms - now_ms } end
   local gap_ms = tonumber(redis.call('HGET', prefix .. 'pace', 'gap_ms') or '')
