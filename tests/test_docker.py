@@ -114,6 +114,8 @@ def test_an_image_installs_what_the_project_requires_at_versions_that_are_pinned
     names = {re.split(r"[\s<>=!~;\[]", line)[0] for line in requirements}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert len(requirements) > len(project["dependencies"])
-    pinned = {re.split("[=<>]", line)[0].replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        re.split("[=<>]", line)[0].replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     # The Dockerfile names the release of torch.
     assert names - pinned == (set() if image == "api" else {"torch"})

@@ -19,7 +19,7 @@ from darkroom.engine.device import WARM_UP_CALLS, CudaDevice, comes_from_cuda, i
 from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, Saved, TickReport
 from darkroom.engine.lane import Lane
 from darkroom.engine.pool import RowPool
-from darkroom.errors import ConfigError
+from darkroom.errors import ConfigError, DeviceLost
 from darkroom.jobs import Job
 from structlog.testing import capture_logs
 
@@ -359,15 +359,16 @@ def run_until_it_breaks(model: DiffusionModel, jobs: list[Job], device: TwinDevi
     engine = Engine({model.id: model}, settings_with(), on_event=events.append, device=device)
     for job in jobs:
         engine.submit(job)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(DeviceLost, match="illegal memory access") as lost:
         engine.run()
+    assert lost.value.job_ids == {job.id for job in jobs}
     return events
 
 
 def test_a_lost_device_ends_the_engine_and_no_job_is_blamed(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker exits then, and its jobs return to the queue when their leases end."""
+    """The worker exits then, and hands its jobs back; those that were in the tick count it as a failure."""
     jobs = [job_for(model, "a"), job_for(model, "b", seed=2)]
     device = TwinDevice(has_graphs=False, fails=lambda n: LOST if n == 2 else None)
     assert run_until_it_breaks(model, jobs, device) == []

@@ -7,14 +7,17 @@ import contextlib
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.engine.batcher import Choice
 from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
-from darkroom.errors import QueueUnavailable
+from darkroom.engine.pulse import Pulse
+from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
 from darkroom.jobs import Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import Worker
@@ -189,20 +192,81 @@ def broken_engine(*arguments: object, **keywords: object) -> Engine:
 async def test_a_job_that_breaks_every_engine_ends_as_a_dead_letter(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
+    """It is handed back at once, and counted."""
+    job = await enqueue(queue, job_for(model, ""))
+    for failures in range(1, settings.max_failures + 1):
+        worker = Worker(settings, queue, functools.partial(broken_engine, {model.id: model}, settings))
+        with pytest.raises(MemoryError):
+            await asyncio.wait_for(worker.run(), 20)
+        assert (await queue.status(job.id)).job.failures == failures
+    status = await queue.status(job.id)
+    assert (status.state, status.failure and status.failure.code) == (JobState.FAILED, "dead_letter")
+    assert (await queue.stats()).dead_letters == 1
+
+
+async def test_a_worker_that_loses_its_device_hands_back_all_jobs_and_counts_those_under_way(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    """The third job has another size, so it is never in a tick with the other two."""
+    sizes = [(64, 64), (64, 64), (32, 32)]
+    wanted = [job_for(model, "", guidance_scale=1.0, num_inference_steps=50, width=w, height=h) for w, h in sizes]
+    jobs = [await enqueue(queue, job) for job in wanted]
+
+    def losing_engine(*arguments: object, **keywords: object) -> Engine:
+        engine = slow_engine(*arguments, **keywords)
+        tick = engine._tick
+
+        def lose(choice: Choice, *rest: Any) -> None:
+            tick(choice, *rest)
+            if len(choice.ids) == 2 and len(engine._rows) == 3:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        engine._tick = lose  # type: ignore[method-assign]
+        engine._device.is_lost = lambda error: True  # type: ignore[method-assign]
+        return engine
+
+    worker = Worker(settings, queue, functools.partial(losing_engine, {model.id: model}, settings))
+    with pytest.raises(DeviceLost):
+        await asyncio.wait_for(worker.run(), 20)
+    statuses = [await queue.status(job.id) for job in jobs]
+    assert [status.job.failures for status in statuses] == [1, 1, 0]
+    assert {status.state for status in statuses} == {JobState.QUEUED}
+
+
+async def test_a_worker_that_hangs_loses_its_lease_and_is_ended(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = settings.model_copy(update={"lease_s": 0.5})
     impatient = await JobQueue.connect(settings, str(settings.redis_url))
+    released, ended = threading.Event(), asyncio.Event()
+    codes: list[int] = []
+
+    def hanging_engine(*arguments: object, **keywords: object) -> Engine:
+        engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+        engine.pulse = Pulse(settings.lease_s, first_s=0.0)
+        engine._tick = lambda *_: released.wait(30)  # type: ignore[method-assign, assignment, return-value]
+        return engine
+
+    def end_process(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    make_engine = functools.partial(hanging_engine, {model.id: model}, settings)
+    worker = Worker(settings, impatient, make_engine, end_process)
+    running = asyncio.create_task(worker.run())
     try:
-        job = await enqueue(impatient, job_for(model, ""))
-        for _ in range(settings.max_failures):
-            worker = Worker(settings, impatient, functools.partial(broken_engine, {model.id: model}, settings))
-            with pytest.raises(MemoryError):
-                await asyncio.wait_for(worker.run(), 20)
-        while not (await impatient.reap()).dead:  # noqa: ASYNC110 - a lease ends by the server's clock
-            await asyncio.sleep(0.05)
-        status = await impatient.status(job.id)
+        job = await enqueue(queue, job_for(model, ""))
+        await state_of(queue, job, JobState.RUNNING)
+        await asyncio.wait_for(ended.wait(), 20)
+        while job.id not in (await impatient.reap()).requeued:  # noqa: ASYNC110 - a lease ends by the server's clock
+            await asyncio.sleep(0.02)
     finally:
+        released.set()
+        worker.drain()
+        await asyncio.wait_for(running, 20)
         await impatient.close()
-    assert (status.state, status.failure and status.failure.code) == (JobState.FAILED, "dead_letter")
+    assert codes[0] == EXIT_HUNG
+    assert "test_worker.py" in capfd.readouterr().err, "where it hung"
 
 
 async def test_a_drain_does_not_wait_for_a_long_tick_and_hands_its_job_back(

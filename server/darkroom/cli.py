@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from darkroom import __version__
-from darkroom.errors import ConfigError, DarkroomError, InvalidRequest, ModelError, RequestError
+from darkroom.errors import (
+    EXIT_DEVICE_LOST,
+    ConfigError,
+    DarkroomError,
+    DeviceLost,
+    InvalidRequest,
+    ModelError,
+    RequestError,
+)
 
 if TYPE_CHECKING:
     from darkroom.config import Settings
@@ -69,6 +77,8 @@ def main() -> None:
         app()
     except DarkroomError as error:
         print(f"darkroom: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, DeviceLost):
+            sys.exit(EXIT_DEVICE_LOST)
         sys.exit(EXIT_USAGE if isinstance(error, (ConfigError, ModelError, RequestError)) else EXIT_FAILED)
     except Exception:
         import structlog

@@ -17,12 +17,16 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   ├── QueueUnavailable        Redis cannot be reached or refuses writes
 │   ├── ResultStoreUnavailable  the bucket or directory of finished pictures cannot be reached or refuses us
 │   └── Draining                this process is shutting down
+├── DeviceLost                  a worker's device is gone; the process ends with an exit code of its own
 └── JobError                    an accepted job could not be finished; its code is stored with the job
 
 `HTTP_STATUS` is the one place where a code becomes an HTTP status.
 """
 
 from __future__ import annotations
+
+# How a worker's process ends that only a new one can replace: its engine hung, or its device was lost.
+EXIT_HUNG, EXIT_DEVICE_LOST = 70, 71
 
 
 class DarkroomError(Exception):
@@ -120,6 +124,16 @@ class ResultStoreUnavailable(Unavailable):
 
 class Draining(Unavailable):
     code = "draining"
+
+
+class DeviceLost(DarkroomError):
+    """`job_ids` names the jobs whose ticks or pictures were under way."""
+
+    code = "device_lost"
+
+    def __init__(self, message: str, job_ids: set[str]) -> None:
+        super().__init__(message)
+        self.job_ids = job_ids
 
 
 class JobError(DarkroomError):

@@ -26,6 +26,7 @@ from darkroom.diffusion.images import encode_image
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory
+from darkroom.engine.pulse import Pulse
 from darkroom.engine.row import Interval, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
@@ -75,11 +76,13 @@ class Decoder:
         self,
         on_developed: Callable[[Developed], None],
         *,
+        pulse: Pulse,
         max_batch: int,
         encode_threads: int,
         has_few_sizes: bool = False,
     ) -> None:
         self._on_developed = on_developed
+        self._pulse = pulse
         self._max_batch = max_batch
         self._has_few_sizes = has_few_sizes
         self._waiting: queue.SimpleQueue[Exposed | Trial | None] = queue.SimpleQueue()
@@ -164,7 +167,9 @@ class Decoder:
         try:
             model = group[0].row.model
             latents, ready = [exposed.latents for exposed in group], [exposed.ready for exposed in group]
-            pixels = decode_latents(model, latents, ready, self._stream(model.device))
+            height, width = latents[0].shape[1:]
+            with self._pulse.phase("decode", len(group) * (height * width) ** 2):
+                pixels = decode_latents(model, latents, ready, self._stream(model.device))
         except Exception as error:
             release_frames(error)
             if is_out_of_memory(error):

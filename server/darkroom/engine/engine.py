@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -31,10 +31,11 @@ from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
 from darkroom.engine.joining import key_of, make_rows, prompts_of
 from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
+from darkroom.engine.pulse import Pulse
 from darkroom.engine.row import ActiveJob, Interval, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
-from darkroom.errors import ConfigError, DarkroomError, JobError
+from darkroom.errors import ConfigError, DarkroomError, DeviceLost, JobError
 from darkroom.jobs import Failure, GenerationRequest, ImageInfo, Job, Result, Timings
 
 MAX_DECODE_BATCH = 8
@@ -144,6 +145,7 @@ class Engine:
         self._clock = clock
         self._warm_up = warm_up
         self._is_reproducible = settings.batching == "reproducible"
+        self.pulse = Pulse(settings.lease_s)
         place = next(iter(self.models.values())).device
         self._device = device or device_for(place, graphs=settings.graphs == "auto")
         self.batcher = batcher or Batcher(
@@ -168,6 +170,7 @@ class Engine:
         }
         self._decoder = Decoder(
             self._developed,
+            pulse=self.pulse,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
             has_few_sizes=self._device.tries_decoding,
@@ -186,6 +189,7 @@ class Engine:
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
         self._in_flight: deque[_InFlight] = deque()
+        self._ticking: tuple[Row, ...] = ()
         self._last_done_s = 0.0
 
     def submit(
@@ -236,7 +240,7 @@ class Engine:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
 
         The thread that runs it gets all CPU threads, and should be the only one that does (`use_cpu_threads`). Raises
-        `ConfigError` on a size that cannot be captured, and whatever leaves the process without its device.
+        `ConfigError` on a size that cannot be captured, `DeviceLost` when the process is left without its device.
         """
         use_cpu_threads(self._num_threads)
         try:
@@ -258,8 +262,23 @@ class Engine:
                 while self._in_flight:
                     self._complete()
                 self._save_all()
+        except Exception as error:
+            if not self._device.is_lost(error):
+                raise
+            raise DeviceLost(f"the device was lost: {error}", self._under_way()) from error
         finally:
             self._decoder.close()
+
+    def _under_way(self) -> set[str]:
+        """The jobs that may have taken the device along: those in ticks and those being decoded."""
+        rows = [*self._ticking, *(row for flight in self._in_flight for row in flight.tick.rows)]
+        with self._wake:
+            ids = {
+                job_id
+                for job_id, active in self._jobs.items()
+                if any(row.is_denoised and row.index not in active.images for row in active.rows)
+            }
+        return ids | {row.active.job.id for row in rows}
 
     def check_kernels(self) -> None:
         """Turn away from kernels that are wrong on this device. A warm-up does so before graphs hold them."""
@@ -347,6 +366,22 @@ class Engine:
                 arrived += self._inbox
                 self._inbox = []
             cancelled, self._cancelled = self._cancelled, []
+        with self.pulse.phase("turn", self._size_of_turn(arrived)):
+            self._take_turn(arrived, cancelled)
+        return True
+
+    def _size_of_turn(self, arrived: Sequence[ActiveJob]) -> float:
+        """What a turn may take grows like this: model rows × latent pixels of the largest tick it may run, and once
+        more by the pixels, as attention does."""
+        sizes = [(len(row.conditionings), row.shape[1] * row.shape[2]) for row in self._rows.values()]
+        for active in arrived:
+            request, model = active.job.request, self.models[active.job.request.model]
+            key = key_of(model, request.width, request.height)
+            sizes.append((request.num_model_rows, key.height * key.width))
+        most = max((pixels for _, pixels in sizes), default=1)
+        return float(min(sum(rows for rows, _ in sizes), self.batcher.max_model_rows) * most * most)
+
+    def _take_turn(self, arrived: list[ActiveJob], cancelled: list[ActiveJob]) -> None:
         for active in cancelled:
             self._end(active, Cancelled(active.job))
         self._expire(arrived)
@@ -361,12 +396,11 @@ class Engine:
             self._tick(choice, joined)
         elif self._in_flight:
             self._complete()
-        return True
 
     def _tick(self, choice: Choice, joined: int) -> None:
         """Enqueue a tick, then settle what is complete by then."""
         started_s = self._clock()
-        rows = tuple(self._rows[id_] for id_ in choice.ids)
+        rows = self._ticking = tuple(self._rows[id_] for id_ in choice.ids)
         not_taken = self._not_taken(choice) if len(rows) < len(self._rows) else {}
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:

@@ -210,9 +210,13 @@ class WorkerSide:
         """End a running job that is past its deadline, if this attempt still owns it. Harmless to repeat."""
         return await self._settle(worker_id, job.id, job.attempt, JobState.EXPIRED)
 
-    async def hand_back(self, worker_id: str, job: Job) -> bool:
-        """Put a job back at its old place, without counting a failure, if this attempt still owns it."""
-        return bool(await self._connection.script("hand_back", job.id, worker_id, job.attempt))
+    async def hand_back(self, worker_id: str, job: Job, *, is_failure: bool = False) -> bool:
+        """Put a job back at its old place, if this attempt still owns it. `is_failure` counts it as a lost worker does:
+        the job may be what took the device away."""
+        counted = int(is_failure)
+        return bool(
+            await self._connection.script("hand_back", job.id, worker_id, job.attempt, counted, _MAX_DEAD_LETTERS)
+        )
 
     async def reap(self) -> Reaped:
         """Take back jobs of lost workers and end overdue ones. Any process may call it at any time."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import socket
 import threading
@@ -22,7 +23,7 @@ from darkroom import metrics, tracing
 from darkroom.config import Settings
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, Saved, TickReport
-from darkroom.errors import QueueUnavailable, ResultStoreUnavailable
+from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
 from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick, trace_end, trace_tick
@@ -39,6 +40,7 @@ FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
 # Redis pays for each report of each busy worker: at ten a second some hundred workers would fill it with nothing else.
 SAVE_INTERVAL_S = 0.25
+WATCH_INTERVAL_S = 1.0
 PROGRESS_INTERVAL_S = 0.25
 CANCEL_AGAIN_S = 0.2
 
@@ -51,7 +53,14 @@ def worker_id() -> str:
 class Worker:
     """Runs one engine against one queue until it is told to drain."""
 
-    def __init__(self, settings: Settings, queue: JobQueue, make_engine: Callable[..., Engine]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        queue: JobQueue,
+        make_engine: Callable[..., Engine],
+        end_process: Callable[[int], None] = os._exit,
+    ) -> None:
+        self._end_process = end_process
         self._settings = settings
         self._queue = queue
         self.id = worker_id()
@@ -96,8 +105,8 @@ class Worker:
     async def run(self, on_ready: Callable[[], None] | None = None) -> None:
         """Serve until `drain`. Every held job is then settled or handed back.
 
-        Raises what broke the engine. Its jobs are not handed back then: they return when their leases end, and that
-        counts a failure of each, so a job that breaks every engine is not tried for ever.
+        Raises what broke the engine. Its jobs are handed back then as well, but those that may have broken it count a
+        failure, so that one that breaks every engine is not tried for ever.
         """
         engine = self._start_engine()
         tasks = [
@@ -110,6 +119,7 @@ class Worker:
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
                 self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
                 self._follow_cancellations(),
+                self._every(WATCH_INTERVAL_S, self._watch_engine),
             )
         ]
         drained = asyncio.create_task(self._drain.wait())
@@ -159,16 +169,18 @@ class Worker:
         await asyncio.sleep(0)
         if self._publishing:
             await asyncio.wait(self._publishing, timeout=PUBLISH_STOP_S)
-        is_broken = engine.done() and engine.exception() is not None
-        held = [] if is_broken else list(self._held.values())
+        error = engine.exception() if engine.done() else None
+        # Any job that was there may have broken the engine; a device is lost by what was under way.
+        to_blame = error.job_ids if isinstance(error, DeviceLost) else set(self._held) if error else set()
+        held = list(self._held.values())
         with contextlib.suppress(QueueUnavailable):
             await self._keep_checkpoints()
             for job in held:
-                await self._queue.hand_back(self.id, job)
+                await self._queue.hand_back(self.id, job, is_failure=job.id in to_blame)
             await self._queue.unregister(self.id)
-        for trace in self._traces.values():
-            trace.end("lost" if is_broken else "handed_back")
-        log.info("worker_stopped", worker=self.id, handed_back=len(held))
+        for (job_id, _), trace in self._traces.items():
+            trace.end("lost" if job_id in to_blame else "handed_back")
+        log.info("worker_stopped", worker=self.id, handed_back=len(held), to_blame=len(to_blame))
 
     async def _stay_registered(self, on_ready: Callable[[], None] | None) -> None:
         await self._engine_ready.wait()
@@ -260,8 +272,19 @@ class Worker:
             del self._early_cancellations[job.id]
             self._engine.cancel(job.id, job.attempt)
 
+    async def _watch_engine(self) -> None:
+        """End a process whose engine hangs, with all stacks in the log. Its leases were not renewed meanwhile."""
+        phase = self._engine.pulse.overdue()
+        if phase is None:
+            return
+        allowed_s, jobs = round(phase.allowed_s, 1), sorted(self._held)
+        log.error("engine_hangs", worker=self.id, phase=phase.kind, allowed_s=allowed_s, jobs=jobs)
+        faulthandler.dump_traceback(all_threads=True)
+        self._end_process(EXIT_HUNG)
+
     async def _renew(self) -> None:
-        if not self._held:
+        # One that hangs must lose its jobs, however well this thread is.
+        if not self._held or self._engine.pulse.overdue() is not None:
             return
         held = {job.id: job.attempt for job in self._held.values()}
         renewal = await self._queue.renew(self.id, held)

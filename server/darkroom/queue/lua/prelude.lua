@@ -140,6 +140,28 @@ local function requeue(id, job)
   make_ready(id, job)
 end
 
+-- A worker was lost with a running job, or says that the job took its device along. It fails as a dead letter when that
+-- has happened MAX_FAILURES times. Returns what became of it.
+local function lose(id, job, reason, max_dead_letters)
+  job.failures = redis.call('HINCRBY', job_key(id), 'failures', 1)
+  if job.cancel then
+    finish(id, job, 'cancelled')
+    return 'cancelled'
+  elseif job.failures >= MAX_FAILURES then
+    redis.call('XADD', prefix .. 'dead', 'MAXLEN', max_dead_letters, '*', 'job', id, 'failures', job.failures,
+      'attempt', job.attempt, 'worker', job.owner, 'reason', reason,
+      'payload', redis.call('HGET', job_key(id), 'payload') or '')
+    finish(id, job, 'failed', 'error_code', 'dead_letter', 'error_message',
+      'given up after ' .. job.failures .. ' workers were lost while they ran it')
+    return 'dead'
+  elseif is_past_deadline(job) then
+    finish(id, job, 'expired')
+    return 'expired'
+  end
+  requeue(id, job)
+  return 'requeued'
+end
+
 -- Remember until when a model has a worker: the last of its live ones, or now, as one was just there.
 local function note_served(model)
   local last = redis.call('ZREVRANGE', prefix .. 'serving:' .. model, 0, 0, 'WITHSCORES')
