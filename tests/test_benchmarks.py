@@ -337,7 +337,14 @@ def test_the_compiled_engine_is_measured_beside_the_hand_made_one(
     section = ModelsSection(plan, load_settings(device="cpu"), CPU, tmp_path)
     state = State(tmp_path / "state.json", {})
     try:
-        assert run(section, state.path, tmp_path / "results.csv", only="toy 64 darkroom", say=lambda line: None)
+        assert run(
+            section,
+            state.path,
+            tmp_path / "results.csv",
+            only="toy 64 darkroom",
+            time_limit_s=900.0,
+            say=lambda _: None,
+        )
     finally:
         section.close()
     rows = {row["figure"]: row for row in rows_of(tmp_path / "results.csv")}

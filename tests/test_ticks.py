@@ -513,10 +513,10 @@ def test_a_row_that_finds_no_memory_for_its_state_fails_alone(
 ) -> None:
     take = RowPool.take
 
-    def refuse_wide(pool: RowPool, latents: torch.Tensor) -> int | None:
+    def refuse_wide(pool: RowPool, latents: torch.Tensor, *history: Any) -> Any:
         if latents.shape[-1] == 9:
             raise torch.OutOfMemoryError("no")
-        return take(pool, latents)
+        return take(pool, latents, *history)
 
     monkeypatch.setattr(RowPool, "take", refuse_wide)
     outcome = run_jobs(model, [job_for(model, "wide", width=72), job_for(model, "own")], settings_with())
