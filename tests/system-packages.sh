@@ -1,5 +1,5 @@
 #!/bin/sh
-# The extras of `make test` that are not Python packages: a redis-server, the emoji font, and Prometheus with promtool; with
+# The extras of `make test` that are not Python packages: a redis-server, the emoji font, and Prometheus; with
 # the argument `images` also those of `make test-images`.
 # Installed where this runs as root on Debian; elsewhere their absence is said and the tests that need them skip.
 set -eu

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.tools import tool
 
 SOURCE = Path(__file__).parent / "support" / "nvml_stub.c"
 # Prints the series of GPUs as a scrape would see them, once their errors have been counted.
@@ -40,13 +41,8 @@ def series_of(library_path: Path, *uuids: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        if os.environ.get("CI"):
-            pytest.fail("there is no C compiler")
-        pytest.skip("there is no C compiler")
     directory = tmp_path_factory.mktemp("driver")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", directory / "libnvidia-ml.so.1", SOURCE], check=True)
+    subprocess.run([tool("gcc"), "-shared", "-fPIC", "-o", directory / "libnvidia-ml.so.1", SOURCE], check=True)
     return directory
 
 

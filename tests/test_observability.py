@@ -19,8 +19,9 @@ import yaml
 from darkroom import metrics
 
 from deploy.observability.dashboard import PATH, ROWS, dashboard, placed
-from tests.support.prometheus import CONFIG, Prometheus, needs, scraping
+from tests.support.prometheus import CONFIG, Prometheus, scraping
 from tests.support.tiny_models import write_tiny_model
+from tests.support.tools import tool
 from tests.test_up import Up
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +40,9 @@ PANELS = {
     for query in panel.queries
 }
 UNIT_TESTS = sorted((CONFIG.parent / "tests").glob("*.yml"))
-# What cannot return data here: a machine without a GPU has no such series. tests/test_gpu_metrics.py shows that they
-# are exported, promtool's tests that the alert fires.
-NO_DATA = ("darkroom_gpu_",)
+# What has no data here: there is no GPU (tests/test_gpu_metrics.py shows that its series are exported, and promtool
+# that their alert fires), and pictures are kept in Redis (tests/test_result_store.py calls a store).
+NO_DATA = ("darkroom_gpu_", "darkroom_result_store_seconds_")
 
 
 def names_in(expr: str) -> set[str]:
@@ -62,7 +63,7 @@ def exported() -> set[str]:
 
 @pytest.mark.parametrize("name", ["prometheus.yml", "local.yml"])
 def test_promtool_accepts_the_configuration_and_its_rules(name: str) -> None:
-    command = [needs("promtool"), "check", "config", CONFIG.parent / name]
+    command = [tool("promtool"), "check", "config", CONFIG.parent / name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(ALERTS)} rules found" in done.stdout
@@ -70,7 +71,7 @@ def test_promtool_accepts_the_configuration_and_its_rules(name: str) -> None:
 
 @pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.stem)
 def test_alerts_fire_when_they_should_and_only_then(path: Path) -> None:
-    done = subprocess.run([needs("promtool"), "test", "rules", path], capture_output=True, text=True, timeout=110)
+    done = subprocess.run([tool("promtool"), "test", "rules", path], capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -126,7 +127,7 @@ def test_the_dashboard_can_be_read_from_top_to_bottom() -> None:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus beside `darkroom up`, after some load with refusals, a cancellation and a missed deadline."""
-    needs("prometheus")
+    tool("prometheus")
     directory = tmp_path_factory.mktemp("watched")
     model = write_tiny_model(directory / "model", "sd1", seed=9)
     (model / "darkroom.json").write_text(

@@ -40,7 +40,7 @@ class Panel:
     thresholds: tuple[float, float] | None = None
     # A line that values are compared with.
     limit: float | None = None
-    width: int = 8
+    width: int = 6
     height: int = 7
 
 
@@ -191,11 +191,6 @@ ROWS = (
                 (_by("priority", "jobs_accepted_total"),),
                 is_stacked=True,
             ),
-            Panel(
-                "HTTP calls being answered",
-                "By process.",
-                (Query("sum by (instance) (darkroom_http_requests_in_flight)", "{{instance}}"),),
-            ),
         ),
     ),
     Row(
@@ -223,6 +218,17 @@ ROWS = (
                 ),
             ),
             Panel(
+                "Time of a call to the result store, p95",
+                "By operation; none while pictures are kept in Redis.",
+                (
+                    Query(
+                        f"histogram_quantile(0.95, sum by (le, operation) ({_rate('result_store_seconds_bucket')}))",
+                        "{{operation}}",
+                    ),
+                ),
+                "s",
+            ),
+            Panel(
                 "Backlog",
                 "How long the live workers need for what waits. More workers come when this stays high.",
                 (Query("max by (model) (darkroom_queue_backlog_seconds)", "{{model}}"),),
@@ -233,6 +239,11 @@ ROWS = (
                 "Age of the oldest waiting job. From two minutes on callers have stopped waiting.",
                 (Query("max(darkroom_queue_oldest_wait_seconds)", "oldest"),),
                 "s",
+            ),
+            Panel(
+                "HTTP calls being answered",
+                "By process.",
+                (Query("sum by (instance) (darkroom_http_requests_in_flight)", "{{instance}}"),),
             ),
             Panel(
                 "Time to start",
@@ -289,6 +300,12 @@ ROWS = (
                 "percentunit",
             ),
             Panel(
+                "Ticks per second",
+                "By worker.",
+                (_by("instance", "ticks_total"),),
+                is_stacked=True,
+            ),
+            Panel(
                 "Pictures that join and leave the batch",
                 "Per second, between ticks. ended_early: cancelled, failed or past the deadline.",
                 (Query(f"sum({_rate('rows_joined_total')})", "joined"), _by("reason", "rows_left_total")),
@@ -296,7 +313,7 @@ ROWS = (
             Panel(
                 "Pictures that a tick left waiting",
                 "Per tick. other_shape: another size or model had its turn; no_room: the tick was full; no_slot: no "
-                "place for their latents.",
+                "place for their latents; kept_apart: a worker was lost with them, or with the others.",
                 (
                     Query(
                         f"sum by (reason) ({_rate('rows_not_taken_total')}) / scalar(sum({_rate('ticks_total')}))",
@@ -390,6 +407,16 @@ ROWS = (
                 ),
             ),
             Panel(
+                "Work that was saved",
+                "Pictures whose state was copied out, those that went on from such a copy, and the steps they need not "
+                "do again.",
+                (
+                    _happened("checkpoints_total", "checkpoints"),
+                    _happened("resumes_total", "resumed"),
+                    _happened("steps_saved_total", "steps saved"),
+                ),
+            ),
+            Panel(
                 "Dead letters",
                 "Jobs given up because too many workers were lost while they ran: now, and on the stream.",
                 (
@@ -401,10 +428,8 @@ ROWS = (
                 "Out of memory, not finite",
                 "Ticks and decodes without memory, pictures that came out as NaN, autoencoders that overflowed.",
                 (
-                    Query(
-                        "sum by (where) (increase(darkroom_out_of_memory_total[$__rate_interval]))", "memory, {{where}}"
-                    ),
-                    Query("sum by (where) (increase(darkroom_non_finite_total[$__rate_interval]))", "NaN, {{where}}"),
+                    Query("sum by (where) (increase(darkroom_out_of_memory_total[$__rate_interval]))", "OOM {{where}}"),
+                    Query("sum by (where) (increase(darkroom_non_finite_total[$__rate_interval]))", "NaN {{where}}"),
                     _happened("vae_upcasts_total", "VAE to fp32"),
                 ),
             ),
@@ -427,6 +452,12 @@ ROWS = (
                     Query("max(darkroom_queue_reserved_bytes)", "promised"),
                 ),
                 "bytes",
+            ),
+            Panel(
+                "Result store: failed calls",
+                "Per second, by operation; none while pictures are kept in Redis.",
+                (_by("operation", "result_store_errors_total"),),
+                is_stacked=True,
             ),
             Panel(
                 "Redis answers",

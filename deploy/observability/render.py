@@ -23,6 +23,7 @@ from PIL import Image
 from deploy.observability.dashboard import COLUMNS, ROWS, Panel, Placed, Row, placed
 
 NUM_POINTS = 120
+_LEGEND_CHARS = 56  # that find room below a panel
 _INCHES = (0.5, 0.26)  # of one cell of the grid, across and down
 _GROUND, _CARD, _TEXT, _FAINT, _GRID = "#111217", "#181b1f", "#d8d9da", "#9a9ca3", "#2c3035"
 _COLOURS = (
@@ -53,11 +54,11 @@ class Range:
 
     def __init__(self, url: str, minutes: float, scrape_s: float) -> None:
         self._client = httpx.Client(base_url=url, timeout=30)
-        self.step_s = max(1, round(minutes * 60 / NUM_POINTS))
+        self.step_s = minutes * 60 / NUM_POINTS
         self.end_s = math.floor(time.time())
         self.start_s = self.end_s - self.step_s * NUM_POINTS
         self._rate_interval = f"{math.ceil(max(4 * scrape_s, self.step_s + scrape_s))}s"
-        self._range = f"{self.end_s - self.start_s}s"
+        self._range = f"{round(self.end_s - self.start_s)}s"
 
     def lines(self, panel: Panel) -> list[Line]:
         """Every series of the panel that has a value. Raises when Prometheus refuses an expression."""
@@ -95,7 +96,7 @@ def shown(value: float, unit: str) -> str:
         return f"{value / 1024**power:.3g} {name}"
     if unit in ("watt", "celsius"):
         return f"{value:.3g} {'W' if unit == 'watt' else '°C'}"
-    return f"{value / 1000:.3g} k" if value >= 10_000 else f"{value:.3g}"
+    return f"{value / 1000:.3g} k" if value >= 1000 else f"{value:.3g}"
 
 
 def draw_stat(axes: Axes, panel: Panel, lines: list[Line]) -> None:
@@ -135,8 +136,8 @@ def draw_lines(axes: Axes, panel: Panel, lines: list[Line], minutes: list[float]
     axes.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.13),
-        ncols=4,
-        fontsize=6.3,
+        ncols=max(1, min(len(lines), _LEGEND_CHARS // (max(len(line.name) for line in lines) + 4))),
+        fontsize=5.8,
         frameon=False,
         labelcolor=_TEXT,
         handlelength=1,
@@ -162,6 +163,9 @@ def draw(places: list[Placed], lines: dict[Panel, list[Line]], minutes: list[flo
             heading = figure.add_axes(box(place, 0.1, 0, 0, 0))
             heading.axis("off")
             heading.text(0, 0.4, f"▾  {place.title}", color=_TEXT, size=12, weight="bold", va="center")
+            if place.y == 0:
+                span = f"{minutes[-1]:g} minutes to {time.strftime('%d %b %Y %H:%M')}"
+                heading.text(0.997, 0.4, span, color=_FAINT, size=8, va="center", ha="right")
             continue
         card = figure.add_axes(box(place, 0.08, 0.1, 0.08, 0.1), facecolor=_CARD)
         card.set(xticks=[], yticks=[])

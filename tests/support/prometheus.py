@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 from darkroom.up import free_port
 
+from tests.support.tools import tool
+
 CONFIG = Path(__file__).parents[2] / "deploy" / "observability" / "prometheus" / "prometheus.yml"
-
-
-def needs(binary: str) -> str:
-    """The path of a program of Debian's package prometheus; where it is missing the test skips, and fails in CI."""
-    path = shutil.which(binary)
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"{binary} is not installed (tests/system-packages.sh)")
-        pytest.skip(f"{binary} is not installed")
-    return path
 
 
 class Prometheus:
@@ -61,7 +50,7 @@ def scraping(directory: Path, targets: Mapping[str, Sequence[str]], interval: st
         scrape["static_configs"] = [{"targets": list(targets[scrape["job_name"]])}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port("127.0.0.1", 0, setting="port")
-    command = [needs("prometheus"), f"--config.file={directory / 'prometheus.yml'}", "--log.level=warn"]
+    command = [tool("prometheus"), f"--config.file={directory / 'prometheus.yml'}", "--log.level=warn"]
     command += [f"--storage.tsdb.path={directory / 'data'}", f"--web.listen-address=127.0.0.1:{port}"]
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
