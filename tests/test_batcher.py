@@ -9,8 +9,8 @@ SMALL, LARGE = BatchKey("m", 8, 8), BatchKey("m", 16, 16)
 _ids = itertools.count()
 
 
-def row(key=SMALL, *, model_rows=2, rank=1, remaining=10, since=0.0, deadline=None):
-    return Candidate(next(_ids), key, model_rows, rank, remaining, since, deadline)
+def row(key=SMALL, *, model_rows=2, rank=1, remaining=10, since=0.0, deadline=None, joined=0.0):
+    return Candidate(next(_ids), key, model_rows, rank, remaining, since, deadline, joined)
 
 
 def test_there_is_no_choice_without_rows():
@@ -81,6 +81,19 @@ def test_the_shortest_remaining_goes_first():
     choice = Batcher((2,)).choose([long, short], 0.0)
     assert choice is not None
     assert choice.ids == (short.id,)
+
+
+def test_a_long_job_is_passed_by_a_shorter_one_only_if_that_saves_more_time_than_it_came_later():
+    """At a second for an evaluation, 8 seconds less to go are worth a head start of up to 8 seconds."""
+    batcher = Batcher((2,))
+    for _ in range(50):
+        batcher.account(SMALL, 1.0, 1)
+    long = row(remaining=10, since=20.0, joined=10.0)
+    for joined, first in ((17.0, "short"), (19.0, "long")):
+        short = row(remaining=2, since=20.0, joined=joined)
+        choice = batcher.choose([long, short], 20.0)
+        assert choice is not None
+        assert choice.ids == ({"short": short, "long": long}[first].id,)
 
 
 def test_a_row_that_waited_long_overtakes_a_higher_class():

@@ -1,8 +1,8 @@
 """Which rows take the next tick together. Plain Python: no torch, no clock of its own.
 
 Rows may share a tick only when their `BatchKey` is equal. Keys share the machine's time by stride scheduling, so no
-image size blocks another. Within a key the order is priority class, then deadline slack, then shortest remaining, and
-a row that has waited long climbs one class after another, so that nobody starves.
+image size blocks another. Within a key the order is priority class, then deadline slack, then the time that remains
+less the time a row has been here, and a row that has waited long climbs one class after another: nobody starves.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Candidate:
     """A row as the batcher sees it.
 
     `model_rows` is 2 with guidance, else 1; `rank` 0..2 is the priority class; `deadline_s` and `waiting_since_s` are
-    on the caller's clock, the latter being when the row last ran or joined; `remaining` counts UNet evaluations. A
-    worker was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
+    on the caller's clock, the latter being when the row last ran or joined, `joined_s` when it joined; `remaining`
+    counts UNet evaluations. A worker was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
     """
 
     id: int
@@ -38,6 +38,7 @@ class Candidate:
     remaining: int
     waiting_since_s: float
     deadline_s: float | None = None
+    joined_s: float = 0.0
     is_redelivered: bool = False
 
 
@@ -127,10 +128,14 @@ class Batcher:
         """Sort key, most urgent first."""
         waited_s = max(0.0, now_s - candidate.waiting_since_s)
         rank = candidate.rank + int(waited_s / self.ageing_s)
+        remaining_s = candidate.remaining * self._evaluation_s.get(candidate.key, 0.0)
         slack_s = math.inf
         if candidate.deadline_s is not None:
-            slack_s = candidate.deadline_s - now_s - candidate.remaining * self._evaluation_s.get(candidate.key, 0.0)
-        return (-rank, slack_s, candidate.remaining, candidate.waiting_since_s, candidate.id)
+            slack_s = candidate.deadline_s - now_s - remaining_s
+        # Shortest remaining first keeps the mean low, first come first served the tail: a second here counts as much as
+        # a second to go.
+        here_s = now_s - candidate.joined_s
+        return (-rank, slack_s, remaining_s - here_s, candidate.remaining, candidate.id)
 
 
 def row_buckets(max_rows: int, *, is_reproducible: bool, reproducible_rows: int, has_graphs: bool) -> tuple[int, ...]:

@@ -153,6 +153,7 @@ class Row:
             remaining=self.table.num_evaluations - self.step_index,
             waiting_since_s=self.waiting_since_s,
             deadline_s=self.active.deadline_s,
+            joined_s=self.active.submitted_s,
             is_redelivered=self.active.job.failures > 0,
         )
 
