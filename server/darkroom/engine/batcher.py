@@ -26,9 +26,9 @@ class BatchKey:
 class Candidate:
     """A row as the batcher sees it.
 
-    `model_rows` is 2 with guidance, else 1; `rank` 0..2 is the priority class; `deadline_s` and `waiting_since_s` are
-    on the caller's clock, the latter being when the row last ran or joined, `joined_s` when it joined; `remaining`
-    counts UNet evaluations. A worker was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
+    `model_rows` is 2 with guidance, else 1; `rank` 0..2 is the priority class; `remaining` counts UNet evaluations.
+    `deadline_s`, `waiting_since_s` (when the row last ran or joined) and `joined_s` are on the caller's clock. A worker
+    was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
     """
 
     id: int
