@@ -124,7 +124,7 @@ class Batcher:
             key=lambda key: (self._virtual_s[key], min(self._urgency(candidate, now_s) for candidate in by_key[key])),
         )
 
-    def _urgency(self, candidate: Candidate, now_s: float) -> tuple[float, float, int, float, int]:
+    def _urgency(self, candidate: Candidate, now_s: float) -> tuple[int, float, float, int, int]:
         """Sort key, most urgent first."""
         waited_s = max(0.0, now_s - candidate.waiting_since_s)
         rank = candidate.rank + int(waited_s / self.ageing_s)
