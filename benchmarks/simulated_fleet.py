@@ -22,6 +22,7 @@ import structlog
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
 from darkroom.engine.engine import Cancelled, Event, Finished, Saved, TickReport
+from darkroom.engine.pulse import Pulse
 from darkroom.errors import DarkroomError, QueueFull, StorageFull
 from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Result, Timings, new_job_id
 from darkroom.queue import JobQueue
@@ -143,6 +144,7 @@ class KnownAnswerEngine:
     ) -> None:
         self.models = {load.model: SimpleNamespace(card=load.card())}
         self.batcher = SimpleNamespace(max_model_rows=load.max_model_rows)
+        self.pulse = Pulse(least_s=15.0)
         self._load, self._picture, self._worker = load, picture, worker
         self._on_event, self._on_tick, self._on_ready = on_event, on_tick, on_ready
         self._loop = asyncio.get_running_loop()
