@@ -913,16 +913,28 @@ async def test_nobody_is_promised_a_place_ten_minutes_ahead_or_before_a_pace_is_
 async def test_the_pace_is_the_time_between_claims_over_the_jobs_of_a_claim(
     queue: JobQueue, redis: Any, keys: Keys
 ) -> None:
+    pace = f"{keys.prefix}pace"
+    for _ in range(8):
+        await enqueue(queue)
+    await claim(queue, max_jobs=1)
     for num_jobs in (1, 3):
-        for _ in range(num_jobs):
-            await enqueue(queue)
-        await redis.hset(f"{keys.prefix}pace", "claimed_ms", int(time.time() * 1000) - 6000)
-        assert len(await claim(queue)) == num_jobs
-    # The first claim had none before it that counts: its six seconds are the first mean.
-    interval_s = float(await redis.hget(f"{keys.prefix}pace", "interval_ms")) / 1000
-    gap_s = float(await redis.hget(f"{keys.prefix}pace", "gap_ms")) / 1000
+        await redis.hset(pace, "claimed_ms", int(time.time() * 1000) - 6000)
+        assert len(await claim(queue, max_jobs=num_jobs)) == num_jobs
+    interval_s = float(await redis.hget(pace, "interval_ms")) / 1000
+    gap_s = float(await redis.hget(pace, "gap_ms")) / 1000
     assert interval_s == pytest.approx(6, abs=1)
     assert gap_s == pytest.approx(interval_s / 1.2, abs=0.01)
+
+
+async def test_a_pause_in_which_nothing_waited_is_no_pace(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    pace = f"{keys.prefix}pace"
+    for _ in range(2):
+        await enqueue(queue)
+    assert len(await claim(queue)) == 2
+    await redis.hset(pace, "claimed_ms", int(time.time() * 1000) - 50_000)
+    await enqueue(queue)
+    assert len(await claim(queue)) == 1
+    assert await redis.hget(pace, "gap_ms") is None
 
 
 async def test_results_are_counted_before_they_exist_so_memory_never_runs_out(

@@ -96,9 +96,11 @@ for _ = 1, max_jobs + 256 do
   end
 end
 
+local left_waiting = 0
 for model in pairs(share) do
   local left = 0
   for rank = 0, SUSPECT_RANK do left = left + redis.call('ZCARD', ready_key(rank, model)) end
+  left_waiting = left_waiting + left
   if left == 0 then
     redis.call('DEL', prefix .. 'notify:' .. model)
     -- Nothing waits, so what damaged records have left of the sum goes with it.
@@ -111,16 +113,17 @@ if #reply > 0 then
   redis.call('DEL', claim_key)
   redis.call('RPUSH', claim_key, unpack(claimed))
   redis.call('PEXPIRE', claim_key, LEASE_MS)
-  -- The pace of claims tells a refused caller when to come back; a pause of a minute counts as a minute. Time and jobs
-  -- have a mean each: a mean of their ratio would weigh a claim of one job like one of ten.
-  local pace = redis.call('HMGET', prefix .. 'pace', 'claimed_ms', 'interval_ms', 'jobs')
-  if pace[1] then
+  -- The pace of claims tells a refused caller when to come back; a pause of a minute counts as a minute, and one before
+  -- which nothing was left waiting not at all. Time and jobs have a mean each: a mean of their ratio would weigh a claim
+  -- of one job like one of ten.
+  local pace = redis.call('HMGET', prefix .. 'pace', 'claimed_ms', 'interval_ms', 'jobs', 'waiting')
+  if pace[1] and pace[4] ~= '0' then
     local interval = math.min(60000, math.max(0, now_ms - pace[1]))
     interval = 0.9 * (pace[2] or interval) + 0.1 * interval
     local jobs = 0.9 * (pace[3] or #reply) + 0.1 * #reply
     redis.call('HSET', prefix .. 'pace', 'interval_ms', interval, 'jobs', jobs, 'gap_ms', interval / jobs)
   end
-  redis.call('HSET', prefix .. 'pace', 'claimed_ms', now_ms)
+  redis.call('HSET', prefix .. 'pace', 'claimed_ms', now_ms, 'waiting', left_waiting)
   redis.call('EXPIRE', prefix .. 'pace', 3600)
 end
 return reply
