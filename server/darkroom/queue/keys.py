@@ -30,7 +30,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "models": ("set", "models that jobs were ever queued for", "none: bounded by the models served"),
     "backlog": ("hash", "model -> cost of its waiting jobs", "none: a field goes when nothing of its model waits"),
     "rates": ("hash", "model -> cost per second that one worker makes of it, as measured", "none: as served"),
-    "pace": ("hash", "last claim: its time, jobs it left waiting; means of ms and jobs per claim", "1 h after the last claim"),
+    "pace": ("hash", "last claim: time, jobs left waiting; means of ms and jobs per claim", "1 h after the last claim"),
     "promises": ("zset", "places promised to refused callers by the ms from which on", "longest promise"),
     "promise": ("zset", "promise:<caller>: the same of one caller, by connection", "longest promise"),
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
