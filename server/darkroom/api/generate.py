@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 
 import msgspec
@@ -11,19 +10,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from darkroom import metrics
 from darkroom.api.accept import negotiate
 from darkroom.api.body import describe, parse_fields, read_json
 from darkroom.api.problems import documented
-from darkroom.api.resolve import (
-    check_cost,
-    check_limits,
-    checkpoint_bytes_of,
-    choose_card,
-    complete,
-    cost_of,
-    fingerprint,
-)
 from darkroom.api.schema import (
     EXAMPLE_REQUEST,
     Accepted,
@@ -33,8 +22,9 @@ from darkroom.api.schema import (
     manifest_of,
 )
 from darkroom.api.service import Service, service_of
-from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, JobError, ResultStoreUnavailable
-from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
+from darkroom.api.submit import answer, result_of, submit
+from darkroom.errors import DarkroomError, InvalidRequest
+from darkroom.jobs import Job, JobState, JobStatus, Result
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
@@ -122,49 +112,23 @@ async def generate(request: Request) -> Response:
     service.refuse_if_draining()
     fields = await read_json(request, settings.max_body_bytes)
     body = parse_fields(GenerateRequest, fields, service.accepted)
-    check_limits(body, settings, service.accepted)
     key = idempotency_key(request)
     wants_image, output_format = negotiate(request.headers.get("accept"), body.output_format)
 
-    card = choose_card(body.model, await service.queue.cards())
-    wanted = complete(body, card, output_format)
-    cost = cost_of(wanted, card)
-    check_cost(cost, settings)
-    job = Job(id=new_job_id(), request=wanted, priority=Priority(body.priority), cost=cost)
-    enqueued = await service.queue.enqueue(
-        job,
-        deadline_s=body.deadline_s,
-        idempotency_key=key,
-        body_hash=fingerprint(body, output_format),
-        result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
-        checkpoint_bytes=checkpoint_bytes_of(wanted, card),
-        caller=f"{request.client.host}:{request.client.port}" if request.client else "",
-    )
-    job_id = enqueued.job_id
-    if enqueued.is_new:
-        metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
-        asked = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} if settings.log_prompts else {}
-        log.info("job_accepted", job_id=job_id, model=card.id, priority=job.priority.value, cost=cost, **asked)
-
+    submitted = await submit(request, body, output_format, idempotency_key=key)
+    enqueued, job_id = submitted.enqueued, submitted.enqueued.job_id
     if body.mode == "async":
         # The seed in the reply is the stored job's: a replay may have been given a random one.
-        seed = wanted.seed if enqueued.is_new else (await service.queue.status(job_id)).job.request.seed
+        seed = submitted.job.request.seed if enqueued.is_new else (await service.queue.status(job_id)).job.request.seed
         return accepted_reply(job_id, enqueued.state, seed, enqueued.position)
     limit = settings.wait_timeout_s
     timeout_s = limit if body.wait_timeout_s is None else min(body.wait_timeout_s, limit)
     try:
-        status = await wait_for_end(request, service, job_id, timeout_s)
+        status = await answer(request, job_id, timeout_s, is_kept=key is not None)
         if status is None:
-            if key is None:
-                await service.queue.cancel(job_id)
-                log.info("job_cancelled", job_id=job_id, reason="the client left")
-            metrics.JOBS_ANSWERED.labels("abandoned").inc()
             return Response(status_code=_CLIENT_LEFT)
         if not status.state.is_terminal:
-            metrics.JOBS_ANSWERED.labels("handed_over").inc()
             return accepted_reply(job_id, status.state, status.job.request.seed, status.position)
-        metrics.JOBS_ANSWERED.labels(status.state.value).inc()
-        log.info("job_answered", job_id=job_id, state=status.state.value)
         result = result_of(status)
         if wants_image:
             return await image_reply(service, status.job)
@@ -181,45 +145,6 @@ def idempotency_key(request: Request) -> str | None:
     if key is not None and _KEY.fullmatch(key) is None:
         raise InvalidRequest("Idempotency-Key", describe(key), "1 to 200 visible ASCII characters")
     return key
-
-
-async def wait_for_end(request: Request, service: Service, job_id: str, timeout_s: float) -> JobStatus | None:
-    """The job's status at its end, at the timeout or when this process drains; None if the client left first."""
-    ending = asyncio.ensure_future(service.queue.wait(job_id, timeout_s))
-    leaving = asyncio.ensure_future(_client_leaves(request))
-    draining = asyncio.ensure_future(service.handing_over.wait())
-    try:
-        with service.waiting_call():
-            await asyncio.wait((ending, leaving, draining), return_when=asyncio.FIRST_COMPLETED)
-        if ending.done():
-            return ending.result()
-        if leaving.done():
-            return None
-        return await service.queue.status(job_id)
-    finally:
-        for task in (ending, leaving, draining):
-            task.cancel()
-
-
-async def _client_leaves(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def result_of(status: JobStatus) -> Result:
-    """The result of a job that has ended. Raises any other end as the error that a waiting client gets."""
-    if status.result is not None:
-        return status.result
-    if status.failure is not None:
-        if status.failure.code == ResultStoreUnavailable.code:
-            raise ResultStoreUnavailable(status.failure.message)
-        code = status.failure.code if status.failure.code in HTTP_STATUS else "job_failed"
-        raise JobError(status.failure.message, code=code)
-    if status.state is JobState.CANCELLED:
-        raise JobError("the job was cancelled before it was finished", code="cancelled")
-    if status.state is JobState.EXPIRED:
-        raise JobError("the deadline passed before the job was finished", code="expired")
-    raise JobError("the job failed")
 
 
 async def json_reply(service: Service, status: JobStatus, result: Result) -> Response:

@@ -1,0 +1,125 @@
+"""From a checked body to a job in the queue, and on to its end: what all surfaces that make pictures share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+from starlette.requests import Request
+
+from darkroom import metrics
+from darkroom.api.resolve import (
+    check_cost,
+    check_limits,
+    checkpoint_bytes_of,
+    choose_card,
+    complete,
+    cost_of,
+    fingerprint,
+)
+from darkroom.api.schema import GenerateRequest
+from darkroom.api.service import Service, service_of
+from darkroom.errors import HTTP_STATUS, JobError, ResultStoreUnavailable
+from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
+from darkroom.queue import Enqueued
+
+log = structlog.get_logger("darkroom.api")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The job that was asked for, and what the queue made of it: an idempotency key may have led to an earlier job."""
+
+    job: Job
+    enqueued: Enqueued
+
+
+async def submit(
+    request: Request, body: GenerateRequest, output_format: str, *, idempotency_key: str | None = None
+) -> Submitted:
+    """Check `body` against the limits and the model's card, and enqueue it as a job.
+
+    Raises `InvalidFields`, `UnknownModel` and `InvalidRequest` on what cannot be drawn, `Unavailable` on what cannot be
+    taken now.
+    """
+    service = service_of(request)
+    settings = service.settings
+    check_limits(body, settings, service.accepted)
+    card = choose_card(body.model, await service.queue.cards())
+    wanted = complete(body, card, output_format)
+    cost = cost_of(wanted, card)
+    check_cost(cost, settings)
+    job = Job(id=new_job_id(), request=wanted, priority=Priority(body.priority), cost=cost)
+    enqueued = await service.queue.enqueue(
+        job,
+        deadline_s=body.deadline_s,
+        idempotency_key=idempotency_key,
+        body_hash=fingerprint(body, output_format),
+        result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+        checkpoint_bytes=checkpoint_bytes_of(wanted, card),
+        caller=f"{request.client.host}:{request.client.port}" if request.client else "",
+    )
+    if enqueued.is_new:
+        metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
+        asked = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} if settings.log_prompts else {}
+        log.info("job_accepted", job_id=job.id, model=card.id, priority=job.priority.value, cost=cost, **asked)
+    return Submitted(job, enqueued)
+
+
+async def answer(request: Request, job_id: str, timeout_s: float, *, is_kept: bool = False) -> JobStatus | None:
+    """The job's status at its end, at the timeout or when this process drains.
+
+    None if the client left first; its job is then cancelled, unless it `is_kept`.
+    """
+    service = service_of(request)
+    status = await _wait_for_end(request, service, job_id, timeout_s)
+    if status is None:
+        if not is_kept:
+            await service.queue.cancel(job_id)
+            log.info("job_cancelled", job_id=job_id, reason="the client left")
+        metrics.JOBS_ANSWERED.labels("abandoned").inc()
+    elif status.state.is_terminal:
+        metrics.JOBS_ANSWERED.labels(status.state.value).inc()
+        log.info("job_answered", job_id=job_id, state=status.state.value)
+    else:
+        metrics.JOBS_ANSWERED.labels("handed_over").inc()
+    return status
+
+
+def result_of(status: JobStatus) -> Result:
+    """The result of a job that has ended. Raises any other end as the error that a waiting client gets."""
+    if status.result is not None:
+        return status.result
+    if status.failure is not None:
+        if status.failure.code == ResultStoreUnavailable.code:
+            raise ResultStoreUnavailable(status.failure.message)
+        code = status.failure.code if status.failure.code in HTTP_STATUS else "job_failed"
+        raise JobError(status.failure.message, code=code)
+    if status.state is JobState.CANCELLED:
+        raise JobError("the job was cancelled before it was finished", code="cancelled")
+    if status.state is JobState.EXPIRED:
+        raise JobError("the deadline passed before the job was finished", code="expired")
+    raise JobError("the job failed")
+
+
+async def _wait_for_end(request: Request, service: Service, job_id: str, timeout_s: float) -> JobStatus | None:
+    ending = asyncio.ensure_future(service.queue.wait(job_id, timeout_s))
+    leaving = asyncio.ensure_future(_client_leaves(request))
+    draining = asyncio.ensure_future(service.handing_over.wait())
+    try:
+        with service.waiting_call():
+            await asyncio.wait((ending, leaving, draining), return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            return ending.result()
+        if leaving.done():
+            return None
+        return await service.queue.status(job_id)
+    finally:
+        for task in (ending, leaving, draining):
+            task.cancel()
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
