@@ -13,7 +13,8 @@ import time
 import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.engine import Engine, Event, Finished
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Event, Finished
 from darkroom.jobs import GenerationRequest, Job
 from darkroom.worker.main import load_models
 

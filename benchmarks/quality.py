@@ -27,7 +27,8 @@ import torch
 from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.compiled import CompiledGraphs, Library, compile_library, load_unet
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.engine import Engine, Event, Finished
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Event, Finished
 from darkroom.errors import DarkroomError
 from darkroom.jobs import GenerationRequest, Job
 from darkroom.worker.compile import order_for

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
-from darkroom.engine.engine import Cancelled, Event, Finished, Saved, TickReport
+from darkroom.engine.events import Cancelled, Event, Finished, Saved, TickReport
 from darkroom.engine.pulse import Pulse
 from darkroom.errors import DarkroomError, QueueFull, StorageFull
 from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Result, Timings, new_job_id

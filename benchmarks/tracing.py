@@ -20,7 +20,7 @@ import msgspec
 from darkroom import logs, tracing
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
-from darkroom.engine.engine import TickReport
+from darkroom.engine.events import TickReport
 from darkroom.jobs import GenerationRequest, Job, new_job_id
 from darkroom.worker.worker import Worker
 

@@ -14,7 +14,8 @@ import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
-from darkroom.engine.engine import Cancelled, Engine, Expired, Failed, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Cancelled, Expired, Failed, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority

@@ -16,7 +16,8 @@ from darkroom.api.service import Service
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batcher import Batcher, BatchKey, Choice
-from darkroom.engine.engine import Engine, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import TickReport
 from darkroom.errors import HTTP_STATUS
 from darkroom.jobs import JobState, Priority
 from darkroom.queue import JobQueue

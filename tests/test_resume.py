@@ -10,7 +10,8 @@ import torch
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.checkpoint import HEADER, VERSION
-from darkroom.engine.engine import Engine, Saved, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Saved, TickReport
 from darkroom.jobs import JobState
 from darkroom.queue import JobQueue
 from darkroom.queue.keys import Keys

@@ -16,7 +16,8 @@ from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batch import Batch, Tick
 from darkroom.engine.decode import Decoder
 from darkroom.engine.device import WARM_UP_CALLS, CudaDevice, comes_from_cuda, is_device_lost
-from darkroom.engine.engine import Cancelled, Engine, Event, Failed, Finished, Saved, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Cancelled, Event, Failed, Finished, Saved, TickReport
 from darkroom.engine.lane import Lane
 from darkroom.engine.pool import RowPool
 from darkroom.errors import ConfigError, DeviceLost
@@ -298,7 +299,7 @@ def test_a_postponed_job_can_be_cancelled(model: DiffusionModel) -> None:
 
     def cancel(engine: Engine, _: TickReport, ticks: int) -> None:
         if ticks == 1:
-            assert jobs[-1] in [active.job for active in engine._postponed]
+            assert jobs[-1] in [active.job for active in engine._joiner.postponed]
             engine.cancel(jobs[-1].id)
 
     settings = settings_with(max_rows=2, prompt_cache_bytes=0)

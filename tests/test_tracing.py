@@ -28,7 +28,8 @@ from darkroom import tracing
 from darkroom.api.server import _STOP_AFTER_S
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
-from darkroom.engine.engine import Engine, Failed
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Failed
 from darkroom.jobs import Failure, GenerationRequest, Job, JobState, Priority, decode, encode, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.queue.notices import Notices
@@ -121,7 +122,7 @@ def failing_engine(*arguments: Any, **keywords: Any) -> Engine:
             engine._end(active, Failed(active.job, Failure(code="out_of_memory", message="too large")))
         return {}
 
-    engine._encode = fail  # type: ignore[method-assign]
+    engine._joiner._encode = fail  # type: ignore[method-assign]
     return engine
 
 

@@ -367,4 +367,4 @@ async def test_nothing_is_left_in_a_worker_after_its_jobs_have_ended(
             assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
         assert queue.num_waiters == 0
     assert (worker._held, worker._lost, worker._ending, worker._progress) == ({}, set(), set(), {})
-    assert (worker._engine._jobs, worker._engine._rows) == ({}, {})
+    assert (worker._engine._roster._jobs, worker._engine._rows) == ({}, {})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.engine import TickReport
+from darkroom.engine.events import TickReport
 from darkroom.jobs import GenerationRequest
 
 from benchmarks.arrivals import MIXED_STEPS, Arrival, percentile, poisson_trace

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import Batcher
-from darkroom.engine.engine import Engine, Event, Finished, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Event, Finished, TickReport
 from darkroom.jobs import GenerationRequest, Job, Timings
 
 TIMEOUT_S = 400.0

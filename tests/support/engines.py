@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.engine import Engine, Event, Finished, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Event, Finished, TickReport
 from darkroom.jobs import GenerationRequest, Job, Priority
 from numpy.typing import NDArray
 from PIL import Image

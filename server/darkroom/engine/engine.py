@@ -10,7 +10,6 @@ The engine knows nothing of Redis or HTTP. Jobs come in through `submit`, events
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 
 import structlog
 import torch
-from darkroom_kernels import check_kernels
 
 from darkroom import metrics
 from darkroom.config import Settings
@@ -28,76 +26,22 @@ from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
 from darkroom.engine.decode import Decoder, Developed
 from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
-from darkroom.engine.joining import key_of, make_rows, prompts_of
+from darkroom.engine.events import Cancelled, Event, Expired, Failed, Saved, TickReport, failed, finished
+from darkroom.engine.joining import Joiner, key_of
 from darkroom.engine.lane import Lane
-from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
+from darkroom.engine.prompts import PromptCache
 from darkroom.engine.pulse import Pulse
-from darkroom.engine.row import ActiveJob, Interval, Row
+from darkroom.engine.roster import Roster
+from darkroom.engine.row import ActiveJob, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
-from darkroom.errors import ConfigError, DarkroomError, DeviceLost, JobError
-from darkroom.jobs import Failure, GenerationRequest, ImageInfo, Job, Result, Timings
+from darkroom.engine.warm_up import capture_ticks, request_of_nobody, try_decoding, turn_away_from_wrong_kernels
+from darkroom.errors import DeviceLost, JobError
+from darkroom.jobs import Job
 
 MAX_DECODE_BATCH = 8
 
 log = structlog.get_logger("darkroom.engine")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """`phases` says by name when the job was in encode, denoise, decode and image_encode."""
-
-    job: Job
-    images: list[bytes]
-    result: Result
-    phases: dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class Failed:
-    job: Job
-    failure: Failure
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    job: Job
-
-
-@dataclass(frozen=True)
-class Expired:
-    """The job's deadline passed while it was here."""
-
-    job: Job
-
-
-Event = Finished | Failed | Cancelled | Expired
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An image's state that another worker can go on from; not an end."""
-
-    job: Job
-    checkpoint: Checkpoint
-
-
-@dataclass(frozen=True)
-class TickReport:
-    """What one tick did, in the `seconds` before `ended_s` on the engine's clock.
-
-    `joined` images are in a batch for the first time, `left` had their last evaluation. `not_taken` counts the images
-    that it left waiting, by reason. `progress` is (job, evaluations done by its slowest image, evaluations in all).
-    """
-
-    choice: Choice
-    seconds: float
-    ended_s: float
-    num_rows: int
-    joined: int
-    left: int
-    not_taken: dict[str, int]
-    progress: list[tuple[Job, int, int]]
 
 
 @dataclass(frozen=True)
@@ -176,16 +120,10 @@ class Engine:
             has_few_sizes=self._device.tries_decoding,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))
-        self._wake = threading.Condition()
-        self._inbox: list[ActiveJob] = []
-        self._cancelled: list[ActiveJob] = []
-        self._is_stopping = False
-        self._broken: Exception | None = None
-        self._jobs: dict[str, ActiveJob] = {}
+        self._roster = Roster()
         # From here on only the ticks' thread.
+        self._joiner = Joiner(self._device, self.models, self._prompts, self._roster, self._end, clock)
         self._lanes: dict[BatchKey, Lane] = {}
-        self._is_open = False
-        self._postponed: list[ActiveJob] = []
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
         self._in_flight: deque[_InFlight] = deque()
@@ -204,37 +142,22 @@ class Engine:
             raise ValueError(f"model: got {job.request.model!r}, expected one of {sorted(self.models)}")
         now_s = self._clock()
         deadline_s = None if deadline_in_s is None else now_s + deadline_in_s
-        active = ActiveJob(job, now_s, deadline_s, self._on_event, checkpoints or {})
-        with self._wake:
-            self._jobs[job.id] = active
-            self._inbox.append(active)
-            self._wake.notify()
+        self._roster.add(ActiveJob(job, now_s, deadline_s, self._on_event, checkpoints or {}))
 
     def cancel(self, job_id: str, attempt: int = 0) -> None:
         """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first.
 
         An unknown id is ignored, and so is one that is here as another attempt.
         """
-        with self._wake:
-            active = self._jobs.get(job_id)
-            if active is not None and active.job.attempt == attempt:
-                self._cancelled.append(active)
-                self._wake.notify()
+        self._roster.cancel(job_id, attempt)
 
     def stop(self) -> None:
         """End `run` after the ticks in flight."""
-        with self._wake:
-            self._is_stopping = True
-            self._wake.notify()
+        self._roster.stop()
 
     def resident_model_rows(self) -> int:
         """Model rows held or about to be held; what a worker subtracts from its room before it claims more."""
-        with self._wake:
-            return sum(
-                active.job.request.num_model_rows
-                for active in self._jobs.values()
-                if any(not row.is_denoised for row in active.rows) or not active.rows
-            )
+        return self._roster.unfinished_model_rows()
 
     def run(self) -> None:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.
@@ -247,15 +170,10 @@ class Engine:
             with torch.inference_mode(), self._device.activated(is_reproducible=self._is_reproducible):
                 if self._warm_up:
                     started_s = self._clock()
-                    self.check_kernels()
-                    with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
-                        self._capture()
-                        self._try_decoding()
-                        for model in self.models.values():
-                            self._draw_for_nobody(model)
+                    self._prepare()
                     metrics.WARM_UP_SECONDS.set(self._clock() - started_s)
-                self._is_open = True
-                if self._on_ready is not None and not self._is_stopping:
+                self._roster.open()
+                if self._on_ready is not None and not self._roster.is_stopping:
                     self._on_ready()
                 while self._turn():
                     pass
@@ -272,71 +190,44 @@ class Engine:
     def _under_way(self) -> set[str]:
         """The jobs that may have taken the device along: those in ticks and those being decoded."""
         rows = [*self._ticking, *(row for flight in self._in_flight for row in flight.tick.rows)]
-        with self._wake:
-            ids = {
-                job_id
-                for job_id, active in self._jobs.items()
-                if any(row.is_denoised and row.index not in active.images for row in active.rows)
-            }
+        ids = {
+            row.active.job.id for row in self._roster.rows() if row.is_denoised and row.index not in row.active.images
+        }
         return ids | {row.active.job.id for row in rows}
 
     def check_kernels(self) -> None:
-        """Turn away from kernels that are wrong on this device. A warm-up does so before graphs hold them."""
-        for model in self.models.values():
-            if model.device.type == "cuda":
-                check_kernels(model.device, model.dtype, model.unet.config.head_dims, kernels=self._settings.kernels)
-                check_kernels(model.device, model.vae.dtype, [])
+        """Turn away from kernels that are wrong on this device."""
+        turn_away_from_wrong_kernels(self.models.values(), self._settings.kernels)
 
-    def _prepared_sizes(self, model: DiffusionModel) -> list[tuple[int, int]]:
-        """(width, height) of the model's own pictures, and of those that the settings name."""
-        return list(dict.fromkeys(((model.card.width, model.card.height), *self._settings.graph_sizes_px)))
-
-    def _try_decoding(self) -> None:
-        """Let the decoder meet every number of pictures that a call may have, at the sizes that ticks are captured
-        for."""
-        if self._device.tries_decoding:
-            for model in self.models.values():
-                for width, height in self._prepared_sizes(model):
-                    if not self._is_stopping:
-                        self._decoder.try_out(model, width, height)
-
-    def _capture(self) -> None:
-        """Capture the ticks of each model's own size, and of the sizes that the settings name."""
-        if not self._device.has_graphs:
-            return
-        for model in self.models.values():
-            card = model.card
-            for width, height in self._prepared_sizes(model):
-                if width % card.size_multiple or height % card.size_multiple:
-                    raise ConfigError(
-                        f"DARKROOM_GRAPH_SIZES: {width}x{height} is no size of model {model.id}, expected multiples of "
-                        f"{card.size_multiple}"
-                    )
-                lane = self._lane(key_of(model, width, height), num_slots=self._max_resident)
-                lane.capture(self.batcher.buckets, lambda: self._is_stopping)
+    def _prepare(self) -> None:
+        """Meet what jobs will meet, before there are any."""
+        models, sizes_px = self.models.values(), self._settings.graph_sizes_px
+        self.check_kernels()
+        with self._device.trying_algorithms(is_reproducible=self._is_reproducible):
+            if self._device.has_graphs:
+                capture_ticks(
+                    models,
+                    sizes_px,
+                    lambda key: self._lane(key, num_slots=self._max_resident),
+                    self.batcher.buckets,
+                    lambda: self._roster.is_stopping,
+                )
+            if self._device.tries_decoding:
+                try_decoding(models, sizes_px, self._decoder, lambda: self._roster.is_stopping)
+            for model in models:
+                self._draw_for_nobody(model)
 
     def _draw_for_nobody(self, model: DiffusionModel) -> None:
-        """Draw one picture of the model's own size through everything that a request meets. Raises what that meets."""
-        card, ended = model.card, list[Event]()
-        request = GenerationRequest(
-            prompt="",
-            model=model.id,
-            width=card.width,
-            height=card.height,
-            num_inference_steps=2,
-            guidance_scale=card.guidance_scale,
-            seed=0,
-            sampler=card.sampler,
-            sigma_schedule=card.sigma_schedule,
-        )
+        """Draw one picture, and raise what that meets."""
+        ended = list[Event]()
 
         def on_end(event: Event) -> None:
-            with self._wake:
-                ended.append(event)
-                self._wake.notify()
+            ended.append(event)
+            self._roster.wake()
 
         on_tick, self._on_tick = self._on_tick, None
-        self._postponed.append(ActiveJob(Job(id="warm-up", request=request), self._clock(), None, on_end))
+        job = Job(id="warm-up", request=request_of_nobody(model))
+        self._joiner.postponed.append(ActiveJob(job, self._clock(), None, on_end))
         while not ended and self._turn(until=lambda: bool(ended)):
             pass
         self._on_tick = on_tick
@@ -345,29 +236,12 @@ class Engine:
 
     def _turn(self, until: Callable[[], bool] = lambda: False) -> bool:
         """Wait for something to do, or for `until`, and do it once. Returns False when told to stop."""
-        with self._wake:
-            while not (
-                self._rows
-                or self._in_flight
-                or (self._inbox and self._is_open)
-                or self._postponed
-                or self._cancelled
-                or self._is_stopping
-                or self._broken
-                or until()
-            ):
-                self._wake.wait()
-            if self._broken is not None:
-                raise self._broken
-            if self._is_stopping:
-                return False
-            arrived, self._postponed = self._postponed, []
-            if self._is_open:
-                arrived += self._inbox
-                self._inbox = []
-            cancelled, self._cancelled = self._cancelled, []
+        news = self._roster.wait(lambda: bool(self._rows or self._in_flight or self._joiner.postponed) or until())
+        if news is None:
+            return False
+        arrived = self._joiner.take_postponed() + news.arrived
         with self.pulse.phase("turn", self._size_of_turn(arrived)):
-            self._take_turn(arrived, cancelled)
+            self._take_turn(arrived, news.cancelled)
         return True
 
     def _size_of_turn(self, arrived: Sequence[ActiveJob]) -> float:
@@ -429,10 +303,8 @@ class Engine:
         """Make safe what is unfinished when nothing is in flight any more: not one evaluation is done twice."""
         if self._on_saved is None:
             return
-        with self._wake:
-            rows = [row for active in self._jobs.values() for row in active.rows]
         saved = []
-        for row in rows:
+        for row in self._roster.rows():
             if row.num_done == row.table.num_evaluations and row.last_latents is not None:
                 latents = self._device.download(row.last_latents)
                 nothing = latents.new_zeros((MAX_HISTORY, *latents.shape))
@@ -507,7 +379,7 @@ class Engine:
             if not is_finite:
                 metrics.NON_FINITE.labels("tick").inc()
                 error = JobError("the picture came out as NaN or infinity", code="non_finite")
-                self._end(active, Failed(active.job, failure_of(error)))
+                self._end(active, failed(active, error))
             elif row in tick.finished:
                 self._decoder.submit(row, tick.finished[row], tick.done)
             elif row in tick.saved:
@@ -516,7 +388,7 @@ class Engine:
     def _drop(self, row: Row) -> None:
         """Take a row out: its slot and its texts are free for others, whose use of them comes after its last tick."""
         del self._rows[row.id]
-        if self._is_open:
+        if self._roster.is_open:
             metrics.ROWS_LEFT.labels("finished" if row.is_denoised else "ended_early").inc()
         if row.slot is not None:
             self._lanes[row.key].pool.release(row.slot)
@@ -564,76 +436,21 @@ class Engine:
                     self._device.wait(tick.done)
                     self._settle(tick, choice, self._clock())
                     continue
-            self._end(row.active, Failed(row.active.job, failure_of(error)))
+            self._end(row.active, failed(row.active, error))
 
     def _join(self, arrived: list[ActiveJob]) -> int:
-        """Encode the newcomers' prompts, compile their tables, draw their first noise. Returns rows joined.
-
-        Jobs whose texts find no place in the model's store are postponed until others have left.
-        """
+        """Take the newcomers' rows in. Returns how many have evaluations to come."""
         joined = 0
-        for model_id, jobs in _by_model(arrived).items():
-            started_s = self._clock()
-            model, cache = self.models[model_id], self._prompts[model_id]
-            jobs = self._admit(model, jobs)
-            encoded = self._encode(model, jobs)
-            for active in jobs:
-                if active.is_over:
-                    continue
-                try:
-                    rows = make_rows(self._device, model, active, encoded, self._clock())
-                except Exception as error:
-                    if self._device.is_lost(error):
-                        raise
-                    self._end(active, Failed(active.job, failure_of(error)))
-                    continue
-                unfinished = [row for row in rows if not row.is_denoised]
-                for row in unfinished:
-                    cache.retain(conditioning.encoded for conditioning in row.conditionings)
-                active.note("encode", Interval(started_s, self._clock()))
-                with self._wake:
-                    active.rows = rows
-                self._rows.update((row.id, row) for row in unfinished)
-                joined += len(unfinished)
-                for row in rows:
-                    if row.is_denoised and row.first_latents is not None:
-                        row.last_latents = self._device.upload(row.first_latents)
-                        self._decoder.submit(row, row.last_latents, self._device.record())
-            cache.release(encoded.values())
-        if joined and self._is_open:
+        for row in self._joiner.join(arrived):
+            if not row.is_denoised:
+                self._rows[row.id] = row
+                joined += 1
+            elif row.first_latents is not None:
+                row.last_latents = self._device.upload(row.first_latents)
+                self._decoder.submit(row, row.last_latents, self._device.record())
+        if joined and self._roster.is_open:
             metrics.ROWS_JOINED.inc(joined)
         return joined
-
-    def _admit(self, model: DiffusionModel, jobs: list[ActiveJob]) -> list[ActiveJob]:
-        """The jobs, most urgent class first, whose texts the model's store has room for; the others are postponed."""
-        cache = self._prompts[model.id]
-        admitted, prompts = list[ActiveJob](), set[Prompt]()
-        for active in sorted(jobs, key=lambda active: -active.job.priority.rank):
-            wanted = prompts.union(prompts_of(model, active.job))
-            if cache.has_room(wanted):
-                admitted.append(active)
-                prompts = wanted
-            else:
-                self._postponed.append(active)
-        return admitted
-
-    def _encode(self, model: DiffusionModel, jobs: list[ActiveJob]) -> dict[Prompt, EncodedPrompt]:
-        """The prompts of all `jobs`, one reference each; if they cannot be encoded together, each job's by itself."""
-        cache = self._prompts[model.id]
-        try:
-            return cache.encode([prompt for active in jobs for prompt in prompts_of(model, active.job)])
-        except Exception as error:
-            if self._device.is_lost(error):
-                raise
-            if len(jobs) == 1:
-                self._end(jobs[0], Failed(jobs[0].job, failure_of(error)))
-                return {}
-        encoded: dict[Prompt, EncodedPrompt] = {}
-        for active in jobs:
-            own = self._encode(model, [active])
-            cache.release(entry for prompt, entry in own.items() if prompt in encoded)
-            encoded |= own
-        return encoded
 
     def _seat(self) -> None:
         """Give rows that have none a slot of their lane's pool, most urgent class first."""
@@ -645,7 +462,7 @@ class Engine:
             except Exception as error:
                 if self._device.is_lost(error):
                     raise
-                self._end(row.active, Failed(row.active.job, failure_of(error)))
+                self._end(row.active, failed(row.active, error))
                 continue
             if taken is not None:
                 row.slot, row.last_latents = taken
@@ -667,77 +484,17 @@ class Engine:
         row, active = developed.row, developed.row.active
         if isinstance(developed.outcome, Exception):
             if self._device.is_lost(developed.outcome):
-                with self._wake:
-                    self._broken = developed.outcome
-                    self._wake.notify()
-                return
-            self._end(active, Failed(active.job, failure_of(developed.outcome)))
+                self._roster.break_(developed.outcome)
+            else:
+                self._end(active, failed(active, developed.outcome))
             return
-        with self._wake:
-            active.images[row.index] = developed.outcome
-            active.decode_s = max(active.decode_s, developed.decode.seconds)
-            active.image_encode_s = max(active.image_encode_s, developed.image_encode.seconds)
-            active.note("decode", developed.decode)
-            active.note("image_encode", developed.image_encode)
-            if len(active.images) < len(active.rows):
-                return
-        images = [active.images[i] for i in range(len(active.rows))]
-        if active.first_tick_s is not None:
-            active.note("denoise", Interval(active.first_tick_s, active.last_tick_s))
-        self._end(active, Finished(active.job, images, self._result(active, images, row.model), active.phases))
-
-    def _result(self, active: ActiveJob, images: list[bytes], model: DiffusionModel) -> Result:
-        request = active.job.request
-        return Result(
-            images=[
-                ImageInfo(
-                    index=i,
-                    seed=request.seed + i,
-                    format=request.output_format,
-                    width=request.width,
-                    height=request.height,
-                    num_bytes=len(data),
-                )
-                for i, data in enumerate(images)
-            ],
-            timings=Timings(
-                encode_s=active.phases["encode"].seconds,
-                denoise_s=active.last_tick_s - (active.first_tick_s or active.last_tick_s),
-                decode_s=active.decode_s,
-                image_encode_s=active.image_encode_s,
-            ),
-            weights_hash=model.card.weights_hash,
-            worker=self._worker,
-            max_batch_rows=active.max_batch_rows,
-        )
+        if self._roster.add_image(row, developed.outcome, developed.decode, developed.image_encode):
+            self._end(active, finished(active, self._worker))
 
     def _end(self, active: ActiveJob, event: Event) -> None:
         """Send a job's one terminal event and forget the job; a second end of the same job is ignored.
 
         May run on a decoder thread; the tick thread drops the job's rows before its next choice.
         """
-        with self._wake:
-            if active.is_over:
-                return
-            active.is_over = True
-            # A job that was lost and claimed again may be here twice, as two attempts.
-            if self._jobs.get(active.job.id) is active:
-                del self._jobs[active.job.id]
-        active.on_end(event)
-
-
-def failure_of(error: Exception) -> Failure:
-    """What a client may be told: our own errors by their text, everything else as an internal error."""
-    if isinstance(error, DarkroomError):
-        return Failure(code=error.code if isinstance(error, JobError) else "job_failed", message=str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        return Failure(code="out_of_memory", message="the device ran out of memory for this request")
-    log.error("job_failed", error=type(error).__name__, exc_info=error)
-    return Failure(code="job_failed", message="the picture could not be made because of an internal error")
-
-
-def _by_model(jobs: list[ActiveJob]) -> dict[str, list[ActiveJob]]:
-    grouped: dict[str, list[ActiveJob]] = {}
-    for active in jobs:
-        grouped.setdefault(active.job.request.model, []).append(active)
-    return grouped
+        if self._roster.end(active):
+            active.on_end(event)

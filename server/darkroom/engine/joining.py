@@ -1,8 +1,8 @@
-"""From a job to its rows: what it asks of the text encoder, its compiled table, its first noise."""
+"""From a job to its rows: its encoded prompts, its compiled table, its first noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import structlog
 import torch
@@ -14,11 +14,97 @@ from darkroom.diffusion.samplers import SamplerTable, compile_sampler
 from darkroom.engine.batcher import BatchKey
 from darkroom.engine.checkpoint import unpack
 from darkroom.engine.device import TickDevice
-from darkroom.engine.prompts import EncodedPrompt, Prompt
-from darkroom.engine.row import ActiveJob, Conditioning, Row
+from darkroom.engine.events import Event, failed
+from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
+from darkroom.engine.roster import Roster
+from darkroom.engine.row import ActiveJob, Conditioning, Interval, Row
 from darkroom.jobs import GenerationRequest, Job
 
 log = structlog.get_logger("darkroom.engine")
+
+
+class Joiner:
+    """Makes rows of the jobs that arrive. `postponed` are those whose texts find no place until others have left.
+
+    A job that cannot have rows gets its `end`. Only the ticks' thread may call.
+    """
+
+    def __init__(
+        self,
+        device: TickDevice,
+        models: Mapping[str, DiffusionModel],
+        prompts: Mapping[str, PromptCache],
+        roster: Roster,
+        end: Callable[[ActiveJob, Event], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._device, self._models, self._prompts, self._roster = device, models, prompts, roster
+        self._end, self._clock = end, clock
+        self.postponed: list[ActiveJob] = []
+
+    def take_postponed(self) -> list[ActiveJob]:
+        """Those that were postponed, to be tried again."""
+        postponed, self.postponed = self.postponed, []
+        return postponed
+
+    def join(self, arrived: list[ActiveJob]) -> list[Row]:
+        """Encode the newcomers' prompts, compile their tables, draw their first noise. Returns their rows; each that
+        is not denoised yet holds a reference to each of its texts."""
+        joined: list[Row] = []
+        for model_id, jobs in _by_model(arrived).items():
+            started_s = self._clock()
+            model, cache = self._models[model_id], self._prompts[model_id]
+            jobs = self._admit(model, jobs)
+            encoded = self._encode(model, jobs)
+            for active in jobs:
+                if active.is_over:
+                    continue
+                try:
+                    rows = make_rows(self._device, model, active, encoded, self._clock())
+                except Exception as error:
+                    if self._device.is_lost(error):
+                        raise
+                    self._end(active, failed(active, error))
+                    continue
+                for row in rows:
+                    if not row.is_denoised:
+                        cache.retain(conditioning.encoded for conditioning in row.conditionings)
+                active.note("encode", Interval(started_s, self._clock()))
+                self._roster.join(active, rows)
+                joined += rows
+            cache.release(encoded.values())
+        return joined
+
+    def _admit(self, model: DiffusionModel, jobs: list[ActiveJob]) -> list[ActiveJob]:
+        """The jobs, most urgent class first, whose texts the model's store has room for; the others are postponed."""
+        cache = self._prompts[model.id]
+        admitted, prompts = list[ActiveJob](), set[Prompt]()
+        for active in sorted(jobs, key=lambda active: -active.job.priority.rank):
+            wanted = prompts.union(prompts_of(model, active.job))
+            if cache.has_room(wanted):
+                admitted.append(active)
+                prompts = wanted
+            else:
+                self.postponed.append(active)
+        return admitted
+
+    def _encode(self, model: DiffusionModel, jobs: list[ActiveJob]) -> dict[Prompt, EncodedPrompt]:
+        """The prompts of all `jobs`, one reference each; if they cannot be encoded together, each job's by itself."""
+        cache = self._prompts[model.id]
+        try:
+            return cache.encode([prompt for active in jobs for prompt in prompts_of(model, active.job)])
+        except Exception as error:
+            if self._device.is_lost(error):
+                raise
+            if len(jobs) == 1:
+                self._end(jobs[0], failed(jobs[0], error))
+                return {}
+        encoded: dict[Prompt, EncodedPrompt] = {}
+        for active in jobs:
+            own = self._encode(model, [active])
+            cache.release(entry for prompt, entry in own.items() if prompt in encoded)
+            encoded |= own
+        return encoded
 
 
 def key_of(model: DiffusionModel, width: int, height: int) -> BatchKey:
@@ -102,3 +188,10 @@ def time_lines(
         guidance_embedding_scale=request.guidance_scale if model.embeds_guidance else None,
     )
     return projection.unbind()
+
+
+def _by_model(jobs: list[ActiveJob]) -> dict[str, list[ActiveJob]]:
+    grouped: dict[str, list[ActiveJob]] = {}
+    for active in jobs:
+        grouped.setdefault(active.job.request.model, []).append(active)
+    return grouped

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.engine import Engine, Event, Failed, Finished, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Event, Failed, Finished, TickReport
 from darkroom.errors import JobError
 from darkroom.jobs import GenerationRequest, Job, Result, new_job_id
 

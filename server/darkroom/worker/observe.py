@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from darkroom import metrics, tracing
-from darkroom.engine.engine import Event, Failed, Finished, TickReport
+from darkroom.engine.events import Event, Failed, Finished, TickReport
 
 _STATES = ("starting", "ready", "draining")
 _NEW_TICKS_WEIGHT = 0.1

@@ -22,7 +22,8 @@ import structlog
 from darkroom import metrics, tracing
 from darkroom.config import Settings
 from darkroom.engine.checkpoint import Checkpoint
-from darkroom.engine.engine import Cancelled, Engine, Event, Expired, Failed, Finished, Saved, TickReport
+from darkroom.engine.engine import Engine
+from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, Saved, TickReport
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
