@@ -13,6 +13,17 @@ def row(key=SMALL, *, model_rows=2, rank=1, remaining=10, since=0.0, deadline=No
     return Candidate(next(_ids), key, model_rows, rank, remaining, since, deadline, joined)
 
 
+def test_rows_of_one_tenant_do_not_hold_up_the_row_of_another():
+    """However urgent: where not all find room, the first of each goes before the second of any."""
+    greedy = [row(rank=2, remaining=1) for _ in range(6)]
+    small = row(rank=0, remaining=50)
+    for candidate in greedy:
+        candidate.tenant = "greedy"
+    choice = Batcher((8,)).choose([*greedy, small], 0.0)
+    assert choice is not None
+    assert choice.ids == (greedy[0].id, small.id, greedy[1].id, greedy[2].id)
+
+
 def test_there_is_no_choice_without_rows():
     assert Batcher((2, 4)).choose([], 0.0) is None
 

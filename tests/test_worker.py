@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from darkroom.config import Settings
@@ -68,7 +69,7 @@ def slow_engine(*arguments: object, **keywords: object) -> Engine:
 
 
 async def enqueue(queue: JobQueue, job: Job, **options: object) -> Job:
-    job = Job(id=new_job_id(), request=job.request, priority=job.priority)
+    job = Job(id=new_job_id(), request=job.request, priority=job.priority, tenant=job.tenant)
     await queue.enqueue(job, result_bytes=1 << 20, **options)  # type: ignore[arg-type]
     return job
 
@@ -155,6 +156,25 @@ async def test_a_full_worker_still_takes_an_urgent_job(
         for job in patient:
             assert (await queue.cancel(job.id)).state is JobState.RUNNING
         assert (await queue.wait(waiting.id, 20)).state is JobState.SUCCEEDED
+
+
+async def test_a_full_worker_still_takes_the_job_of_a_tenant_that_has_none_there(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    settings = settings.model_copy(update={"max_rows": 4})
+
+    def job_of(tenant: str, **fields: Any) -> Job:
+        return msgspec.structs.replace(job_for(model, "", **fields), tenant=tenant)
+
+    async with serving(settings, queue, model, slow_engine):
+        greedy = [await enqueue(queue, job_of("greedy", num_inference_steps=400)) for _ in range(6)]
+        for job in greedy[:2]:
+            await state_of(queue, job, JobState.RUNNING)
+        small = await enqueue(queue, job_of("small"))
+        assert (await queue.wait(small.id, 10)).state is JobState.SUCCEEDED
+        assert [(await queue.status(job.id)).state.value for job in greedy] == ["running"] * 2 + ["queued"] * 4
+        for job in greedy:
+            await queue.cancel(job.id)
 
 
 async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothing_is_written(

@@ -58,6 +58,13 @@ class Settings(BaseSettings):
         float(1 << 28), gt=0, description="Most model rows × evaluations × latent pixels one request may cost."
     )
     max_queue_jobs: int = Field(1000, ge=1, le=1_000_000, description="Jobs waiting before new ones are answered 429.")
+    tenant_queue_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of DARKROOM_MAX_QUEUE_JOBS that jobs of one tenant may take; raising it leaves others less "
+        "room. Without API keys there is one tenant, which may take all.",
+    )
 
     result_store: str | None = Field(
         None,

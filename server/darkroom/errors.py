@@ -12,6 +12,8 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   └── JobNotFinished          the images were asked for before the job has ended
 ├── Unavailable                 the service cannot take the request now; `retry_after_s` says when to try again
 │   ├── QueueFull               the queue holds as much as it may
+│   ├── TenantQueueFull         the caller's own jobs take as much of the queue as they may
+│   ├── DeadlineUnmet           the job would be done after its deadline
 │   ├── StorageFull             the result store is near its memory limit
 │   ├── NoModel                 no worker serves a model, or the one asked for
 │   ├── QueueUnavailable        Redis cannot be reached or refuses writes
@@ -104,6 +106,20 @@ class QueueFull(Unavailable):
     code = "queue_full"
 
 
+class TenantQueueFull(Unavailable):
+    code = "tenant_queue_full"
+
+
+class DeadlineUnmet(Unavailable):
+    """`reason` names the field, its value and the time that it would take now."""
+
+    code = "deadline_unmet"
+
+    def __init__(self, field: str, value: object, accepted: str, *, retry_after_s: float) -> None:
+        self.reason = InvalidRequest(field, value, accepted)
+        super().__init__(str(self.reason), retry_after_s=retry_after_s)
+
+
 class StorageFull(Unavailable):
     code = "storage_full"
 
@@ -157,6 +173,8 @@ HTTP_STATUS: dict[str, int] = {
     "job_not_finished": 409,
     "idempotency_mismatch": 422,
     "queue_full": 429,
+    "tenant_queue_full": 429,
+    "deadline_unmet": 429,
     "storage_full": 503,
     "no_model": 503,
     "queue_unavailable": 503,

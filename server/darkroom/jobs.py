@@ -176,7 +176,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A job as a client may see it. `step` of `num_steps` counts UNet evaluations of the slowest image."""
+    """A job as a client may see it. `step` of `num_steps` counts UNet evaluations of the slowest image; `position` and
+    `eta_s`, seconds until it is done, are estimates."""
 
     job: Job
     state: JobState
@@ -185,6 +186,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
     started_at_ms: int | None = None
     finished_at_ms: int | None = None
     position: int | None = None
+    eta_s: float | None = None
     result: Result | None = None
     failure: Failure | None = None
 

@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from darkroom.errors import HTTP_STATUS, DarkroomError, InvalidRequest, RequestError, Unavailable, UnknownModel
+from darkroom.errors import (
+    HTTP_STATUS,
+    DarkroomError,
+    DeadlineUnmet,
+    InvalidRequest,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -28,6 +36,8 @@ TITLES: dict[str, str] = {
     "job_not_finished": "The job has not ended yet",
     "idempotency_mismatch": "The idempotency key belongs to another request",
     "queue_full": "The queue is full",
+    "tenant_queue_full": "Your share of the queue is full",
+    "deadline_unmet": "The job would be done after its deadline",
     "storage_full": "The result store is full",
     "no_model": "No worker is ready",
     "queue_unavailable": "The queue cannot be reached",
@@ -105,6 +115,8 @@ def respond_to(error: DarkroomError, *, health: str | None = None) -> Response:
         fields = [error]
     elif isinstance(error, InvalidFields):
         fields = error.fields
+    elif isinstance(error, DeadlineUnmet):
+        fields = [error.reason]
     headers: dict[str, str] = {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -135,6 +147,7 @@ def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
 _EXAMPLE_ERRORS: dict[str, Sequence[InvalidRequest]] = {
     "invalid_request": [InvalidRequest("num_inference_steps", 0, "an integer from 1 to 200")],
     "unknown_model": [UnknownModel("model", "sd15", "one of emoji-world")],
+    "deadline_unmet": [InvalidRequest("deadline_s", 2.0, "at least 14.2")],
 }
 _EXAMPLE_DETAILS = {
     "invalid_request": "num_inference_steps: got 0, expected an integer from 1 to 200",
@@ -142,5 +155,7 @@ _EXAMPLE_DETAILS = {
     "malformed_json": "the body is not JSON: Expecting ',' delimiter at line 1 column 17",
     "body_too_large": "the body is larger than 1048576 bytes",
     "queue_full": "1000 jobs are waiting, which is as many as may wait",
+    "tenant_queue_full": "500 jobs of yours are waiting, which is as many as may; others have room",
+    "deadline_unmet": "deadline_s: got 2.0, expected at least 14.2",
     "queue_unavailable": "Redis cannot be reached",
 }

@@ -3,11 +3,13 @@
 Rows may share a tick only when their `BatchKey` is equal. Keys share the machine's time by stride scheduling, so no
 image size blocks another. Within a key the order is priority class, then deadline slack, then the time that remains
 less the time a row has been here, and a row that has waited long climbs one class after another: nobody starves.
+Tenants take turns: where not all rows find room, the first of each goes before the second of any.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +30,8 @@ class Candidate:
 
     `model_rows` is 2 with guidance, else 1; `rank` 0..2 is the priority class; `remaining` counts UNet evaluations.
     `deadline_s`, `waiting_since_s` (when the row last ran or joined) and `joined_s` are on the caller's clock. A worker
-    was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like.
+    was lost with a row that `is_redelivered`: perhaps because of it, so it shares ticks only with its like. `tenant` is
+    whose job it is.
     """
 
     id: int
@@ -40,6 +43,7 @@ class Candidate:
     deadline_s: float | None = None
     joined_s: float = 0.0
     is_redelivered: bool = False
+    tenant: str = "default"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Batcher:
         key = self._next_key(by_key, now_s)
         ids: list[int] = []
         model_rows = 0
-        ordered = sorted(by_key[key], key=lambda c: self._urgency(c, now_s))
+        ordered = _in_turns(sorted(by_key[key], key=lambda c: self._urgency(c, now_s)))
         for candidate in ordered:
             if candidate.is_redelivered != ordered[0].is_redelivered:
                 continue
@@ -136,6 +140,16 @@ class Batcher:
         # a second to go.
         here_s = now_s - candidate.joined_s
         return (-rank, slack_s, remaining_s - here_s, candidate.remaining, candidate.id)
+
+
+def _in_turns(ordered: Sequence[Candidate]) -> list[Candidate]:
+    """Rows in order of the model rows that their own tenant has before them, which changes nothing for one tenant."""
+    before: dict[str, int] = defaultdict(int)
+    turns = []
+    for candidate in ordered:
+        turns.append(before[candidate.tenant])
+        before[candidate.tenant] += candidate.model_rows
+    return [ordered[i] for i in sorted(range(len(ordered)), key=turns.__getitem__)]
 
 
 def row_buckets(max_rows: int, *, is_reproducible: bool, reproducible_rows: int, has_graphs: bool) -> tuple[int, ...]:

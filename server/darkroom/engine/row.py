@@ -155,6 +155,7 @@ class Row:
             deadline_s=self.active.deadline_s,
             joined_s=self.active.submitted_s,
             is_redelivered=self.active.job.failures > 0,
+            tenant=self.active.job.tenant,
         )
 
     def draw_noise(self) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any
 
 from darkroom import tracing
 from darkroom.errors import (
+    DeadlineUnmet,
     IdempotencyMismatch,
     ImageNotFound,
+    InvalidRequest,
     JobError,
     JobNotFinished,
     JobNotFound,
@@ -19,6 +21,7 @@ from darkroom.errors import (
     QueueUnavailable,
     ResultStoreUnavailable,
     StorageFull,
+    TenantQueueFull,
 )
 from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
@@ -26,9 +29,11 @@ from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
 from darkroom.queue.notices import Notices, wait_for
-from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, status_of
+from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, seconds_of, status_of
 from darkroom.queue.results import ResultStore
 
+# Whose jobs those of a server without API keys are; nothing bounds its share.
+DEFAULT_TENANT = "default"
 # A class is a head start, not a rank: a waiting job of a lower class is passed only by jobs that came at most twenty
 # minutes (low against high) or ten (its neighbour) after it, so nothing starves.
 HEAD_START_S = {Priority.LOW: -600, Priority.NORMAL: 0, Priority.HIGH: 600}
@@ -54,12 +59,14 @@ class ClientSide:
         results: ResultStore | None,
         *,
         max_queue_jobs: int,
+        tenant_queue_share: float,
         result_ttl_s: int,
     ) -> None:
         self._connection = connection
         self._notices = notices
         self._results = results
         self._max_queue_jobs = max_queue_jobs
+        self._max_tenant_jobs = max(1, int(tenant_queue_share * max_queue_jobs))
         self._result_ttl_s = result_ttl_s
         self._memory = MemoryGauge(connection)
         self._cards = Cards({}, {}, {})
@@ -79,6 +86,8 @@ class ClientSide:
         idempotency_key: str | None = None,
         body_hash: str = "",
         caller: str = "",
+        weight: float = 1.0,
+        max_waiting: int | None = None,
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
@@ -91,8 +100,17 @@ class ClientSide:
         `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
         told the same time again.
 
-        Raises `QueueFull`, `StorageFull`, `IdempotencyMismatch`, `QueueUnavailable`.
+        Jobs of `job.tenant` (no colon in its name) and those of others that wait share the workers by `weight`, which
+        may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
+        share of the queue, or all of it where there are no tenants.
+
+        A deadline that comes before the job would be done is refused, if the workers have measured how fast they are.
+
+        Raises `QueueFull`, `TenantQueueFull`, `StorageFull`, `DeadlineUnmet`, `InvalidRequest` for a deadline that an
+        empty queue would not meet either, `IdempotencyMismatch`, `QueueUnavailable`.
         """
+        if max_waiting is None and job.tenant != DEFAULT_TENANT:
+            max_waiting = self._max_tenant_jobs
         with tracing.enqueueing(job) as job:
             payload = encode(job)
             memory = await self._memory.sample()
@@ -116,6 +134,9 @@ class ClientSide:
                 caller,
                 LONGEST_PROMISE_MS,
                 PROMISE_GRACE_MS,
+                job.tenant,
+                weight,
+                "" if max_waiting is None else max_waiting,
             )
             outcome: bytes = reply[0]
             if outcome == b"mismatch":
@@ -123,8 +144,16 @@ class ClientSide:
             if outcome == b"queue_full":
                 wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else reply[2] / 1000
                 raise QueueFull(f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=wait_s)
+            if outcome == b"tenant_queue_full":
+                wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else min(reply[2], LONGEST_PROMISE_MS) / 1000
+                raise TenantQueueFull(
+                    f"{reply[1]} jobs of yours are waiting, which is as many as may; others have room",
+                    retry_after_s=wait_s,
+                )
             if outcome == b"storage_full":
                 raise StorageFull("the memory for results is used up for now", retry_after_s=5.0)
+            if outcome == b"deadline_unmet" and deadline_s is not None:
+                raise _unmet(deadline_s, eta_s=reply[1] / 1000, least_s=reply[2] / 1000)
             job_id = reply[1].decode()
             tracing.mark_enqueued(job_id)
             return Enqueued(
@@ -132,6 +161,7 @@ class ClientSide:
                 is_new=outcome == b"new",
                 state=JobState(reply[2].decode()),
                 position=reply[3] if reply[3] >= 0 else None,
+                eta_s=seconds_of(reply[4]),
             )
 
     async def status(self, job_id: str) -> JobStatus:
@@ -284,7 +314,7 @@ class ClientSide:
         """Depth, backlog, jobs in flight, oldest wait, counters, reservations and live workers at one moment."""
         head_starts = (HEAD_START_S[priority] * 1_000_000 for priority in Priority)
         reply = await self._connection.script("stats", *head_starts)
-        models, in_flight, oldest_ms, now_ms, counters, live_workers, dead_letters = reply
+        models, in_flight, oldest_ms, now_ms, counters, live_workers, dead_letters, num_tenants, largest = reply
         counts = {name.decode(): int(value) for name, value in pairs(counters).items()}
         ends = ["accepted", *(state.value for state in JobState if state.is_terminal)]
         return QueueStats(
@@ -300,11 +330,21 @@ class ClientSide:
             reserved_bytes=counts.get("reserved_bytes", 0),
             live_workers=live_workers,
             dead_letters=dead_letters,
+            num_tenants=num_tenants,
+            largest_tenant=largest,
         )
 
 
 def _read_view(job_id: str, reply: Any) -> JobStatus:
-    record, position = reply
+    record, position, eta_ms = reply
     if not record:
         raise JobNotFound(f"there is no job {job_id}, or its record has expired")
-    return status_of(pairs(record), position)
+    return status_of(pairs(record), position, seconds_of(eta_ms))
+
+
+def _unmet(deadline_s: float, *, eta_s: float, least_s: float) -> DeadlineUnmet | InvalidRequest:
+    if least_s > deadline_s:
+        return InvalidRequest(
+            "deadline_s", deadline_s, f"at least {least_s:.1f}, which this job takes here with nothing before it"
+        )
+    return DeadlineUnmet("deadline_s", deadline_s, f"at least {eta_s:.1f}", retry_after_s=eta_s - deadline_s)

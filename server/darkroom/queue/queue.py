@@ -25,6 +25,7 @@ class JobQueue(ClientSide, WorkerSide):
             notices,
             results,
             max_queue_jobs=settings.max_queue_jobs,
+            tenant_queue_share=settings.tenant_queue_share,
             result_ttl_s=settings.result_ttl_s,
         )
         WorkerSide.__init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -14,12 +15,13 @@ from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, Mo
 @dataclass(frozen=True)
 class Enqueued:
     """`is_new` is false when an idempotency key led to an earlier job; `position` counts the jobs ahead of a waiting
-    one, None once it runs or has ended."""
+    one, None once it runs or has ended; `eta_s` is the estimated time until it is done, None while nobody knows."""
 
     job_id: str
     is_new: bool
     state: JobState
     position: int | None
+    eta_s: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class QueueStats:
 
     `counters` has accepted and the four terminal states; what was accepted is either counted as ended, waiting or in
     flight. `oldest_wait_s` is 0 when nothing waits. `backlog_s` is by model how long the live workers, or one where
-    none lives, will take for what waits; a model whose rate is not known has none.
+    none lives, will take for what waits; a model whose rate is not known has none. `num_tenants` have jobs that
+    wait, `largest_tenant` is how many the one with most has.
     """
 
     depth: dict[str, int]
@@ -99,6 +102,8 @@ class QueueStats:
     reserved_bytes: int
     live_workers: int
     dead_letters: int
+    num_tenants: int
+    largest_tenant: int
 
     @property
     def waiting(self) -> int:
@@ -132,7 +137,12 @@ def job_of(
     )
 
 
-def status_of(record: dict[bytes, bytes], position: int) -> JobStatus:
+def seconds_of(milliseconds: Any) -> float | None:
+    """A script's milliseconds, '' where it knows none."""
+    return None if milliseconds == b"" else milliseconds / 1000
+
+
+def status_of(record: dict[bytes, bytes], position: int, eta_s: float | None) -> JobStatus:
     """A job record as a client may see it. Raises `JobError` (bad_message) when it is damaged."""
 
     def number(name: bytes) -> int | None:
@@ -158,6 +168,7 @@ def status_of(record: dict[bytes, bytes], position: int) -> JobStatus:
             started_at_ms=number(b"started_ms"),
             finished_at_ms=number(b"finished_ms"),
             position=position if position >= 0 else None,
+            eta_s=eta_s,
             result=decode(result, Result) if result else None,
             failure=Failure(code=code.decode(), message=record.get(b"error_message", b"").decode()) if code else None,
         )

@@ -107,17 +107,27 @@ class WorkerSide:
         """Lease up to `max_jobs` jobs, most urgent first, each with its fencing token in `attempt`.
 
         The first job may be larger than `max_model_rows` (model rows: images, twice that with guidance), those after it
-        fit. A full worker passes `min_rank` to ask only for more urgent classes. No more than this worker's share of
-        the backlog is taken. `held` is what the worker has: a job with which two workers were lost is given only to one
-        that has nothing, and by itself. Jobs that are past their deadline, or cannot be read, are settled on the way. A
-        claim whose reply was lost is repeated by the next call, which then returns the jobs of the lost one.
+        fit. A full worker passes `min_rank` to ask only for more urgent classes, and for a job of a tenant of whose
+        jobs it holds none. No more than this worker's share of the backlog is taken. `held` is what the worker has: a
+        job with which two workers were lost is given only to one that has nothing, and by itself. Jobs that are past
+        their deadline, or cannot be read, are settled on the way. A claim whose reply was lost is repeated by the next
+        call, which then returns the jobs of the lost one.
         """
         if max_jobs < 1 or max_model_rows < 1:
             return []
         token = self._claim_tokens.setdefault(worker_id, secrets.token_hex(8))
         holds = "nothing" if not held else "suspect" if any(map(is_suspect, held)) else "jobs"
         replies = await self._connection.script(
-            "claim", worker_id, token, max_jobs, max_model_rows, min_rank, holds, *models
+            "claim",
+            worker_id,
+            token,
+            max_jobs,
+            max_model_rows,
+            min_rank,
+            holds,
+            len(models),
+            *models,
+            *({job.tenant for job in held} if min_rank else ()),
         )
         del self._claim_tokens[worker_id]
         jobs = []

@@ -224,11 +224,12 @@ class Worker:
             await self._pause(error)
 
     async def _claim(self, room: int) -> int:
-        """Claim what fits into `room` model rows; without room, only jobs more urgent than the least urgent held."""
+        """Claim what fits into `room` model rows; without room, only jobs more urgent than the least urgent held, and
+        one for each tenant that has none here."""
         min_rank = 0
         if room <= 0:
             min_rank = 1 + min((job.priority.rank for job in self._held.values()), default=Priority.HIGH.rank)
-            if min_rank > Priority.HIGH.rank or room <= -self._engine.batcher.max_model_rows:
+            if room <= -self._engine.batcher.max_model_rows:
                 return 0
         try:
             async with self._claiming:

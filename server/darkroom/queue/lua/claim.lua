@@ -1,13 +1,17 @@
--- Lease ready jobs to a worker, oldest score first.
+-- Lease ready jobs to a worker: of the tenant whose turn it is, oldest score first.
 --
 -- ARGV 1 worker   2 claim token   3 most jobs   4 most model rows   5 least rank
---      6 what the worker holds: nothing, jobs or a suspect   7.. models
+--      6 what the worker holds: nothing, jobs or a suspect   7 number of models   8.. models, then the tenants whose jobs
+--      a full worker holds, none for one that has room
+-- A full worker is given jobs of the least rank or above. To a tenant of whose jobs it holds none it gives a place too,
+-- whatever their rank, so that nobody waits for a whole job of another. A tenant whose turn it is not gets neither.
 -- The first job is given whatever its rows; after it the claim stops at the first one that does not fit, so a large job
 -- is never overtaken for ever. Of each model no more is taken than the backlog divided by the live workers, rounded up.
 -- A suspect (two workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
--- Writes ready:<rank>:<model>, queued, backlog, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
+-- Writes ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
+-- tenants:<model>, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
 -- an image with a checkpoint}.
@@ -36,32 +40,62 @@ end
 
 if holds == 'suspect' then return reply end
 
-local share = {}
-for i = 7, #ARGV do
-  local model, waiting = ARGV[i], 0
-  for rank = 0, NUM_RANKS - 1 do waiting = waiting + redis.call('ZCARD', ready_key(rank, model)) end
+local share, held_tenants, num_models = {}, {}, tonumber(ARGV[7])
+for i = 8, 7 + num_models do
+  local model = ARGV[i]
   local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf')
+  local waiting = waiting_for(model) - redis.call('ZCARD', ready_key(SUSPECT_RANK, model))
   share[model] = math.ceil(waiting / math.max(1, workers))
 end
+for i = 8 + num_models, #ARGV do held_tenants[ARGV[i]] = true end
+local is_full = next(held_tenants) ~= nil
 
-local function next_ready(lowest_rank, highest_rank)
+local function next_suspect()
   local first
-  for model, left in pairs(share) do
-    for rank = lowest_rank, (left > 0 or highest_rank == SUSPECT_RANK) and highest_rank or -1 do
-      local key = ready_key(rank, model)
-      local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-      if head[1] and (not first or tonumber(head[2]) < first.score) then
-        first = { id = head[1], score = tonumber(head[2]), key = key, model = model }
-      end
+  for model in pairs(share) do
+    local key = ready_key(SUSPECT_RANK, model)
+    local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+    if head[1] and (not first or tonumber(head[2]) < first.score) then
+      first = { id = head[1], score = tonumber(head[2]), key = key, model = model }
     end
   end
   return first
 end
 
-local lowest_rank, highest_rank = min_rank, NUM_RANKS - 1
-if next_ready(SUSPECT_RANK, SUSPECT_RANK) then
+local function next_ready()
+  local first
+  for model, left in pairs(share) do
+    for _, tenant in ipairs(left > 0 and tenants_of(model) or {}) do
+      local has_jobs, least = false, is_full and not held_tenants[tenant] and 0 or min_rank
+      for rank = 0, NUM_RANKS - 1 do
+        local key = ready_key(rank, model, tenant)
+        local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
+        has_jobs = has_jobs or head[1] ~= nil
+        if head[1] and rank >= least and (not first or tonumber(head[2]) < first.score) then
+          first = { id = head[1], score = tonumber(head[2]), key = key, model = model, tenant = tenant }
+        end
+      end
+      if has_jobs then break end
+      leave_share(tenant, model)
+    end
+  end
+  return first
+end
+
+-- Before the job leaves its ready key.
+local function charge(job)
+  local shares, debts = shares_key(job.model), debts_key(job.model)
+  local began = virtual_time_of(job.tenant, job.model)
+  redis.call('ZADD', debts, 'GT', began, '')
+  redis.call('ZADD', shares, 'XX', began + charge_of(job), job.tenant)
+  redis.call('ZREMRANGEBYSCORE', debts, '-inf', string.format('(%.17g', began))
+  redis.call('PEXPIRE', debts, DEBT_MS)
+end
+
+local next_job = next_ready
+if next_suspect() then
   if holds == 'nothing' then
-    lowest_rank, highest_rank, max_jobs = SUSPECT_RANK, SUSPECT_RANK, 1
+    next_job, max_jobs = next_suspect, 1
   elseif (redis.call('GET', reserved) or worker) == worker then
     redis.call('SET', reserved, worker, 'PX', LEASE_MS)
     return reply
@@ -71,16 +105,18 @@ end
 local rows, claimed = 0, { token }
 -- Bounded, so that a thousand dead entries do not hold up the server; the next claim goes on.
 for _ = 1, max_jobs + 256 do
-  local first = #reply < max_jobs and next_ready(lowest_rank, highest_rank)
+  local first = #reply < max_jobs and next_job()
   if not first then break end
   local id, job = first.id, load_job(first.id)
   if job and job.state == 'queued' and not is_past_deadline(job) then
     if #reply > 0 and rows + job.rows > max_rows then break end
     rows = rows + job.rows
     share[first.model] = share[first.model] - 1
+    if not is_suspect(job) then charge(job) end
     leave_ready(id, job)
     redis.call('ZADD', leases, now_ms + LEASE_MS, id)
-    redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1)
+    redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1,
+      'claimed_ms', now_ms, 'from_step', job.step)
     redis.call('HSETNX', job_key(id), 'started_ms', now_ms)
     add_event(id, 'running', job.step, job.num_steps, JOB_TTL_MS)
     claimed[#claimed + 1] = id
@@ -98,8 +134,7 @@ end
 
 local left_waiting = 0
 for model in pairs(share) do
-  local left = 0
-  for rank = 0, SUSPECT_RANK do left = left + redis.call('ZCARD', ready_key(rank, model)) end
+  local left = waiting_for(model)
   left_waiting = left_waiting + left
   if left == 0 then
     redis.call('DEL', prefix .. 'notify:' .. model)

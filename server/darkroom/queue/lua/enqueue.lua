@@ -5,16 +5,18 @@
 --      9 body hash         10 most jobs waiting   11 memory in use less the bytes stored when it was sampled
 --     12 memory limit in bytes, 0 for none        13 head start of the class in µs   14 cost
 --     15 the caller's connection                  16 longest wait promised, in ms    17 ms a promise outlives its time
--- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, queued, backlog, counters, models, events:<id>,
--- notify:<model>, promises, promise:<caller>.
--- Returns {'new' | 'known', id, state, position}, {'mismatch'}, {'queue_full', waiting, ms to wait or ''} or
--- {'storage_full'}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
+--     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
+-- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
+-- shares:<model>, tenants:<model>, counters, models, events:<id>, notify:<model>, promises, promise:<caller>.
+-- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
+-- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms
+-- that it takes by itself}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
 
 local id, model = ARGV[1], ARGV[3]
 local digest = ARGV[8]
 
 local sent_before = redis.call('HGET', job_key(id), 'state')
-if sent_before then return { 'new', id, sent_before, position(load_job(id)) } end
+if sent_before then return { 'new', id, sent_before, prospects(load_job(id)) } end
 
 if digest ~= '' then
   local known = redis.call('HMGET', prefix .. 'idempotency:' .. digest, 'job', 'body')
@@ -22,8 +24,24 @@ if digest ~= '' then
     local state = redis.call('HGET', job_key(known[1]), 'state')
     if state then
       if known[2] ~= ARGV[9] then return { 'mismatch' } end
-      return { 'known', known[1], state, position(load_job(known[1])) }
+      return { 'known', known[1], state, prospects(load_job(known[1])) }
     end
+  end
+end
+
+-- A tenant may not fill the queue, so that others always find room.
+local tenant, weight = ARGV[18], tonumber(ARGV[19])
+if ARGV[20] ~= '' then
+  local held = 0
+  for _, other in ipairs(redis.call('SMEMBERS', prefix .. 'models')) do held = held + waiting_of(tenant, other) end
+  if held >= tonumber(ARGV[20]) then
+    -- Until the next job of its own is claimed, if claims go on as they did and each tenant has its share of them.
+    local gap_ms = tonumber(redis.call('HGET', prefix .. 'pace', 'gap_ms') or '')
+    local all = 0
+    for _, other in ipairs(redis.call('ZRANGE', shares_key(model), 0, -1)) do
+      all = all + (other == tenant and weight or tonumber(redis.call('HGET', tenants_key(model), 'weight:' .. other) or 1))
+    end
+    return { 'tenant_queue_full', held, gap_ms and math.ceil(gap_ms * math.max(1, all / weight)) or '' }
   end
 end
 
@@ -72,10 +90,16 @@ end
 local job = {
   state = 'queued', model = model, rank = tonumber(ARGV[4]), score = now_us - tonumber(ARGV[13]),
   failures = 0, cost = tonumber(ARGV[14]), deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
+  rows = tonumber(ARGV[5]), tenant = tenant, weight = weight,
 }
+local ahead, eta_ms, least_ms = estimate(job, false)
+if job.deadline_ms and eta_ms ~= '' and now_ms + eta_ms > job.deadline_ms then
+  return { 'deadline_unmet', eta_ms, math.ceil(least_ms) }
+end
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
   'attempt', 0, 'failures', 0, 'idempotency', digest, 'cost', ARGV[14])
+if tenant ~= 'default' then redis.call('HSET', job_key(id), 'tenant', tenant, 'weight', ARGV[19]) end
 if due_ms then
   redis.call('ZREM', own, connection)
   redis.call('ZREM', promises, caller .. ':' .. connection)
@@ -89,4 +113,4 @@ redis.call('HINCRBY', counters, 'reserved_bytes', ARGV[6])
 redis.call('SADD', prefix .. 'models', model)
 add_event(id, 'queued', 0, 0, JOB_TTL_MS)
 make_ready(id, job)
-return { 'new', id, 'queued', position(job) }
+return { 'new', id, 'queued', ahead, eta_ms }

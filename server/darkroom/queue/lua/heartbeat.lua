@@ -2,8 +2,8 @@
 --
 -- ARGV 1 worker   2 ms it stays alive   3 encoded worker info
 --      4.. model, encoded card, cost per second that the worker has measured or '', model ...
--- Writes workers, worker:<id>, serving:<model>, served, cards, rates; cards and rates of models that were last served
--- longer than JOB_TTL_MS ago are dropped. Returns nothing of interest.
+-- Writes workers, worker:<id>, serving:<model>, served, cards, rates; cards, rates and spans of models that were last
+-- served longer than JOB_TTL_MS ago are dropped. Returns nothing of interest.
 
 local worker, ttl_ms = ARGV[1], tonumber(ARGV[2])
 write_at_memory_limit()
@@ -31,6 +31,7 @@ for _, model in ipairs(redis.call('HKEYS', prefix .. 'cards')) do
   if not redis.call('ZSCORE', prefix .. 'served', model) then
     redis.call('HDEL', prefix .. 'cards', model)
     redis.call('HDEL', prefix .. 'rates', model)
+    redis.call('HDEL', prefix .. 'spans', model)
   end
 end
 return 1

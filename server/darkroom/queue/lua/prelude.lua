@@ -16,12 +16,23 @@ local backlog = prefix .. 'backlog'
 
 local function job_key(id) return prefix .. 'job:' .. id end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
-local function ready_key(rank, model) return prefix .. 'ready:' .. rank .. ':' .. model end
+local function shares_key(model) return prefix .. 'shares:' .. model end
+local function debts_key(model) return prefix .. 'debts:' .. model end
+local function tenants_key(model) return prefix .. 'tenants:' .. model end
 
--- A job with which two workers were lost is run by a worker that holds nothing else, so it waits apart from the classes.
+-- Without a tenant, or of the one that a server without API keys has, the waiting jobs lie where they always lay.
+local function ready_key(rank, model, tenant)
+  if tenant and tenant ~= 'default' then return prefix .. 'ready_of:' .. tenant .. ':' .. rank .. ':' .. model end
+  return prefix .. 'ready:' .. rank .. ':' .. model
+end
+
+-- A job with which two workers were lost is run by a worker that holds nothing else, so it waits apart from the classes,
+-- and from the shares of tenants.
 local SUSPECT_RANK = NUM_RANKS
+local function is_suspect(job) return job.failures >= 2 end
 local function ready_key_of(job)
-  return ready_key(job.failures >= 2 and SUSPECT_RANK or job.rank, job.model)
+  if is_suspect(job) then return ready_key(SUSPECT_RANK, job.model) end
+  return ready_key(job.rank, job.model, job.tenant)
 end
 
 -- At its memory limit Redis refuses a script whose first write may grow memory, and lets one through that has already
@@ -32,7 +43,7 @@ local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
 local function load_job(id)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'model', 'rank', 'rows', 'score', 'attempt', 'failures',
     'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost',
-    'checkpoints')
+    'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step')
   if fields.err then return nil end
   local job = {
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
@@ -40,6 +51,8 @@ local function load_job(id)
     reserved = tonumber(fields[8] or ''), deadline_ms = tonumber(fields[9] or ''), owner = fields[10] or '',
     cancel = fields[11] == '1', idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
     cost = tonumber(fields[15] or '') or 0, num_checkpoints = tonumber(fields[16] or '') or 0,
+    tenant = fields[17] or 'default', weight = tonumber(fields[18] or '') or 1,
+    claimed_ms = tonumber(fields[19] or ''), from_step = tonumber(fields[20] or '') or 0,
   }
   if TERMINAL[job.state] then return job end
   if (job.state == 'queued' or job.state == 'running') and job.model and job.rank and job.rows and job.score
@@ -71,20 +84,87 @@ local function wake_worker(model)
   redis.call('PEXPIRE', key, 60000)
 end
 
+-- Tenants share the workers of a model by start-time fair queueing. A claim goes to the tenant with the least virtual time
+-- and charges it the job's cost over the tenant's weight. A model's own virtual time is the latest at which a claim
+-- began; a tenant whose first job comes starts there, without a credit for the time it was away. One that leaves ahead
+-- of it keeps that as a debt until the others have caught up, or for this long.
+local DEBT_MS = 600000
+
+local function virtual_time(model)
+  local own = redis.call('ZSCORE', debts_key(model), '')
+  if own then return tonumber(own) end
+  return tonumber(redis.call('ZRANGE', shares_key(model), 0, 0, 'WITHSCORES')[2] or 0)
+end
+
+-- Where a tenant stands, or would if a job of its came now.
+local function virtual_time_of(tenant, model)
+  local own = redis.call('ZSCORE', shares_key(model), tenant)
+  if own then return tonumber(own) end
+  local model_time = virtual_time(model)
+  return math.max(model_time, tonumber(redis.call('ZSCORE', debts_key(model), tenant) or model_time))
+end
+
+local function charge_of(job) return math.max(1, job.cost) / job.weight end
+
+-- Tenants with jobs of a model, the one whose turn it is first. The default one is always named: an earlier release has
+-- put its jobs there and no more.
+local function tenants_of(model)
+  local tenants = redis.call('ZRANGE', shares_key(model), 0, -1)
+  for _, tenant in ipairs(tenants) do
+    if tenant == 'default' then return tenants end
+  end
+  table.insert(tenants, 1, 'default')
+  return tenants
+end
+
+-- How many jobs of a model a tenant has waiting, suspects left out.
+local function waiting_of(tenant, model)
+  local waiting = 0
+  for rank = 0, NUM_RANKS - 1 do waiting = waiting + redis.call('ZCARD', ready_key(rank, model, tenant)) end
+  return waiting
+end
+
+local function waiting_for(model)
+  local waiting = redis.call('ZCARD', ready_key(SUSPECT_RANK, model))
+  for _, tenant in ipairs(tenants_of(model)) do waiting = waiting + waiting_of(tenant, model) end
+  return waiting
+end
+
+local function leave_share(tenant, model)
+  local own = tonumber(redis.call('ZSCORE', shares_key(model), tenant) or '')
+  if not own then return end
+  if own > virtual_time(model) then
+    redis.call('ZADD', debts_key(model), own, tenant)
+    redis.call('PEXPIRE', debts_key(model), DEBT_MS)
+  end
+  redis.call('ZREM', shares_key(model), tenant)
+  redis.call('HDEL', tenants_key(model), 'cost:' .. tenant, 'weight:' .. tenant)
+end
+
 local function make_ready(id, job)
   redis.call('ZADD', ready_key_of(job), job.score, id)
   redis.call('ZADD', queued, job.deadline_ms or '+inf', id)
   redis.call('HINCRBY', backlog, job.model, job.cost)
+  if not is_suspect(job) then
+    redis.call('ZADD', shares_key(job.model), virtual_time_of(job.tenant, job.model), job.tenant)
+    redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, job.cost)
+    redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
+  end
   wake_worker(job.model)
 end
 
 -- The opposite, for a job that is claimed or has ended. One that does not wait is left alone.
 local function leave_ready(id, job)
   redis.call('ZREM', queued, id)
-  if redis.call('ZREM', ready_key_of(job), id) == 1
-    and redis.call('HINCRBY', backlog, job.model, 0 - job.cost) <= 0 then
+  if redis.call('ZREM', ready_key_of(job), id) == 0 then return end
+  if redis.call('HINCRBY', backlog, job.model, 0 - job.cost) <= 0 then
     redis.call('HDEL', backlog, job.model)
   end
+  if is_suspect(job) then return end
+  redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, 0 - job.cost)
+  local keys = {}
+  for rank = 0, NUM_RANKS - 1 do keys[rank + 1] = ready_key(rank, job.model, job.tenant) end
+  if redis.call('EXISTS', unpack(keys)) == 0 then leave_share(job.tenant, job.model) end
 end
 
 -- Give back what an ending job holds: its reservation, and its idempotency key, after a while.
@@ -119,7 +199,7 @@ local function finish(id, job, state, ...)
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
   redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
-    'cost', 'checkpoints')
+    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)
@@ -131,13 +211,15 @@ local function fail_unreadable(id)
   finish(id, nil, 'failed', 'error_code', 'bad_message', 'error_message', 'the stored job cannot be read')
 end
 
--- Put a running job back at its old place.
+-- Put a running job back at its old place. What its tenant was charged for it is given back, so that it is that tenant's
+-- turn as it was before; the next claim charges it again. A suspect is not charged again.
 local function requeue(id, job)
   redis.call('ZREM', leases, id)
   -- The owner stays, so that a hand-back sent twice is recognised.
   redis.call('HSET', job_key(id), 'state', 'queued')
   add_event(id, 'queued', job.step, job.num_steps, JOB_TTL_MS)
   make_ready(id, job)
+  if not is_suspect(job) then redis.call('ZINCRBY', shares_key(job.model), 0 - charge_of(job), job.tenant) end
 end
 
 -- A worker was lost with a running job, or says that the job took its device along. It fails as a dead letter when that
@@ -168,20 +250,87 @@ local function note_served(model)
   redis.call('ZADD', prefix .. 'served', math.max(now_ms, last[2] or 0), model)
 end
 
--- How many jobs of the same model stand before this one; -1 when it is not waiting.
-local function position(job)
-  if not job or job.state ~= 'queued' then return -1 end
-  local ahead = 0
-  for rank = 0, SUSPECT_RANK do
-    -- Scores have 16 digits; Lua's own conversion keeps 14.
-    ahead = ahead + redis.call('ZCOUNT', ready_key(rank, job.model), '-inf', string.format('(%.0f', job.score))
-  end
-  return ahead
+-- Milliseconds that a job takes once it is claimed, and the cost per millisecond of all live workers: nothing before one
+-- has measured its rate or while none lives. A job is with its worker for as long as others lately were for their
+-- evaluations and pixels, whatever shared their ticks, but no shorter than its cost takes. The third is the least it
+-- would take with no other beside it, as far as that is known.
+local function pace_for(job)
+  local rate = tonumber(redis.call('HGET', prefix .. 'rates', job.model) or '')
+  local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. job.model, now_ms, '+inf')
+  if not rate or rate <= 0 or workers == 0 then return nil end
+  local by_cost = 1000 * job.cost / rate
+  local span_ms = tonumber(redis.call('HGET', prefix .. 'spans', job.model) or '')
+  local as_others = span_ms and span_ms * job.cost / job.rows or by_cost
+  return math.max(by_cost, as_others), workers * rate / 1000, math.min(by_cost, as_others)
 end
 
--- What a client may see of a job: its record and its position. A damaged record reads as an empty one with a state.
+-- How many jobs of the same model stand before one that waits (`is_ready`) or that may come, and their cost. Its own
+-- tenant's are counted by score. Of another tenant's it is as many as that one's share comes to meanwhile, if none of
+-- them costs more than the others.
+local function ahead_of(job, is_ready)
+  local model, tenant = job.model, job.tenant
+  -- Scores have 16 digits; Lua's own conversion keeps 14.
+  local before = string.format('(%.0f', job.score)
+  local suspects = redis.call('ZCOUNT', ready_key(SUSPECT_RANK, model), '-inf', before)
+  if is_suspect(job) then return suspects, 0 end
+  local ahead, cost = 0, 0
+  for rank = 0, NUM_RANKS - 1 do
+    ahead = ahead + redis.call('ZCOUNT', ready_key(rank, model, tenant), '-inf', before)
+  end
+  if ahead > 0 then
+    local others = waiting_of(tenant, model) - (is_ready and 1 or 0)
+    local theirs = (redis.call('HGET', tenants_key(model), 'cost:' .. tenant) or 0) - (is_ready and job.cost or 0)
+    cost = math.max(0, theirs) * ahead / math.max(ahead, others)
+  end
+  local shares = redis.call('ZRANGE', shares_key(model), 0, -1, 'WITHSCORES')
+  if #shares == 0 or (#shares == 2 and shares[1] == tenant) then return suspects + ahead, cost end
+  local turn = virtual_time_of(tenant, model) + math.max(ahead, cost) / job.weight
+  for i = 1, #shares, 2 do
+    local left = turn - shares[i + 1]
+    if shares[i] ~= tenant and left >= 0 then
+      local held = redis.call('HMGET', tenants_key(model), 'cost:' .. shares[i], 'weight:' .. shares[i])
+      local waiting = waiting_of(shares[i], model)
+      local mean = (tonumber(held[1]) or 0) / math.max(1, waiting)
+      -- At equal times names decide, as they do in a sorted set.
+      local jobs = left * (tonumber(held[2]) or 1) / math.max(1, mean)
+      jobs = math.min(waiting, shares[i] < tenant and math.floor(jobs) + 1 or math.ceil(jobs))
+      ahead, cost = ahead + jobs, cost + jobs * mean
+    end
+  end
+  return suspects + ahead, cost
+end
+
+-- Position, and milliseconds until it will be done, of a job that waits or may come; with '' where nobody knows. Then the
+-- least that it takes by itself.
+local function estimate(job, is_ready)
+  local ahead, cost = ahead_of(job, is_ready)
+  local own_ms, pace, least_ms = pace_for(job)
+  return ahead, pace and math.ceil(cost / pace + own_ms) or '', least_ms
+end
+
+-- Milliseconds until a running job will be done: by its own progress, once there is some, else by what others took.
+local function left_ms(job)
+  local elapsed = job.claimed_ms and now_ms - job.claimed_ms
+  local step, num_steps = tonumber(job.step), tonumber(job.num_steps)
+  if elapsed and step > job.from_step then
+    return math.ceil(elapsed * (num_steps - step) / (step - job.from_step))
+  end
+  local own_ms = pace_for(job)
+  return elapsed and own_ms and math.max(0, math.ceil(own_ms - elapsed)) or ''
+end
+
+-- Position, -1 when it does not wait, and milliseconds until it will be done, '' when nobody knows or it is.
+local function prospects(job)
+  if job and job.state == 'queued' then
+    local ahead, eta_ms = estimate(job, true)
+    return ahead, eta_ms
+  end
+  return -1, job and job.state == 'running' and left_ms(job) or ''
+end
+
+-- What a client may see of a job: its record and its prospects. A damaged record reads as an empty one with a state.
 local function view(id)
   local record = redis.pcall('HGETALL', job_key(id))
   if record.err then record = { 'state', 'failed' } end
-  return { record, position(load_job(id)) }
+  return { record, prospects(load_job(id)) }
 end

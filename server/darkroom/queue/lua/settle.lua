@@ -4,7 +4,7 @@
 --      8 number of images that the same transaction has written to staged:<id>:<attempt>:<index>
 --      9.. image bytes, where none are staged; none either way when they lie in the result store
 -- A script's argument is copied for Lua and once more for the key; a staged image moves without a copy.
--- Writes image:<id>:<index>, removes staged:<id>:<attempt>:<index>, and writes what finish() writes. Returns 1 when the
+-- Writes image:<id>:<index>, spans, removes staged:<id>:<attempt>:<index>, and writes what finish() writes. Returns 1 when the
 -- job has ended so by this attempt (also when an earlier copy of this call did it), 0 when the attempt no longer owns the
 -- job: nothing is stored then.
 
@@ -29,6 +29,14 @@ for index = 0, num_sent - 1 do
   stored = stored + #ARGV[9 + index]
 end
 if stored > 0 then redis.call('HINCRBY', counters, 'stored_bytes', stored) end
-if state == 'succeeded' then job.step = job.num_steps end
+if state == 'succeeded' then
+  job.step = job.num_steps
+  -- What one went on with was done before its claim.
+  if job.claimed_ms and job.from_step == 0 and job.cost > 0 then
+    local span_ms = (now_ms - job.claimed_ms) * job.rows / job.cost
+    local mean = tonumber(redis.call('HGET', prefix .. 'spans', job.model) or span_ms)
+    redis.call('HSET', prefix .. 'spans', job.model, string.format('%.9g', 0.9 * mean + 0.1 * span_ms))
+  end
+end
 finish(id, job, state, 'result', ARGV[5], 'error_code', ARGV[6], 'error_message', ARGV[7], 'step', job.step)
 return 1
