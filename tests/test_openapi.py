@@ -245,6 +245,12 @@ async def queue_unavailable(world: World) -> httpx.Response:
         return await client.post("/generate", json=FOX)
 
 
+async def not_replicated(world: World) -> httpx.Response:
+    settings = world.settings.model_copy(update={"durability": "replicated"})
+    async with in_process(settings) as client:
+        return await client.post("/generate", json=FOX)
+
+
 async def draining(world: World) -> httpx.Response:
     async with in_process(world.settings, world.queue) as client:
         client._transport.app.state.service.is_draining = True  # type: ignore[attr-defined]
@@ -288,6 +294,7 @@ CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "storage_full": storage_full,
     "no_model": no_model,
     "queue_unavailable": queue_unavailable,
+    "not_replicated": not_replicated,
     "draining": draining,
     "internal": internal,
     "not_found": lambda world: world.client.get("/nowhere"),

@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
-import structlog
 from darkroom.config import Settings
 from darkroom.errors import (
     IdempotencyMismatch,
@@ -1186,33 +1185,6 @@ async def test_a_link_that_falls_silent_is_noticed_and_replaced(
         proxy.freeze()
         assert await succeed(queue, jobs[second.id])
         assert (await asyncio.wait_for(waiter, 4)).state == "succeeded"
-
-
-async def test_the_promise_of_a_servers_settings_is_logged(settings: Settings, tmp_path: Path) -> None:
-    own = settings.model_copy(update={"data_dir": tmp_path})
-    with EmbeddedRedis(own) as server:
-        async with opened(own, server.url) as queue:
-
-            async def promise(*config: str) -> list[Any]:
-                await queue._connection.command("CONFIG", "SET", *config)
-                with structlog.testing.capture_logs() as logs:
-                    async with opened(own, server.url):
-                        return logs
-
-            [log] = await promise("appendfsync", "always")
-            assert "any crash, the server's and the machine's included" in log["promise"]
-            [log] = await promise("appendfsync", "everysec")
-            assert "may lose the last second" in log["promise"]
-            [log] = await promise("appendonly", "no")
-            assert "appendonly is off" in log["promise"]
-            [_, warning] = await promise("maxmemory-policy", "allkeys-lru")
-            assert warning["log_level"] == "warning"
-            assert "deletes accepted jobs" in warning["risk"]
-            await queue._connection.command("ACL", "SETUSER", "default", "-config")
-            with structlog.testing.capture_logs() as logs:
-                async with opened(own, server.url) as other:
-                    await enqueue(other)
-            assert "does not show its settings" in logs[0]["promise"]
 
 
 async def test_any_mixture_of_accidents_ends_every_job_once(settings: Settings, redis_url: str) -> None:

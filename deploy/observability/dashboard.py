@@ -465,6 +465,23 @@ ROWS = (
                 (Query("min by (instance) (darkroom_queue_reachable)", "{{instance}}"),),
             ),
             Panel(
+                "Redis refuses",
+                "Commands that Redis answered with an error, and jobs and results that too few replicas had in time.",
+                (
+                    _by("reason", "redis_refusals_total"),
+                    Query(
+                        "sum by (kind) (rate(darkroom_not_replicated_total[$__rate_interval]))",
+                        "{{kind}} not replicated",
+                    ),
+                ),
+                is_stacked=True,
+            ),
+            Panel(
+                "What Redis keeps through a crash",
+                "fsync: every job it answered for; relaxed: all but the last second; rarely: up to its last snapshot.",
+                (Query("max by (state) (darkroom_redis_durability) > 0", "{{state}}"),),
+            ),
+            Panel(
                 "GPU errors (Xid)",
                 "Reported by the driver, by number.",
                 (

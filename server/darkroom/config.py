@@ -33,6 +33,19 @@ class Settings(BaseSettings):
     redis_maxmemory_bytes: int = Field(
         1 << 30, ge=8 << 20, description="Memory limit of the private redis-server; raising it holds more pictures."
     )
+    durability: Literal["fsync", "relaxed", "replicated"] = Field(
+        "fsync",
+        description="What `accepted` must survive: fsync is a crash of the machine, relaxed the same but for the last "
+        "second, replicated the loss of the server (an external Redis with replicas). The private Redis does as it is "
+        "told; an external one is inspected, and a shortfall logged.",
+    )
+    durability_replicas: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Replicas that must have a job before it is accepted, where durability is replicated; raising it "
+        "survives more losses, and accepts nothing while fewer follow.",
+    )
     shard: str = Field("0", pattern=r"^[a-zA-Z0-9_-]{1,32}$", description="Hash tag of this queue's keys.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_prompts: bool = Field(False, description="Whether the line of an accepted job shows its prompts.")

@@ -17,6 +17,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   ├── StorageFull             the result store is near its memory limit
 │   ├── NoModel                 no worker serves a model, or the one asked for
 │   ├── QueueUnavailable        Redis cannot be reached or refuses writes
+│   ├── NotReplicated           a job was written, but not by as many replicas as it must survive on
 │   ├── ResultStoreUnavailable  the bucket or directory of finished pictures cannot be reached or refuses us
 │   └── Draining                this process is shutting down
 ├── DeviceLost                  a worker's device is gone; the process ends with an exit code of its own
@@ -97,8 +98,8 @@ class Unavailable(DarkroomError):
 
     code = "unavailable"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
 
@@ -129,7 +130,13 @@ class NoModel(Unavailable):
 
 
 class QueueUnavailable(Unavailable):
+    """Its code is `storage_full` where the server is at its memory limit."""
+
     code = "queue_unavailable"
+
+
+class NotReplicated(Unavailable):
+    code = "not_replicated"
 
 
 class ResultStoreUnavailable(Unavailable):
@@ -178,6 +185,7 @@ HTTP_STATUS: dict[str, int] = {
     "storage_full": 503,
     "no_model": 503,
     "queue_unavailable": 503,
+    "not_replicated": 503,
     "storage_unavailable": 503,
     "unavailable": 503,
     "draining": 503,

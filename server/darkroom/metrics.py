@@ -106,6 +106,25 @@ QUEUE_DEAD_LETTERS = _api.gauge("queue_dead_letters", "Jobs on the dead-letter s
 LIVE_WORKERS = _api.gauge("live_workers", "Workers whose heartbeat is alive.")
 REDIS_MEMORY_BYTES = _api.gauge("redis_memory_bytes", "Memory of the Redis server: used, and its limit if any.", "kind")
 
+# Of the Redis that a process is connected to: API and workers.
+REDIS_DURABILITY = _any.gauge(
+    "redis_durability",
+    "1 for what a crash of its machine leaves of the jobs that Redis has answered for: fsync (all), relaxed (all but "
+    "the last second), rarely (those of the last half minute or snapshot), nothing, or unknown.",
+    "state",
+)
+REDIS_REFUSALS = _any.counter(
+    "redis_refusals_total",
+    "Commands that Redis answered with an error: memory (full), read_only (a replica), disk (cannot write), loading "
+    "(starting), replicas (too few), other.",
+    "reason",
+)
+NOT_REPLICATED = _any.counter(
+    "not_replicated_total",
+    "Jobs and results that too few replicas had in time, where durability is replicated.",
+    "kind",
+)
+
 # Whoever looks after lost leases: API and workers.
 REDELIVERIES = _any.counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
 DEAD_LETTERS = _any.counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
@@ -194,6 +213,8 @@ for _metric, _values in (
     (PROMPT_CACHE, ("hit", "miss")),
     (OUT_OF_MEMORY, ("tick", "decode")),
     (NON_FINITE, ("tick", "decode")),
+    (REDIS_REFUSALS, ("memory", "read_only", "disk", "loading", "replicas", "other")),
+    (NOT_REPLICATED, ("job", "result")),
     (RESULT_STORE_SECONDS, ("put", "get", "delete", "sign")),
     (RESULT_STORE_ERRORS, ("put", "get", "delete", "sign")),
 ):

@@ -102,7 +102,7 @@ _IMAGE_HEADERS = {
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
             "unsupported_media_type", "invalid_request", "idempotency_mismatch", "queue_full", "internal", "job_failed",
             "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable",
-            "storage_unavailable", "draining", "expired", "out_of_memory",
+            "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
         ),
     },
 )  # fmt: skip

@@ -41,6 +41,7 @@ TITLES: dict[str, str] = {
     "storage_full": "The result store is full",
     "no_model": "No worker is ready",
     "queue_unavailable": "The queue cannot be reached",
+    "not_replicated": "The job is not safe yet",
     "storage_unavailable": "The result store cannot be reached",
     "unavailable": "The service cannot take requests now",
     "draining": "This server is shutting down",
@@ -158,4 +159,5 @@ _EXAMPLE_DETAILS = {
     "tenant_queue_full": "500 jobs of yours are waiting, which is as many as may; others have room",
     "deadline_unmet": "deadline_s: got 2.0, expected at least 14.2",
     "queue_unavailable": "Redis cannot be reached",
+    "not_replicated": "the job was written, but 1 of 2 replicas has it: ask again with the same Idempotency-Key",
 }

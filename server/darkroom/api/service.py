@@ -114,6 +114,8 @@ class Service:
             return
         if self._reached is False:
             log.info("queue_reached", redis=_without_password(self.settings.redis_url))
+            # It may be another server by now.
+            await self._queue.log_promise()
         self._reached = True
 
 

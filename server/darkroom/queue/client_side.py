@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
-from darkroom import tracing
+from darkroom import metrics, tracing
 from darkroom.errors import (
     DeadlineUnmet,
     IdempotencyMismatch,
@@ -17,6 +18,7 @@ from darkroom.errors import (
     JobError,
     JobNotFinished,
     JobNotFound,
+    NotReplicated,
     QueueFull,
     QueueUnavailable,
     ResultStoreUnavailable,
@@ -106,15 +108,18 @@ class ClientSide:
 
         A deadline that comes before the job would be done is refused, if the workers have measured how fast they are.
 
+        Where durability is `replicated` and too few replicas have the job in time, it is not accepted: without an
+        `idempotency_key` it is taken back, with one it waits for the call to be repeated, and may be run meanwhile.
+
         Raises `QueueFull`, `TenantQueueFull`, `StorageFull`, `DeadlineUnmet`, `InvalidRequest` for a deadline that an
-        empty queue would not meet either, `IdempotencyMismatch`, `QueueUnavailable`.
+        empty queue would not meet either, `IdempotencyMismatch`, `NotReplicated`, `QueueUnavailable`.
         """
         if max_waiting is None and job.tenant != DEFAULT_TENANT:
             max_waiting = self._max_tenant_jobs
         with tracing.enqueueing(job) as job:
             payload = encode(job)
             memory = await self._memory.sample()
-            reply = await self._connection.script(
+            reply, is_safe = await self._connection.replicated_script(
                 "enqueue",
                 job.id,
                 payload,
@@ -155,6 +160,8 @@ class ClientSide:
             if outcome == b"deadline_unmet" and deadline_s is not None:
                 raise _unmet(deadline_s, eta_s=reply[1] / 1000, least_s=reply[2] / 1000)
             job_id = reply[1].decode()
+            if not is_safe:
+                await self._refuse_unsafe(job_id, is_taken_back=outcome == b"new" and idempotency_key is None)
             tracing.mark_enqueued(job_id)
             return Enqueued(
                 job_id=job_id,
@@ -163,6 +170,15 @@ class ClientSide:
                 position=reply[3] if reply[3] >= 0 else None,
                 eta_s=seconds_of(reply[4]),
             )
+
+    async def _refuse_unsafe(self, job_id: str, *, is_taken_back: bool) -> NoReturn:
+        metrics.NOT_REPLICATED.labels("job").inc()
+        if is_taken_back:
+            with contextlib.suppress(QueueUnavailable):
+                await self._connection.script("cancel", job_id)
+        error = NotReplicated("too few replicas have the job: it is not accepted yet", retry_after_s=2.0)
+        error.job_id = job_id
+        raise error
 
     async def status(self, job_id: str) -> JobStatus:
         """Look at a job. Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`."""

@@ -25,6 +25,7 @@ from darkroom.errors import ConfigError
 
 log = structlog.get_logger(__name__)
 
+APPENDFSYNC = {"fsync": "always", "relaxed": "everysec"}
 # Linux allows 107 bytes in the address of a unix socket, macOS 103.
 _MAX_SOCKET_PATH_BYTES = 103
 _MAX_LOG_BYTES = 1 << 20
@@ -37,16 +38,21 @@ _STOP_S = 10.0
 class EmbeddedRedis:
     """Start a redis-server in `settings.redis_dir` on entry and stop it on exit.
 
-    Every write is on disk before it is answered (append-only file, fsync always); memory is bounded by
-    `settings.redis_maxmemory_bytes` and nothing is ever evicted. The server listens on a unix socket that only this
-    user can open, and on no TCP port. It ends when this process ends, however that happens. A directory that a killed
-    server left behind is taken up again.
+    Every write is on disk before it is answered (append-only file, fsync always), or a second later where
+    `settings.durability` is relaxed; memory is bounded by `settings.redis_maxmemory_bytes` and nothing is ever evicted.
+    The server listens on a unix socket that only this user can open, and on no TCP port. It ends when this process
+    ends, however that happens. A directory that a killed server left behind is taken up again.
 
     Raises `ConfigError` when there is no redis-server, or when the directory is in use, unusable, or was written by a
-    newer redis-server.
+    newer redis-server, and for a durability of `replicated`: it has no replicas.
     """
 
     def __init__(self, settings: Settings) -> None:
+        if settings.durability == "replicated":
+            raise ConfigError(
+                "DARKROOM_DURABILITY=replicated: the private Redis has no replica; set DARKROOM_REDIS_URL to one with"
+            )
+        self._appendfsync = APPENDFSYNC[settings.durability]
         self._dir = settings.redis_dir.absolute()
         self._maxmemory_bytes = settings.redis_maxmemory_bytes
         self._binary = find_redis_server()
@@ -123,7 +129,7 @@ class EmbeddedRedis:
             "pidfile": str(self._dir / "redis.pid"),
             "daemonize": "no",
             "appendonly": "yes",
-            "appendfsync": "always",
+            "appendfsync": self._appendfsync,
             # kill -9 may cut the last write in half; it was never answered.
             "aof-load-truncated": "yes",
             "save": "",

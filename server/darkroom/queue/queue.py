@@ -48,8 +48,12 @@ class JobQueue(ClientSide, WorkerSide):
         except QueueUnavailable:
             await queue.close()
             raise
-        await queue._connection.log_promise()
+        await queue.log_promise()
         return queue
+
+    async def log_promise(self) -> None:
+        """Log what the server's settings let `accepted` mean, and where that is less than was asked for."""
+        await self._connection.log_promise()
 
     @property
     def num_waiters(self) -> int:

@@ -265,7 +265,8 @@ class WorkerSide:
             failure.code if failure else "",
             failure.message if failure else "",
         )
-        if sum(map(len, images)) >= _STAGED_BYTES:
+        # Replicas are waited for on the connection that the script was sent on, which a transaction does not allow.
+        if sum(map(len, images)) >= _STAGED_BYTES and not self._connection.replicates:
             staged = [
                 ("SET", self._connection.keys.staged(job_id, attempt, index), image, "PX", self._result_ttl_ms)
                 for index, image in enumerate(images)
@@ -276,4 +277,9 @@ class WorkerSide:
                 # At its memory limit the server takes pictures from a script alone: room for them was reserved.
                 if not is_out_of_memory(error):
                     raise
-        return bool(await self._connection.script("settle", *arguments, 0, *images))
+        settled, is_safe = await self._connection.replicated_script("settle", *arguments, 0, *images)
+        if not is_safe:
+            # The job itself is safe: after a failover it would be run again, with the same picture.
+            metrics.NOT_REPLICATED.labels("result").inc()
+            log.warning("result_not_replicated", job_id=job_id)
+        return bool(settled)

@@ -241,6 +241,8 @@ class Worker:
                     min_rank=min_rank,
                     held=self._held.values(),
                 )
+                # A server that has lost our claim (a failover, an old snapshot) gives the same attempt once more.
+                jobs = [job for job in jobs if not self._holds(job.id, job.attempt)]
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
                     self._held[job.id] = job

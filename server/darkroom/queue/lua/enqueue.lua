@@ -15,16 +15,23 @@
 local id, model = ARGV[1], ARGV[3]
 local digest = ARGV[8]
 
+-- Something is written then too: replicas may be waited for, and a call that wrote nothing waits for none.
+local function known(outcome, known_id, state)
+  write_at_memory_limit()
+  redis.call('HSET', job_key(known_id), 'state', state)
+  return { outcome, known_id, state, prospects(load_job(known_id)) }
+end
+
 local sent_before = redis.call('HGET', job_key(id), 'state')
-if sent_before then return { 'new', id, sent_before, prospects(load_job(id)) } end
+if sent_before then return known('new', id, sent_before) end
 
 if digest ~= '' then
-  local known = redis.call('HMGET', prefix .. 'idempotency:' .. digest, 'job', 'body')
-  if known[1] then
-    local state = redis.call('HGET', job_key(known[1]), 'state')
+  local earlier = redis.call('HMGET', prefix .. 'idempotency:' .. digest, 'job', 'body')
+  if earlier[1] then
+    local state = redis.call('HGET', job_key(earlier[1]), 'state')
     if state then
-      if known[2] ~= ARGV[9] then return { 'mismatch' } end
-      return { 'known', known[1], state, prospects(load_job(known[1])) }
+      if earlier[2] ~= ARGV[9] then return { 'mismatch' } end
+      return known('known', earlier[1], state)
     end
   end
 end

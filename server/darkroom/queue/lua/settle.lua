@@ -16,7 +16,10 @@ write_at_memory_limit()
 local job = load_job(id)
 if not is_owned(job, worker, attempt) then
   for index = 0, num_staged - 1 do redis.call('UNLINK', staged_key(index)) end
-  return job and job.state == state and job.owner == worker and job.attempt == attempt and 1 or 0
+  if not job or job.state ~= state or job.owner ~= worker or job.attempt ~= attempt then return 0 end
+  -- A write, as the replicas that may be waited for are those of this call.
+  redis.call('HSET', job_key(id), 'state', state)
+  return 1
 end
 
 local stored = 0
