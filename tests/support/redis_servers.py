@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -128,6 +128,12 @@ class RedisServer:
         with self.client() as redis:
             redis.replicaof("NO", "ONE")
 
+    def is_replica_of(self, master: RedisServer) -> bool:
+        with self.client() as redis, contextlib.suppress(RedisError):
+            info = redis.info("replication")
+            return info.get("master_port") == master.port and info.get("master_link_status") == "up"
+        return False
+
     def is_in_step_with(self, master: RedisServer) -> bool:
         with master.client() as redis:
             info = redis.info("replication")
@@ -144,3 +150,36 @@ class RedisServer:
         self._process.send_signal(signal.SIGCONT)
         self._process.send_signal(number)
         self._process.wait(20)
+
+
+@contextlib.contextmanager
+def sentinels(directory: Path, master: RedisServer, *, count: int) -> Iterator[list[int]]:
+    """Real sentinels that watch `master` as the service `jobs` and agree by majority; yields their ports."""
+    with contextlib.ExitStack() as stack:
+        ports = [free_port() for _ in range(count)]
+        for port in ports:
+            own = directory / str(port)
+            own.mkdir(parents=True)
+            config = own / "sentinel.conf"
+            config.write_text(
+                f"port {port}\nbind 127.0.0.1\ndir {own}\n"
+                f"sentinel monitor jobs 127.0.0.1 {master.port} {count // 2 + 1}\n"
+                "sentinel down-after-milliseconds jobs 500\nsentinel failover-timeout jobs 3000\n"
+            )
+            with (own / "sentinel.log").open("wb") as log:
+                process = subprocess.Popen([find_redis_server(), str(config), "--sentinel"], stdout=log, stderr=log)
+            stack.callback(process.wait, 20)
+            stack.callback(process.kill)
+        ends_at = time.monotonic() + _START_S
+        while not all(_knows(port, num_others=count - 1) for port in ports):
+            assert time.monotonic() < ends_at, "the sentinels do not find each other"
+            time.sleep(0.05)
+        yield ports
+
+
+def _knows(port: int, *, num_others: int) -> bool:
+    redis = Redis(port=port, protocol=2, retry=None, decode_responses=True)
+    with redis, contextlib.suppress(RedisError, OSError):
+        state = redis.sentinel_masters()["jobs"]
+        return bool(state["num-other-sentinels"] == num_others and state["num-slaves"] == 1)
+    return False
