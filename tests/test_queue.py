@@ -1187,6 +1187,23 @@ async def test_a_link_that_falls_silent_is_noticed_and_replaced(
         assert (await asyncio.wait_for(waiter, 4)).state == "succeeded"
 
 
+async def test_a_server_that_is_full_sooner_than_was_thought_refuses_a_job_as_full(
+    settings: Settings, tmp_path: Path
+) -> None:
+    own = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(own) as server:
+        async with opened(own, server.url) as queue:
+            job = await enqueue(queue)  # and so its memory has just been looked at
+            used = (await queue.memory()).used_bytes
+            queue._memory._taken_at = float("inf")
+            await queue._connection.command("CONFIG", "SET", "maxmemory", used - (100 << 10))
+            with pytest.raises(QueueUnavailable) as refused:
+                await enqueue(queue)
+            assert (refused.value.code, str(refused.value)) == ("storage_full", "the queue's memory is full")
+            assert await succeed(queue, await claim_one(queue))
+            assert (await queue.status(job.id)).state == "succeeded"
+
+
 async def test_any_mixture_of_accidents_ends_every_job_once(settings: Settings, redis_url: str) -> None:
     """Workers vanish, come back late, hand back, and clients cancel; each accepted job still ends exactly once."""
     dice = random.Random(20)

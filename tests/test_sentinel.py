@@ -33,6 +33,7 @@ def test_an_address_that_is_none_is_refused_with_the_form_it_should_have(setting
         JobQueue(settings, url)
 
 
+@pytest.mark.chaos
 async def test_after_a_failover_the_queue_is_where_the_sentinels_say(settings: Settings, tmp_path: Path) -> None:
     with RedisServer(tmp_path / "master") as master, RedisServer(tmp_path / "replica") as replica:
         replica.follow(master)
