@@ -1,12 +1,13 @@
 #!/bin/sh
-# The extras of `make test` that are not Python packages: a redis-server, the emoji font, and Prometheus; with
-# the argument `images` also those of `make test-images`.
+# The extras of `make test` that are not Python packages: a redis-server, the emoji font, Prometheus, and
+# Chromium; with the argument `images` also those of `make test-images`.
 # Installed where this runs as root on Debian; elsewhere their absence is said and the tests that need them skip.
 set -eu
 missing=""
 command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
 [ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ] || missing="$missing fonts-noto-color-emoji"
 command -v promtool >/dev/null 2>&1 || missing="$missing prometheus"
+command -v chromium >/dev/null 2>&1 || missing="$missing chromium"
 if [ "${1:-}" = images ]; then
     for tool in buildah debootstrap; do
         command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"

@@ -1,235 +1,388 @@
-"use strict";
-// The page talks to the same public API as every other client. Text from the network is only ever set as textContent.
+// The page talks to the same public API as every other client.
+import { Problem, askForKey, call, capabilities, events, json, key } from "./api.js";
+import * as batch from "./batch.js";
+import { $, announce, element, seconds } from "./dom.js";
+import * as form from "./form.js";
+import { samplerLabel, settingsOf } from "./png.js";
+import * as start from "./start.js";
+import * as strip from "./strip.js";
+import * as tray from "./tray.js";
 
-const $ = (id) => document.getElementById(id);
-const fieldNames = ["prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "seed", "width", "height", "num_images_per_prompt", "model"];
-const terminal = ["succeeded", "failed", "cancelled", "expired"];
-let cards = [];
-let current = null; // {id, source} of the job being followed
+const TERMINAL = ["succeeded", "failed", "cancelled", "expired"];
+const FOLLOWED = "darkroom.followed";
+let current = null; // {id, request, controller} of the job being followed
+let can = { startsFromPictures: false, masks: false, showsBatch: false };
+let retry = null;
 
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-function card() {
-  return cards.find((one) => one.id === $("model").value) || cards[0];
-}
-
-// What the form asks for: only the fields that say something, so that the model's own defaults do the rest.
-function request() {
-  const body = { prompt: $("prompt").value };
-  if ($("negative_prompt").value) body.negative_prompt = $("negative_prompt").value;
-  if (cards.length > 1) body.model = $("model").value;
-  for (const name of ["num_inference_steps", "guidance_scale", "width", "height", "seed"]) {
-    const text = $(name).value.trim();
-    if (text !== "") body[name] = Number.isFinite(Number(text)) ? Number(text) : text;
-  }
-  if ($("sampler").value) body.sampler = $("sampler").value;
-  if ($("num_images_per_prompt").value !== "1") body.num_images_per_prompt = Number($("num_images_per_prompt").value);
-  return body;
-}
-
-function showCurl() {
-  const body = JSON.stringify({ ...request(), prompt: $("prompt").value || "a red fox in the snow" });
-  const quoted = body.replaceAll("'", "'\\''");
-  $("curl").textContent = `curl ${location.origin}/generate \\\n  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n  -d '${quoted}' -o picture.png`;
-}
-
-// Fill the form in from the model's card. What was typed before the first card arrived stays.
-function showCard(overwrite) {
-  const chosen = card();
-  if (!chosen) return;
-  for (const name of ["num_inference_steps", "guidance_scale", "width", "height"]) {
-    if (overwrite || !$(name).value) $(name).value = chosen[name];
-  }
-  for (const name of ["width", "height"]) {
-    Object.assign($(name), { step: chosen.size_multiple, min: chosen.size_multiple, max: chosen[`max_${name}`] });
-  }
-  $("sampler").replaceChildren(...chosen.samplers.map((name) => element("option", { value: name, textContent: name, selected: name === chosen.sampler })));
-  $("examples").replaceChildren(...(chosen.example_prompts || []).slice(0, 5).map((text) =>
-    element("button", { type: "button", textContent: text, onclick: () => { $("prompt").value = text; showCurl(); $("form").requestSubmit(); } })));
-  showCurl();
-}
-
-async function loadModels() {
-  const reply = await fetch("/models");
-  if (!reply.ok) return;
-  cards = (await reply.json()).models;
-  $("model").replaceChildren(...cards.map((one) => element("option", { value: one.id, textContent: one.id })));
-  $("model-field").hidden = cards.length < 2;
-  showCard(false);
-}
-
-async function watchHealth() {
-  let pause = 2000;
-  try {
-    const reply = await fetch("/health/ready");
-    const body = await reply.json();
-    if (reply.ok) {
-      if (cards.length === 0) await loadModels();
-      const names = cards.map((one) => one.id).join(", ");
-      $("health").textContent = body.health === "busy" ? "The queue is full; new work has to wait." : names;
-      pause = 15000;
-    } else {
-      $("health").textContent = body.code === "no_model" ? "Waiting for a worker…" : `${body.title}.`;
-    }
-  } catch {
-    $("health").textContent = "The server does not answer.";
-  }
-  setTimeout(watchHealth, pause);
-}
-
-function clearProblem() {
-  $("problem").hidden = true;
-  for (const name of fieldNames) {
-    $(name).removeAttribute("aria-invalid");
-    $(`${name}-error`).hidden = true;
-  }
-}
-
-function showProblem(title, detail, errors = []) {
-  let unplaced = errors.length === 0;
-  let first = null;
-  for (const error of errors) {
-    const line = fieldNames.includes(error.field) ? $(`${error.field}-error`) : null;
-    if (!line) { unplaced = true; continue; }
-    line.textContent = `Expected ${error.accepted}.`;
-    line.hidden = false;
-    $(error.field).setAttribute("aria-invalid", "true");
-    first = first || $(error.field);
-  }
-  if (first) first.focus();
-  if (unplaced) {
-    $("problem").replaceChildren(element("strong", { textContent: `${title}.` }), element("p", { textContent: detail }));
-    $("problem").hidden = false;
-  }
-  $("status").textContent = first && !unplaced ? "Please look at the marked fields." : "";
+function say(text) {
+  $("status").textContent = text;
 }
 
 function setBusy(busy) {
   $("go").disabled = busy;
   $("stop").hidden = !busy;
-  $("progress").hidden = !busy;
-  $("progress").removeAttribute("value");
-  $("tray").setAttribute("aria-busy", String(busy));
+  $("print-actions").hidden = busy || !strip.current();
 }
 
-function showLatent(body) {
-  const latent = element("div", { className: "latent" });
-  latent.style.aspectRatio = `${body.width || 1} / ${body.height || 1}`;
-  $("empty").hidden = true;
-  $("pictures").replaceChildren(latent);
+// Problems.
+
+function clearProblem() {
+  clearInterval(retry);
+  $("problem").hidden = true;
+  form.clearErrors();
 }
 
-function showPictures(job) {
-  const seconds = (new Date(job.finished_at) - new Date(job.created_at)) / 1000;
-  $("pictures").replaceChildren(...job.images.map((image) => {
-    const picture = element("img", { src: image.url, alt: job.manifest.prompt, width: image.width, height: image.height });
-    if (image.width < 256) {
-      const zoom = Math.max(1, Math.floor((job.images.length > 1 ? 192 : 384) / image.width));
-      Object.assign(picture, { className: "small", width: image.width * zoom, height: image.height * zoom });
-    }
-    return element("figure", {}, picture, element("figcaption", {},
-      element("button", { type: "button", textContent: `seed ${image.seed}`, title: "Use this seed again", onclick: () => { $("seed").value = image.seed; showCurl(); } }),
-      element("a", { href: image.url, download: `darkroom-${image.seed}.${image.format}`, textContent: "Save" })));
-  }));
-  $("empty").hidden = true;
-  $("status").textContent = `${job.manifest.num_inference_steps} steps of ${job.manifest.sampler} in ${seconds.toFixed(2)} s`;
+function showProblem(problem, ...extra) {
+  const unplaced = form.showErrors(problem.errors || []);
+  const isPlaced = problem.errors?.length && !unplaced.length;
+  say(isPlaced ? "Please look at the marked field." : "");
+  if (isPlaced) return;
+  $("problem").replaceChildren(element("strong", { textContent: problem.title }), element("p", { textContent: problem.message }), ...extra);
+  $("problem").hidden = false;
 }
 
-function remember(job) {
-  const thumb = element("button", { type: "button", title: job.manifest.prompt, onclick: () => { clearProblem(); showPictures(job); } },
-    element("img", { src: job.images[0].url, alt: job.manifest.prompt }));
-  $("sheet").prepend(thumb);
-  while ($("sheet").children.length > 24) $("sheet").lastChild.remove();
-}
-
-async function finish(id) {
-  if (!current || current.id !== id) return;
-  current.source.close();
-  current = null;
-  setBusy(false);
-  try {
-    const job = await (await fetch(`/jobs/${id}`)).json();
-    if (job.state === "succeeded") {
-      showPictures(job);
-      remember(job);
-    } else {
-      $("pictures").replaceChildren();
-      $("empty").hidden = false;
-      if (job.state === "failed") showProblem("The picture could not be made", job.failure.message);
-      else $("status").textContent = job.state === "cancelled" ? "Cancelled." : "It took too long and was given up.";
-    }
-  } catch {
-    showProblem("The server does not answer", "The job is safe; reload the page in a moment.");
-  }
-}
-
-function follow(id) {
-  const source = new EventSource(`/jobs/${id}/events`);
-  current = { id, source };
-  source.addEventListener("running", () => { $("status").textContent = "In the developer…"; });
-  source.addEventListener("progress", (event) => {
-    const { step, num_steps: steps } = JSON.parse(event.data);
-    $("progress").value = steps ? step / steps : 0;
-    $("status").textContent = `Step ${step} of ${steps}`;
-    const latent = document.querySelector(".latent");
-    if (latent) latent.style.setProperty("--done", String(steps ? step / steps : 0));
-  });
-  for (const kind of terminal) source.addEventListener(kind, () => finish(id));
-  source.onerror = async () => {
-    if (source.readyState === EventSource.CLOSED) await finish(id);
-    else $("status").textContent = "The connection broke off; trying again…";
+// The server is full for now and says when to come back: count down to that, and come back then if asked to.
+function offerRetry(problem, attempt) {
+  const until = Date.now() + Math.max(1, problem.retryAfterS) * 1000;
+  let isAuto = false;
+  const count = element("span", { className: "count" });
+  const now = element("button", { type: "button", className: "quiet", textContent: "Try now", onclick: () => develop(attempt) });
+  const auto = element("button", { type: "button", className: "go", textContent: "Wait and try by itself", onclick: () => {
+    isAuto = !isAuto;
+    auto.setAttribute("aria-pressed", String(isAuto));
+    auto.textContent = isAuto ? "Waiting for it; stop" : "Wait and try by itself";
+    tick();
+  } });
+  auto.setAttribute("aria-pressed", "false");
+  const tick = () => {
+    const left = Math.max(0, Math.ceil((until - Date.now()) / 1000));
+    count.textContent = left ? `A place comes free in about ${seconds(left)}.` : "A place should be free now.";
+    if (left) return;
+    clearInterval(retry);
+    if (isAuto) develop(attempt);
   };
+  showProblem(problem, element("div", { className: "actions" }, auto, now, count));
+  tick();
+  clearInterval(retry);
+  retry = setInterval(tick, 1000);
 }
 
-async function submit(event) {
+// From the form to a print.
+
+function wanted() {
+  return { ...form.request(), ...(can.startsFromPictures ? start.fields() : {}) };
+}
+
+function submit(event) {
   event.preventDefault();
   if (current || $("go").disabled) return;
+  develop({ request: wanted(), idempotencyKey: crypto.getRandomValues(new Uint32Array(4)).join("-") });
+}
+
+// The same attempt may be made again after a refusal: its key makes sure that it becomes one job.
+async function develop(attempt) {
   clearProblem();
-  const body = request();
   setBusy(true);
-  $("status").textContent = "Asking…";
+  say("Asking…");
+  let isLaid = false;
   try {
-    const reply = await fetch("/generate", {
+    const accepted = await json("/generate", {
       method: "POST",
-      headers: { "Content-Type": "application/json", "Idempotency-Key": crypto.getRandomValues(new Uint32Array(4)).join("-") },
-      body: JSON.stringify({ ...body, mode: "async" }),
+      headers: { "Content-Type": "application/json", "Idempotency-Key": attempt.idempotencyKey },
+      body: form.bodyOf({ ...attempt.request, mode: "async" }),
     });
-    const answer = await reply.json();
-    if (!reply.ok) {
-      setBusy(false);
-      showProblem(answer.title, answer.detail, answer.errors);
-      return;
-    }
-    $("status").textContent = answer.position ? `${answer.position} ahead in the queue` : "In the queue…";
-    showLatent(body);
-    $("tray").scrollIntoView({ block: "nearest" });
-    follow(answer.job_id);
-  } catch {
+    layPaper(attempt.request);
+    isLaid = true;
+    if (!matchMedia("(min-width: 60rem)").matches) $("tray").scrollIntoView({ block: "nearest" });
+    showQueued(accepted.position, accepted.eta_s);
+    announce("Accepted. The picture is on its way.");
+    await follow(accepted.job_id, attempt.request);
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    if (isLaid) emptyTray();
     setBusy(false);
-    showProblem("The server does not answer", "Please try again in a moment.");
+    if (problem.status === 429 || (problem.status === 503 && problem.retryAfterS)) offerRetry(problem, attempt);
+    else showProblem(problem);
+    announce(problem.title);
   }
 }
 
-$("form").addEventListener("submit", submit);
-$("form").addEventListener("input", showCurl);
-$("model").addEventListener("change", () => showCard(true));
-$("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
-});
-$("stop").addEventListener("click", () => { if (current) fetch(`/jobs/${current.id}`, { method: "DELETE" }).catch(() => {}); });
-$("copy").addEventListener("click", async () => {
+function layPaper({ width, height, num_images_per_prompt: count }) {
+  const [ownWidth, ownHeight] = form.size();
+  strip.choose(null);
+  tray.begin(width || ownWidth, height || ownHeight, count || 1);
+}
+
+function showQueued(position, etaS) {
+  const ahead = position ? `${position} ahead of it` : "Next in the queue";
+  say(etaS ? `${ahead} · ready in about ${seconds(etaS)}` : ahead);
+}
+
+async function follow(id, request) {
+  const controller = new AbortController();
+  current = { id, request, controller };
+  sessionStorage.setItem(FOLLOWED, JSON.stringify({ id, request: { ...request, init_image: undefined, mask_image: undefined } }));
+  batch.own([id]);
+  setBusy(true);
+  const waiting = setInterval(() => lookAtQueue(id), 2000);
+  const pace = [];
   try {
-    await navigator.clipboard.writeText($("curl").textContent);
+    for await (const { kind, data } of events(`/jobs/${id}/events`, controller.signal, () => say("The connection broke off; trying again…"))) {
+      if (kind === "running") {
+        clearInterval(waiting);
+        say("In the developer");
+      } else if (kind === "progress") {
+        clearInterval(waiting);
+        pace.push([performance.now(), data.step]);
+        tray.progress(data.num_steps ? data.step / data.num_steps : 0, data.step, data.num_steps);
+        say(["In the developer", remaining(pace, data.num_steps)].filter(Boolean).join(" · "));
+      } else if (kind === "preview") {
+        tray.preview(data.index ?? 0, data.image ?? data.base64, data.media_type ?? "image/png");
+      } else if (TERMINAL.includes(kind)) {
+        break;
+      }
+    }
+  } finally {
+    clearInterval(waiting);
+    current = null;
+    sessionStorage.removeItem(FOLLOWED);
+    batch.own([]);
+    tray.end();
+  }
+  await finish(id, request);
+}
+
+// How long the rest takes at the pace of the last steps.
+function remaining(pace, steps) {
+  const [[since, from], [now, step]] = [pace.at(-6) || pace[0], pace.at(-1)];
+  if (step <= from) return "";
+  return `about ${seconds((now - since) / 1000 / (step - from) * (steps - step))} left`;
+}
+
+async function lookAtQueue(id) {
+  try {
+    const job = await json(`/jobs/${id}`);
+    if (current?.id === id && job.state === "queued") showQueued(job.position, job.eta_s);
+  } catch {
+    // The stream of events says what became of it.
+  }
+}
+
+async function finish(id, request) {
+  const job = await json(`/jobs/${id}`);
+  if (job.state === "succeeded") {
+    const images = await Promise.all(job.images.map(fetched));
+    const manifest = job.manifest;
+    const print = {
+      id, request: { ...request, seed: request.seed ?? String(job.seed) }, images, at: Date.now(),
+      steps: manifest.num_inference_steps, sampler: manifest.sampler, guidance: manifest.guidance_scale,
+      took: (new Date(job.finished_at) - new Date(job.created_at)) / 1000, shared: manifest.max_batch_rows,
+      bytes: images.reduce((sum, image) => sum + (image.blob?.size || 0), (request.init_image?.length || 0) + (request.mask_image?.length || 0)),
+    };
+    if (images.every((image) => image.blob)) await strip.add(print);
+    show(print);
+    announce("The picture is done.");
+  } else {
+    tray.clear();
+    if (job.state === "failed") showProblem(new Problem(500, { title: "The picture could not be made", detail: job.failure.message }));
+    else say(job.state === "cancelled" ? "Cancelled." : "It took too long and was given up.");
+    announce(job.state === "failed" ? "The picture could not be made." : $("status").textContent);
+  }
+  setBusy(false);
+}
+
+// A picture as bytes, so that the strip can keep it; as an address where a bucket hands it out by itself.
+async function fetched({ url, seed, width, height, format }) {
+  try {
+    return { seed, width, height, format, blob: await (await call(url)).blob() };
+  } catch (problem) {
+    if (problem.status) throw problem;
+    return { seed, width, height, format, url };
+  }
+}
+
+// Looking at a print.
+
+function show(print) {
+  clearProblem();
+  tray.show(print.images, print.request.prompt);
+  const [image] = print.images;
+  say([
+    `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`,
+    `${image.width} × ${image.height}`, `${print.took.toFixed(2)} s`,
+  ].join(" · "));
+  const name = `darkroom-${image.seed}.${image.format === "jpeg" ? "jpg" : image.format}`;
+  if (image.blob) Object.assign($("download"), { href: tray.addressOf(0), download: name });
+  $("use-start").hidden = !can.startsFromPictures;
+  $("print-actions").hidden = !strip.current();
+}
+
+async function fillFrom(print, changes = {}) {
+  form.fill({ ...print.request, ...changes });
+  if (can.startsFromPictures) await start.restore(print.request);
+}
+
+function again(changes) {
+  const print = strip.current();
+  if (current || !print) return;
+  fillFrom(print, changes);
+  const { seed, ...rest } = print.request;
+  develop({ request: changes ? rest : { ...rest, seed }, idempotencyKey: crypto.getRandomValues(new Uint32Array(4)).join("-") });
+}
+
+async function copy() {
+  const text = form.curlOf(strip.current().request);
+  try {
+    await navigator.clipboard.writeText(text);
     $("copy").textContent = "Copied";
   } catch {
-    getSelection().selectAllChildren($("curl"));
-    $("copy").textContent = "Selected";
+    // Without a secure context there is no clipboard.
+    $("problem").replaceChildren(element("strong", { textContent: "The same with curl" }), element("pre", { textContent: text }));
+    $("problem").hidden = false;
+    getSelection().selectAllChildren($("problem").lastChild);
   }
-  setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
-});
-showCurl();
-watchHealth();
+  setTimeout(() => { $("copy").textContent = "Copy as curl"; }, 1500);
+}
+
+async function discard() {
+  const next = await strip.discard(strip.current());
+  if (next) {
+    strip.choose(next);
+    return;
+  }
+  emptyTray();
+  $("prompt").focus();
+}
+
+function emptyTray() {
+  tray.clear();
+  say("");
+  $("print-actions").hidden = true;
+}
+
+// Pictures that come in: by choice, drop or paste.
+
+async function take(file, target) {
+  if (!file) return;
+  const settings = target === "start" ? null : await settingsOf(file);
+  if (settings) {
+    form.fill(settings);
+    clearProblem();
+    say(`Settings restored from ${file.name || "the picture"}.`);
+    announce("Settings restored.");
+  } else if (can.startsFromPictures && target !== "settings") {
+    if (await start.set(file)) say("The next picture starts from this one.");
+    else showProblem(new Problem(0, { title: "That file is no picture this browser can read", detail: "PNG, JPEG and WebP are." }));
+  } else {
+    showProblem(new Problem(0, { title: "This picture carries no settings", detail: "PNGs made here do, and so do those of other tools that write “parameters”, as long as nobody saved them anew." }));
+  }
+}
+
+function choose(target) {
+  $("file").onchange = () => { take($("file").files[0], target); $("file").value = ""; };
+  $("file").click();
+}
+
+function setUpIntake() {
+  const carriesFile = (event) => [...event.dataTransfer.types].includes("Files");
+  addEventListener("dragover", (event) => {
+    if (!carriesFile(event)) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  for (const kind of ["dragleave", "drop"]) {
+    addEventListener(kind, (event) => { if (kind === "drop" || !event.relatedTarget) document.body.classList.remove("dropping"); });
+  }
+  addEventListener("drop", (event) => {
+    if (!carriesFile(event)) return;
+    event.preventDefault();
+    take(event.dataTransfer.files[0], $("start").contains(event.target) ? "start" : undefined);
+  });
+  addEventListener("paste", (event) => {
+    const file = event.clipboardData?.files[0];
+    if (file) { event.preventDefault(); take(file); }
+  });
+  $("restore").addEventListener("click", () => choose("settings"));
+  $("start-choose").addEventListener("click", () => choose("start"));
+}
+
+// The server.
+
+async function watchHealth() {
+  let pauseMs = 2000;
+  try {
+    const ready = await json("/health/ready");
+    if (!watchHealth.knows) {
+      form.showCards((await json("/models")).models);
+      watchHealth.knows = Boolean(form.card());
+    }
+    const workers = ready.workers === 1 ? "one worker" : `${ready.workers} workers`;
+    $("health").textContent = ready.health === "busy" ? "The queue is full; new work has to wait" : [form.card()?.id, workers].filter(Boolean).join(" · ");
+    pauseMs = watchHealth.knows ? 15000 : 2000;
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    $("health").textContent = problem.code === "no_model" ? "Waiting for a worker…" : `${problem.title}`;
+  }
+  setTimeout(watchHealth, pauseMs);
+}
+
+// A job that was under way when the page was left goes on.
+async function resume() {
+  const followed = sessionStorage.getItem(FOLLOWED);
+  if (!followed) return;
+  const { id, request } = JSON.parse(followed);
+  try {
+    const job = await json(`/jobs/${id}`);
+    form.fill(request);
+    layPaper(request);
+    if (TERMINAL.includes(job.state)) await finish(id, request);
+    else await follow(id, request);
+  } catch {
+    // It is gone by now.
+    emptyTray();
+    setBusy(false);
+  }
+  sessionStorage.removeItem(FOLLOWED);
+}
+
+function setUpTheme() {
+  const isLight = () => (document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: light)").matches ? "light" : "dark")) === "light";
+  const label = () => { $("theme").textContent = isLight() ? "Dark" : "Light"; };
+  $("theme").addEventListener("click", () => {
+    document.documentElement.dataset.theme = isLight() ? "dark" : "light";
+    localStorage.setItem("darkroom.theme", document.documentElement.dataset.theme);
+    label();
+  });
+  matchMedia("(prefers-color-scheme: light)").addEventListener("change", label);
+  label();
+}
+
+async function setUp() {
+  form.setUp();
+  setUpTheme();
+  setUpIntake();
+  tray.watch();
+  $("form").addEventListener("submit", submit);
+  $("stop").addEventListener("click", () => {
+    if (!current) return;
+    say("Cancelling…");
+    call(`/jobs/${current.id}`, { method: "DELETE" }).catch((problem) => showProblem(problem));
+  });
+  $("again").addEventListener("click", () => again());
+  $("vary").addEventListener("click", () => again({ seed: "" }));
+  $("use").addEventListener("click", async () => { await fillFrom(strip.current()); $("prompt").focus(); });
+  $("use-start").addEventListener("click", () => take(strip.current().images[0].blob, "start"));
+  $("copy").addEventListener("click", copy);
+  $("forget").addEventListener("click", discard);
+  $("key").addEventListener("click", () => askForKey("A new key takes the place of the one in use."));
+  $("key").hidden = !key();
+  document.addEventListener("strip-cleared", emptyTray);
+  await strip.setUp(show);
+  await watchHealth();
+  await resume();
+  can = await capabilities().catch(() => can);
+  if (can.startsFromPictures) start.setUp(can, () => {});
+  if (can.showsBatch) batch.setUp();
+}
+
+setUp();

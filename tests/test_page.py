@@ -1,0 +1,343 @@
+"""The page in a real browser: what a person does, and what they see then."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from axe_playwright_python.async_playwright import Axe
+from darkroom.config import Settings
+from darkroom.diffusion.images import encode_image
+from darkroom.jobs import Failure, GenerationRequest
+from darkroom.queue import JobQueue
+from PIL import Image
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
+
+from tests.support.http import Served, served
+from tests.support.instant_worker import InstantWorker
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+expect.set_options(timeout=30_000)
+CHROMIUM = shutil.which("chromium")
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "device_scale_factor": 2}
+DESKTOP = {"viewport": {"width": 1440, "height": 900}}
+
+
+@dataclass
+class Darkroom:
+    """A served page with a worker behind it, and the browser that looks at it."""
+
+    browser: Browser
+    site: Served
+    worker: InstantWorker
+    queue: JobQueue
+    contexts: list[BrowserContext] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    async def open(self, **options: object) -> Page:
+        """The page in a browser that has never seen it. Whatever it complains about fails the test."""
+        context = await self.browser.new_context(**{"reduced_motion": "reduce", **DESKTOP, **options})
+        context.set_default_timeout(30_000)
+        self.contexts.append(context)
+        page = await context.new_page()
+        page.on("console", self._heard)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        await page.goto(f"http://127.0.0.1:{self.site.port}/")
+        await expect(page.locator("#examples button").first).to_be_attached()
+        return page
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        # The browser itself notes each refused call.
+        if message.type in ("error", "warning") and "the server responded with a status of 4" not in message.text:
+            self.complaints.append(message.text)
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    if CHROMIUM is None:
+        assert not os.environ.get("CI"), "chromium is missing; run tests/system-packages.sh"
+        pytest.skip("chromium is not installed")
+    async with async_playwright() as playwright:
+        # As root, and in containers, its own sandbox cannot be had.
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, chromium_sandbox=False)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def queue(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[JobQueue]:
+    settings = Settings(data_dir=tmp_path_factory.mktemp("page"), redis_url=redis_url, shard="test-page")
+    queue = await JobQueue.connect(settings, redis_url)
+    yield queue
+    await queue.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def site(queue: JobQueue, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    settings = Settings(data_dir=tmp_path_factory.mktemp("page"), redis_url=redis_url, shard="test-page")
+    async with served(settings, queue) as site:
+        yield site
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def darkroom(browser: Browser, site: Served, queue: JobQueue) -> AsyncIterator[Darkroom]:
+    async with InstantWorker(queue).running() as worker:
+        darkroom = Darkroom(browser, site, worker, queue)
+        yield darkroom
+        for context in darkroom.contexts:
+            await context.close()
+    assert darkroom.complaints == []
+
+
+async def develop(page: Page, prompt: str, **values: object) -> None:
+    await page.fill("#prompt", prompt)
+    for name, value in values.items():
+        await page.fill(f"#{name}", str(value))
+    await page.click("#go")
+
+
+async def printed(page: Page, seed: int) -> None:
+    await expect(page.locator("#status")).to_contain_text(f"seed {seed} · 4 steps of DPM++ 2M")
+    await expect(page.locator("#tray img").last).to_have_js_property("naturalWidth", 64)
+
+
+async def test_a_prompt_becomes_a_print_on_the_strip(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    await develop(page, "a red fox in the snow", seed=7, num_images_per_prompt=2)
+    await printed(page, 7)
+    assert await page.locator("#tray .paper").count() == 2
+    assert await page.locator("#tray img").first.get_attribute("alt") == "a red fox in the snow (1 of 2)"
+    assert await page.locator("#strip .frame").count() == 1
+    async with page.expect_download() as download:
+        await page.click("#download")
+    assert (await download.value).suggested_filename == "darkroom-7.png"
+
+
+async def test_everything_can_be_done_by_keyboard(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    await page.focus("#prompt")
+    await page.keyboard.type("a red fox")
+    await page.keyboard.press("Control+Enter")
+    await expect(page.locator("#print-actions")).to_be_visible()
+    await page.focus("#strip button")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#strip button")).to_have_attribute("aria-pressed", "true")
+    await page.focus("#forget")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#strip .frame")).to_have_count(0)
+    await expect(page.locator("#prompt")).to_be_focused()
+
+
+async def test_a_picture_under_way_can_be_called_off(darkroom: Darkroom) -> None:
+    darkroom.worker.gate.clear()
+    page = await darkroom.open()
+    await develop(page, "a red fox")
+    await expect(page.locator("#timer")).to_have_text("1of 4")
+    await page.click("#stop")
+    await expect(page.locator("#status")).to_have_text("Cancelled.")
+    await expect(page.locator("#empty")).to_be_visible()
+    await expect(page.locator("#go")).to_be_enabled()
+
+
+async def test_a_reload_finds_the_strip_and_goes_on_with_the_picture_under_way(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    await develop(page, "a red fox", seed=1)
+    await printed(page, 1)
+    darkroom.worker.gate.clear()
+    await develop(page, "a blue fox", seed=2)
+    await expect(page.locator("#timer-step")).to_have_text("1")
+    await page.reload()
+    await expect(page.locator("#strip .frame")).to_have_count(1)
+    await expect(page.locator("#prompt")).to_have_value("a blue fox")
+    await expect(page.locator("#stop")).to_be_visible()
+    darkroom.worker.gate.set()
+    await printed(page, 2)
+    await expect(page.locator("#strip .frame")).to_have_count(2)
+    await page.click("#strip .frame:nth-child(2) button")
+    await printed(page, 1)
+
+
+async def test_a_print_can_be_made_again_varied_and_copied(darkroom: Darkroom) -> None:
+    page = await darkroom.open(permissions=["clipboard-read", "clipboard-write"])
+    await develop(page, "it's a fox", seed=11, negative_prompt="snow")
+    await printed(page, 11)
+    await page.click("#copy")
+    await expect(page.locator("#copy")).to_have_text("Copied")
+    command = await page.evaluate("navigator.clipboard.readText()")
+    sent = json.loads(command.partition("-d '")[2].rpartition("' -o")[0].replace("'\\''", "'"))
+    assert (sent["prompt"], sent["negative_prompt"], sent["seed"]) == ("it's a fox", "snow", 11)
+    await develop(page, "something else", seed=12, negative_prompt="")
+    await printed(page, 12)
+    await page.click("#strip .frame:nth-child(2) button")
+    await page.click("#again")
+    await expect(page.locator("#strip .frame")).to_have_count(3)
+    await printed(page, 11)
+    await expect(page.locator("#negative_prompt")).to_have_value("snow")
+    await page.click("#vary")
+    await expect(page.locator("#strip .frame")).to_have_count(4)
+    await expect(page.locator("#status")).not_to_contain_text("seed 11 ")
+
+
+async def drop(page: Page, content: bytes, media_type: str = "image/png") -> None:
+    """Let go of a file over the tray."""
+    carried = await page.evaluate_handle(
+        """([text, type]) => {
+            const carried = new DataTransfer();
+            const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            carried.items.add(new File([bytes], "dropped", { type }));
+            return carried;
+        }""",
+        [base64.b64encode(content).decode(), media_type],
+    )
+    await page.dispatch_event("#tray", "drop", {"dataTransfer": carried})
+
+
+REQUEST = GenerationRequest(
+    prompt="two foxes,\nünder Wasser",
+    negative_prompt="snow",
+    model="test-world",
+    width=128,
+    height=64,
+    num_inference_steps=9,
+    guidance_scale=4.5,
+    seed=2**63 - 2,
+    sampler="euler_a",
+    sigma_schedule="simple",
+)
+
+
+async def restored(page: Page) -> None:
+    await expect(page.locator("#status")).to_contain_text("Settings restored")
+    for name, value in {
+        "prompt": REQUEST.prompt,
+        "negative_prompt": "snow",
+        "width": "128",
+        "height": "64",
+        "num_inference_steps": "9",
+        "guidance_scale": "4.5",
+        "seed": str(REQUEST.seed),
+        "sampler": "euler_a",
+        "sigma_schedule": "simple",
+    }.items():
+        await expect(page.locator(f"#{name}")).to_have_value(value)
+
+
+async def test_a_dropped_png_brings_its_settings_back(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    await drop(page, encode_image(pixels, REQUEST, 0, model_hash="0123456789abcdef", version="1"))
+    await restored(page)
+
+
+async def test_a_png_of_another_tool_brings_its_settings_back(darkroom: Darkroom, tmp_path: Path) -> None:
+    """With the record taken out, only the text that AUTOMATIC1111 reads and writes is left."""
+    page = await darkroom.open()
+    pixels = np.zeros((64, 128, 3), np.uint8)
+    content = encode_image(pixels, REQUEST, 0, model_hash="0123456789abcdef", version="1")
+    (tmp_path / "other.png").write_bytes(content.replace(b"darkroom\0", b"somebody\0"))
+    async with page.expect_file_chooser() as chooser:
+        await page.click("#restore")
+    await (await chooser.value).set_files(tmp_path / "other.png")
+    await restored(page)
+
+
+async def test_a_picture_without_settings_is_said_to_have_none(darkroom: Darkroom, tmp_path: Path) -> None:
+    page = await darkroom.open()
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    async with page.expect_file_chooser() as chooser:
+        await page.click("#restore")
+    await (await chooser.value).set_files(tmp_path / "plain.png")
+    await expect(page.get_by_role("alert")).to_contain_text("This picture carries no settings")
+
+
+async def test_a_wrong_field_is_said_beside_the_field(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    await develop(page, "a red fox", num_inference_steps=9999, width=63)
+    await expect(page.locator("#num_inference_steps-error")).to_have_text(
+        "This takes an integer from 1 to 200; it was given 9999."
+    )
+    await expect(page.locator("#num_inference_steps")).to_be_focused()
+    await develop(page, "a red fox", num_inference_steps=4)
+    await expect(page.locator("#num_inference_steps-error")).to_be_hidden()
+    await expect(page.locator("#width-error")).to_contain_text("a multiple of 8")
+    await develop(page, "a red fox", width=64, seed=3)
+    await printed(page, 3)
+
+
+async def test_a_failed_job_is_told_in_its_own_words(darkroom: Darkroom) -> None:
+    darkroom.worker.failure = Failure(code="non_finite", message="the picture came out as NaN or infinity")
+    page = await darkroom.open()
+    await develop(page, "a red fox")
+    await expect(page.get_by_role("alert")).to_contain_text("the picture came out as NaN or infinity")
+    await expect(page.locator("#go")).to_be_enabled()
+
+
+async def test_a_full_queue_counts_down_and_is_tried_again_by_itself(
+    browser: Browser, redis_url: str, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path, redis_url=redis_url, shard="test-page-full", max_queue_jobs=1)
+    queue = await JobQueue.connect(settings, redis_url)
+    worker = InstantWorker(queue)
+    await queue.register(worker.worker_id, worker.cards)
+    async with served(settings, queue) as site:
+        darkroom = Darkroom(browser, site, worker, queue)
+        waiting = (await site.client.post("/generate", json={"prompt": "the one that waits", "mode": "async"})).json()
+        page = await darkroom.open()
+        await develop(page, "a red fox", seed=4)
+        await expect(page.get_by_role("alert")).to_contain_text("The queue is full")
+        await expect(page.locator(".count")).to_contain_text("A place comes free in about")
+        await page.click("text=Wait and try by itself")
+        await site.client.delete(waiting["url"])
+        async with worker.running():
+            await printed(page, 4)
+        await expect(page.get_by_role("alert")).to_be_hidden()
+        await darkroom.contexts[0].close()
+        assert darkroom.complaints == []
+    await queue.close()
+
+
+async def test_the_theme_is_the_systems_until_another_is_chosen(darkroom: Darkroom) -> None:
+    page = await darkroom.open(color_scheme="light")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = await page.evaluate(ground)
+    await page.click("#theme")
+    dark = await page.evaluate(ground)
+    assert dark != light
+    await page.reload()
+    assert await page.evaluate(ground) == dark
+    await expect(page.locator("#theme")).to_have_text("Light")
+
+
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("color_scheme", ["dark", "light"])
+async def test_the_page_is_accessible_empty_developing_done_and_in_error(
+    darkroom: Darkroom, screen: dict[str, object], color_scheme: str
+) -> None:
+    page = await darkroom.open(color_scheme=color_scheme, **screen)
+
+    async def check(state: str) -> None:
+        found = await Axe().run(page)
+        assert found.violations_count == 0, f"{state}: {found.generate_report()}"
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), state
+
+    await check("empty")
+    darkroom.worker.gate.clear()
+    await develop(page, "a red fox")
+    await expect(page.locator("#timer-step")).to_have_text("1")
+    await check("developing")
+    darkroom.worker.gate.set()
+    await expect(page.locator("#print-actions")).to_be_visible()
+    await page.locator("#settings").evaluate("(settings) => { settings.open = true; }")
+    await check("done")
+    await develop(page, "a red fox", num_inference_steps=9999)
+    await expect(page.locator("#num_inference_steps-error")).to_be_visible()
+    await check("in error")
