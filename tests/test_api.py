@@ -299,6 +299,28 @@ async def test_events_arrive_while_the_job_runs(site: Served, worker: InstantWor
     assert (kinds[0], kinds[-1]) == ("queued", "succeeded")
 
 
+async def test_the_batch_is_shown_as_it_changes_and_names_only_the_jobs_asked_for(
+    site: Served, worker: InstantWorker
+) -> None:
+    worker.gate.clear()
+    own, others = [(await site.client.post("/generate", json={**FOX, "mode": "async"})).json()["job_id"] for _ in "12"]
+    async with asyncio.timeout(20), site.client.stream("GET", "/batch", params={"job_id": own}) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        seen = []
+        async for line in stream.aiter_lines():
+            if not line.startswith("data: "):
+                continue
+            rows = [row for told in json.loads(line.removeprefix("data: "))["workers"] for row in told["rows"]]
+            if rows:
+                seen.append(rows)
+                worker.gate.set()
+            elif seen:
+                break
+    assert {row["job_id"] for rows in seen for row in rows} == {own, None}
+    assert others not in json.dumps(seen)
+    assert {(row["state"], row["step"], row["num_steps"]) for rows in seen for row in rows} == {("in_tick", 1, 4)}
+
+
 async def test_cancelling_is_final_and_can_be_repeated(idle_client: httpx.AsyncClient) -> None:
     url = (await idle_client.post("/generate", json={**FOX, "mode": "async"})).headers["location"]
     first, second = await idle_client.delete(url), await idle_client.delete(url)

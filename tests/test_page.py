@@ -148,6 +148,17 @@ async def test_a_picture_under_way_can_be_called_off(darkroom: Darkroom) -> None
     await expect(page.locator("#go")).to_be_enabled()
 
 
+async def test_the_batch_shows_a_bar_for_each_row_and_which_are_ones_own(darkroom: Darkroom) -> None:
+    darkroom.worker.gate.clear()
+    await darkroom.site.client.post("/generate", json={"prompt": "of somebody else", "mode": "async"})
+    page = await darkroom.open()
+    await develop(page, "a red fox")
+    await expect(page.locator("#batch-line")).to_have_text("2 pictures in the bath · 2 in this tick · 1 yours")
+    assert await page.locator("#batch-rows .own").count() == 1
+    darkroom.worker.gate.set()
+    await expect(page.locator("#batch-line")).to_have_text("The bath is still")
+
+
 async def test_a_reload_finds_the_strip_and_goes_on_with_the_picture_under_way(darkroom: Darkroom) -> None:
     page = await darkroom.open()
     await develop(page, "a red fox", seed=1)

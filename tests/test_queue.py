@@ -29,7 +29,7 @@ from darkroom.errors import (
     QueueUnavailable,
     StorageFull,
 )
-from darkroom.jobs import Failure, Job, JobState, Priority, new_job_id
+from darkroom.jobs import BatchView, Failure, Job, JobState, Priority, new_job_id
 from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.queue.admission import MEMORY_SHARE
 from darkroom.queue.embedded import find_redis_server
@@ -1041,6 +1041,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
         await queue.reap()
         running += [job for job in await claim(queue) if job.id != poison.id]
     await queue.keep_checkpoints("w1", {(job.id, job.attempt, 0): b"state" for job in running})
+    await queue.batches()
+    await queue.tell_batch("w1", BatchView(rows=[], max_model_rows=8))
 
     assert set(CHANNEL_TABLE) == {"ended", "progress", "cancel"}
     written = {key.decode() for key in set(await redis.keys("*")) - before}

@@ -19,7 +19,7 @@ from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
 from darkroom.engine.pulse import Pulse
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
-from darkroom.jobs import Job, JobState, Priority, new_job_id
+from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import Worker
 
@@ -104,6 +104,44 @@ async def test_jobs_that_wait_before_the_worker_starts_are_all_drawn(
     assert states == [JobState.SUCCEEDED] * 12
     stats = await queue.stats()
     assert (stats.counters["accepted"], stats.counters["succeeded"], stats.in_flight) == (12, 12, 0)
+
+
+async def looks(queue: JobQueue) -> AsyncIterator[list[BatchRow]]:
+    """What the workers tell to one who looks on."""
+    while True:
+        yield [row for batch in await queue.batches() for row in batch.rows]
+        await asyncio.sleep(0.05)
+
+
+async def test_those_who_look_on_see_the_images_in_hand_and_how_far_they_are(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    async with serving(settings, queue, model, slow_engine):
+        jobs = [await enqueue(queue, job_for(model, "", num_inference_steps=500, seed=seed)) for seed in (1, 2)]
+        async with asyncio.timeout(20):
+            async for rows in looks(queue):
+                if len(rows) == 2 and all(row.step for row in rows):
+                    break
+        assert {row.job_id for row in rows} == {job.id for job in jobs}
+        assert {row.num_steps for row in rows} == {500}
+        assert {row.state for row in rows} <= {"in_tick", "waiting"}
+        for job in jobs:
+            await queue.cancel(job.id)
+            await queue.wait(job.id, 10)
+        async with asyncio.timeout(20):
+            async for rows in looks(queue):
+                if not rows:
+                    break
+
+
+async def test_a_worker_tells_nothing_of_its_batch_while_nobody_looks_on(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    async with serving(settings, queue, model) as worker:
+        job = await enqueue(queue, job_for(model, ""))
+        assert (await queue.wait(job.id, 20)).state is JobState.SUCCEEDED
+        keys = queue._connection.keys
+        assert await queue._connection.command("EXISTS", keys.batch(worker.id)) == 0
 
 
 async def test_a_running_job_is_cancelled_within_a_moment_and_others_go_on(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -172,6 +172,28 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     message: str
+    version: int = MESSAGE_VERSION
+
+
+class BatchRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One image that a worker has in hand, for those who look on.
+
+    `id` is unique within the worker; `step` of `num_steps` counts UNet evaluations. `state` is waiting (for a tick),
+    in_tick (of the latest one) or developed (denoised, not a picture yet).
+    """
+
+    id: int
+    job_id: str
+    state: Literal["waiting", "in_tick", "developed"]
+    step: int
+    num_steps: int
+
+
+class BatchView(msgspec.Struct, frozen=True, kw_only=True):
+    """All images that one worker has in hand at one moment; a tick takes at most `max_model_rows` model rows."""
+
+    rows: list[BatchRow]
+    max_model_rows: int
     version: int = MESSAGE_VERSION
 
 

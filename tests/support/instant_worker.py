@@ -11,7 +11,7 @@ import io
 from collections.abc import AsyncIterator
 
 from darkroom.errors import ResultStoreUnavailable
-from darkroom.jobs import Failure, ImageInfo, Job, ModelCard, Result, Timings
+from darkroom.jobs import BatchRow, BatchView, Failure, ImageInfo, Job, ModelCard, Result, Timings
 from darkroom.queue import JobQueue
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations
 from PIL import Image
@@ -62,6 +62,7 @@ class InstantWorker:
         self.gate.set()
         self.started = asyncio.Event()
         self._held: set[asyncio.Task[None]] = set()
+        self._jobs: dict[str, Job] = {}
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[InstantWorker]:
@@ -85,10 +86,25 @@ class InstantWorker:
                 task = asyncio.ensure_future(self._settle(job))
                 self._held.add(task)
                 task.add_done_callback(self._held.discard)
-            await self.queue.heartbeat(self.worker_id)
+            if await self.queue.heartbeat(self.worker_id):
+                await self.queue.tell_batch(self.worker_id, self._batch())
             await self.queue.wait_for_work(models, 0.5)
 
+    def _batch(self) -> BatchView:
+        rows = [
+            BatchRow(id=index, job_id=job.id, state="in_tick", step=1, num_steps=4)
+            for index, job in enumerate(self._jobs.values())
+        ]
+        return BatchView(rows=rows, max_model_rows=8)
+
     async def _settle(self, job: Job) -> None:
+        self._jobs[job.id] = job
+        try:
+            await self._draw(job)
+        finally:
+            del self._jobs[job.id]
+
+    async def _draw(self, job: Job) -> None:
         request = job.request
         steps = num_evaluations(request.sampler, request.num_inference_steps)
         await self.queue.progress(self.worker_id, [(job.id, job.attempt, 1, steps)])

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom import __version__, metrics, tracing
-from darkroom.api import generate, health, jobs, page, schema
+from darkroom.api import batch, generate, health, jobs, page, schema
 from darkroom.api.observe import Observe
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
 from darkroom.api.service import Service
@@ -57,7 +57,7 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
         },
     )
     app.state.service = Service(settings, queue)
-    for surface in (generate, jobs, health, page):
+    for surface in (generate, jobs, batch, health, page):
         app.include_router(surface.router)
     if settings.metrics_public:
         app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)

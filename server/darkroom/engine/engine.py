@@ -37,7 +37,7 @@ from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
 from darkroom.engine.warm_up import capture_ticks, request_of_nobody, try_decoding, turn_away_from_wrong_kernels
 from darkroom.errors import DeviceLost, JobError
-from darkroom.jobs import Job
+from darkroom.jobs import BatchRow, BatchView, Job
 
 MAX_DECODE_BATCH = 8
 
@@ -158,6 +158,21 @@ class Engine:
     def resident_model_rows(self) -> int:
         """Model rows held or about to be held; what a worker subtracts from its room before it claims more."""
         return self._roster.unfinished_model_rows()
+
+    def batch_view(self) -> BatchView:
+        """What any thread may see of the images in hand. Takes no part in the ticks, so it may be a moment old."""
+        ticking = self._ticking
+        rows = [
+            BatchRow(
+                id=row.id,
+                job_id=row.active.job.id,
+                state="developed" if row.is_denoised else "in_tick" if row in ticking else "waiting",
+                step=row.num_done,
+                num_steps=row.table.num_evaluations,
+            )
+            for row in self._roster.rows()
+        ]
+        return BatchView(rows=rows, max_model_rows=self.batcher.max_model_rows)
 
     def run(self) -> None:
         """The loop. Returns after `stop`; unfinished jobs stay unfinished and no event is sent for them.

@@ -25,13 +25,23 @@ from darkroom.errors import (
     StorageFull,
     TenantQueueFull,
 )
-from darkroom.jobs import Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
+from darkroom.jobs import BatchView, Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
 from darkroom.queue.notices import Notices, wait_for
-from darkroom.queue.records import Cards, Enqueued, JobEvent, QueueStats, WorkerInfo, pairs, seconds_of, status_of
+from darkroom.queue.records import (
+    LOOK_MS,
+    Cards,
+    Enqueued,
+    JobEvent,
+    QueueStats,
+    WorkerInfo,
+    pairs,
+    seconds_of,
+    status_of,
+)
 from darkroom.queue.results import ResultStore
 
 # Whose jobs those of a server without API keys are; nothing bounds its share.
@@ -43,6 +53,7 @@ HEAD_START_S = {Priority.LOW: -600, Priority.NORMAL: 0, Priority.HIGH: 600}
 SAFETY_POLL_S = 5.0
 _OUTAGE_PAUSE_S = 0.25
 _CARDS_AGE_S = 1.0
+_BATCHES_AGE_S = 0.2
 # Past this, a refused caller is told this time but promised nothing.
 LONGEST_PROMISE_MS = 600_000
 # Clients round up to seconds, and take a moment to connect.
@@ -73,6 +84,9 @@ class ClientSide:
         self._memory = MemoryGauge(connection)
         self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
+        self._batches: list[BatchView] = []
+        self._batches_read_at = float("-inf")
+        self._looking = asyncio.Lock()
 
     async def ping(self) -> None:
         """Ask the server for a sign of life. Raises `QueueUnavailable`."""
@@ -321,6 +335,21 @@ class ClientSide:
         # A worker's own key expires with its heartbeat; the index may still hold its name.
         infos = await self._connection.command("MGET", *(keys.worker(name.decode()) for name in sorted(names)))
         return [decode(info, WorkerInfo) for info in infos if info is not None]
+
+    async def batches(self) -> list[BatchView]:
+        """What the live workers have in hand, by their names; a fifth of a second old at most.
+
+        Workers tell it only to those who look on: a first look may find nothing yet, and one must look again within
+        `LOOK_MS`. A batch this release cannot read is left out.
+        """
+        async with self._looking:
+            if time.monotonic() - self._batches_read_at > _BATCHES_AGE_S:
+                batches = []
+                for told in await self._connection.script("watch", LOOK_MS):
+                    with contextlib.suppress(JobError):
+                        batches.append(decode(told, BatchView))
+                self._batches, self._batches_read_at = batches, time.monotonic()
+        return self._batches
 
     async def memory(self) -> MemorySample:
         """What the server's memory is used for; up to a second old."""

@@ -47,6 +47,7 @@ SCRIPTS = (
     "forget_workers",
     "cards",
     "stats",
+    "watch",
 )
 
 log = structlog.get_logger(__name__)

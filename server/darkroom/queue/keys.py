@@ -60,6 +60,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "workers": ("zset", "live workers by the ms until which they count as alive", "10 heartbeats missed"),
     "serving": ("zset", "serving:<model>: the same, per model", "10 heartbeats missed"),
     "worker": ("string", "worker:<id>: encoded WorkerInfo", "one lifetime without a heartbeat"),
+    "batch": ("string", "batch:<worker>: encoded BatchView, told while someone looks on", "3 s"),
+    "watched": ("string", "there while someone looks on at the batches", "3 s"),
     "served": ("zset", "models by the ms until which a worker of theirs counts as alive", "none: job_ttl_s per model"),
     "cards": ("hash", "model -> encoded ModelCard", "none: as served"),
 }
@@ -102,6 +104,9 @@ class Keys:
 
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{worker_id}"
+
+    def batch(self, worker_id: str) -> str:
+        return f"{self.prefix}batch:{worker_id}"
 
     @property
     def counters(self) -> str:

@@ -11,6 +11,9 @@ import msgspec
 from darkroom.errors import JobError
 from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, ModelCard, Result, decode
 
+# For how long a look at the batches, and what workers tell of them, is good.
+LOOK_MS = 3000
+
 
 @dataclass(frozen=True)
 class Enqueued:

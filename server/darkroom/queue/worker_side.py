@@ -11,10 +11,10 @@ import structlog
 
 from darkroom import metrics
 from darkroom.errors import JobError, QueueUnavailable
-from darkroom.jobs import Failure, Job, JobState, ModelCard, Result, encode
+from darkroom.jobs import BatchView, Failure, Job, JobState, ModelCard, Result, encode
 from darkroom.queue.connection import BLOCK_S, RedisConnection, is_out_of_memory
 from darkroom.queue.notices import Notices
-from darkroom.queue.records import Reaped, Renewal, WorkerInfo, job_of
+from darkroom.queue.records import LOOK_MS, Reaped, Renewal, WorkerInfo, job_of
 from darkroom.queue.results import ResultStore
 
 log = structlog.get_logger(__name__)
@@ -63,8 +63,9 @@ class WorkerSide:
         self._registered[worker_id] = described
         await self.heartbeat(worker_id)
 
-    async def heartbeat(self, worker_id: str, rates: Mapping[str, float] | None = None) -> None:
-        """Stay alive for another lease time. Registers again if the server has lost us.
+    async def heartbeat(self, worker_id: str, rates: Mapping[str, float] | None = None) -> bool:
+        """Stay alive for another lease time. Registers again if the server has lost us. Returns whether someone looks
+        on at the batches.
 
         `rates` says what cost per second the worker makes when its ticks are full, for models where it knows.
         """
@@ -72,7 +73,12 @@ class WorkerSide:
         by_model: list[bytes | str | float] = []
         for model, card in zip(described[::2], described[1::2], strict=True):
             by_model += [model, card, (rates or {}).get(str(model), "")]
-        await self._connection.script("heartbeat", worker_id, self._alive_ms, info, *by_model)
+        is_watched = await self._connection.script("heartbeat", worker_id, self._alive_ms, info, *by_model)
+        return bool(is_watched)
+
+    async def tell_batch(self, worker_id: str, batch: BatchView) -> None:
+        """Tell those who look on what this worker has in hand."""
+        await self._connection.command("SET", self._connection.keys.batch(worker_id), encode(batch), "PX", LOOK_MS)
 
     async def unregister(self, worker_id: str) -> None:
         """Stop counting as a live worker; the models stay known."""

@@ -43,6 +43,7 @@ SHARE_PAUSE_S = 0.05
 SAVE_INTERVAL_S = 0.25
 WATCH_INTERVAL_S = 1.0
 PROGRESS_INTERVAL_S = 0.25
+BATCH_INTERVAL_S = 0.25
 CANCEL_AGAIN_S = 0.2
 
 
@@ -90,6 +91,7 @@ class Worker:
         self._registered = asyncio.Event()
         self._progress: dict[str, tuple[int, int]] = {}
         self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
+        self._is_watched = False
         self._room = asyncio.Event()
         self._drain = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
@@ -119,6 +121,7 @@ class Worker:
                 self._every(self._settings.lease_s / 3, self._reap),
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
                 self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
+                self._every(BATCH_INTERVAL_S, self._tell_batch),
                 self._follow_cancellations(),
                 self._every(WATCH_INTERVAL_S, self._watch_engine),
             )
@@ -191,7 +194,14 @@ class Worker:
         log.info("worker_ready", worker=self.id, models=self._models)
         if on_ready is not None:
             on_ready()
-        await self._every(1.0, lambda: self._queue.heartbeat(self.id, self._rates.by_model()))
+        await self._every(1.0, self._heartbeat)
+
+    async def _heartbeat(self) -> None:
+        self._is_watched = await self._queue.heartbeat(self.id, self._rates.by_model())
+
+    async def _tell_batch(self) -> None:
+        if self._is_watched:
+            await self._queue.tell_batch(self.id, self._engine.batch_view())
 
     async def _claim_loop(self) -> None:
         wake: asyncio.Task[Any] | None = None

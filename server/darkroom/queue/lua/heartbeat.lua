@@ -3,7 +3,7 @@
 -- ARGV 1 worker   2 ms it stays alive   3 encoded worker info
 --      4.. model, encoded card, cost per second that the worker has measured or '', model ...
 -- Writes workers, worker:<id>, serving:<model>, served, cards, rates; cards, rates and spans of models that were last
--- served longer than JOB_TTL_MS ago are dropped. Returns nothing of interest.
+-- served longer than JOB_TTL_MS ago are dropped. Returns 1 while someone looks on at the batches, else 0.
 
 local worker, ttl_ms = ARGV[1], tonumber(ARGV[2])
 write_at_memory_limit()
@@ -34,4 +34,4 @@ for _, model in ipairs(redis.call('HKEYS', prefix .. 'cards')) do
     redis.call('HDEL', prefix .. 'spans', model)
   end
 end
-return 1
+return redis.call('EXISTS', prefix .. 'watched')
