@@ -15,7 +15,7 @@ from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Cancelled, Expired, Failed, TickReport
+from darkroom.engine.events import Cancelled, Expired, Failed, Finished, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
@@ -163,24 +163,6 @@ def test_an_urgent_job_takes_the_next_tick_and_the_parked_row_finishes_unchanged
     assert outcome.images("patient") == run_jobs(model, [patient], settings).images("patient")
 
 
-def test_a_row_that_turns_to_nan_fails_alone(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = model.unet.forward
-
-    def poisoned(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        output = step(x, *rest)
-        output[1:] = torch.nan
-        return output
-
-    monkeypatch.setattr(model.unet, "forward", poisoned)
-    jobs = [job_for(model, "good", guidance_scale=1.0), job_for(model, "bad", guidance_scale=1.0)]
-    outcome = run_jobs(model, jobs, settings_with())
-    assert outcome.images("good")
-    assert [tick.num_rows for tick in outcome.ticks] == [2, 1, 1, 1]
-    bad = outcome.events["bad"]
-    assert isinstance(bad, Failed)
-    assert bad.failure.code == "non_finite"
-
-
 def test_a_request_that_breaks_the_tick_fails_and_its_batch_mates_finish(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +202,50 @@ def test_a_failed_tick_changes_no_picture_not_even_with_noise_in_every_step(
     monkeypatch.setattr(model.unet, "forward", fails_once)
     disturbed = run_jobs(model, jobs, settings)
     assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+def test_rows_that_find_no_memory_together_lose_no_step_and_come_fewer_from_then_on(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job_for(model, str(seed), seed=seed, guidance_scale=1.0, num_inference_steps=5) for seed in range(4)]
+    undisturbed = run_jobs(model, jobs, settings_with())
+    step, refused, done = model.unet.forward, list[int](), list[int]()
+
+    def small_device(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        if x.shape[0] > 2:
+            refused.append(x.shape[0])
+            raise torch.OutOfMemoryError("no")
+        done.append(x.shape[0])
+        return step(x, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", small_device)
+    change = Change()
+    outcome = run_jobs(model, jobs, settings_with())
+    for job in jobs:
+        assert np.abs(outcome.pixels(job.id) - undisturbed.pixels(job.id)).max() <= 1
+    assert refused == [4]
+    assert done[:4] == [1] * 4, "those of the failed tick take their step one by one"
+    assert set(done[4:]) == {2}, "and share later ticks within the limit that was learned"
+    assert sum(done) == 4 * 5
+    assert change("out_of_memory_total", where="tick") == 1
+
+
+@pytest.mark.parametrize(("num_refused", "succeeds"), [(1, True), (2, False)])
+def test_a_row_alone_that_finds_no_memory_is_tried_once_more(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, num_refused: int, succeeds: bool
+) -> None:
+    step, calls = model.unet.forward, 0
+
+    def refuses(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= num_refused:
+            raise torch.OutOfMemoryError("no")
+        return step(*arguments)
+
+    monkeypatch.setattr(model.unet, "forward", refuses)
+    event = run_jobs(model, [job_for(model, "one")], settings_with()).events["one"]
+    assert isinstance(event, Finished if succeeds else Failed)
 
 
 def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
@@ -337,16 +363,6 @@ def test_a_job_past_its_deadline_costs_no_further_tick(model: DiffusionModel) ->
     outcome = run_jobs(model, [job_for(model, "late", num_inference_steps=500)], settings_with(), deadline_in_s=0.05)
     assert isinstance(outcome.events["late"], Expired)
     assert len(outcome.ticks) < 500
-
-
-def test_infinite_latents_are_a_failure_not_a_white_picture(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda *arguments: torch.full_like(step(*arguments), torch.inf))
-    bad = run_jobs(model, [job_for(model, "bad", guidance_scale=1.0)], settings_with()).events["bad"]
-    assert isinstance(bad, Failed)
-    assert bad.failure.code == "non_finite"
 
 
 def test_an_autoencoder_that_overflows_in_fp16_is_replaced_and_the_picture_decoded_again(tmp_path: Path) -> None:
