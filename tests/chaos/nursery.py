@@ -68,23 +68,22 @@ class Child:
         interpreter, as a shell would."""
         self._process = _context.Process(target=_live, args=(arguments, env, str(log), prepare, is_fresh), daemon=True)
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        pid = self._process.pid
-        assert pid is not None
-        return pid
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+        self._code: int | None = None
 
     @property
     def exit_code(self) -> int | None:
         """None while it runs, -9 after SIGKILL."""
-        return self._process.exitcode
+        return self._process.exitcode if self._code is None else self._code
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
     async def wait(self, timeout_s: float = 20.0) -> int:
         """Wait for its end and return the exit code. Raises `TimeoutError`."""
+        if self._code is not None:
+            return self._code
         ended, loop, sentinel = asyncio.Event(), asyncio.get_running_loop(), self._process.sentinel
         loop.add_reader(sentinel, ended.set)
         try:
@@ -92,10 +91,12 @@ class Child:
                 await ended.wait()
         finally:
             loop.remove_reader(sentinel)
-        self._process.join()
-        code = self._process.exitcode
-        assert code is not None
-        return code
+        if self._code is None:
+            self._process.join()
+            self._code = self._process.exitcode
+            self._process.close()
+        assert self._code is not None
+        return self._code
 
     async def kill(self) -> None:
         """End it at once, if it has not ended, and see that SIGKILL is what ended it. It may be stopped."""

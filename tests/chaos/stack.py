@@ -21,7 +21,6 @@ from darkroom.queue import EmbeddedRedis, JobQueue
 from tests.chaos.link import Link
 from tests.chaos.nursery import Child
 from tests.chaos.verdict import Verdict, come_to_rest, judge, wait_until
-from tests.support.tiny_models import write_tiny_model
 
 Kind = Literal["api", "worker"]
 MODEL_ID = "tiny"
@@ -42,6 +41,9 @@ START_S = 60.0
 
 def write_model(directory: Path) -> Path:
     """The smallest model there is, with a card that makes it draw 64 px."""
+    # It imports diffusers, which takes seconds.
+    from tests.support.tiny_models import write_tiny_model
+
     write_tiny_model(directory, "sd1", seed=5)
     card = {"id": MODEL_ID, "num_inference_steps": 10, "width": 64, "height": 64, "guidance_scale": 3.0}
     (directory / "darkroom.json").write_text(json.dumps(card))
