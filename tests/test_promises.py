@@ -87,8 +87,9 @@ async def test_a_job_is_done_when_what_waits_before_it_and_itself_are(queue: Job
 
 
 async def test_the_time_told_is_kept_whoever_shares_the_workers(queue: JobQueue) -> None:
-    """Three workers, each at one job at a time, on a clock of the test's own. Whatever the jobs cost and whose they
-    are, each ends within 10 % of the time told, or three mean jobs."""
+    """Three workers, each at one job at a time, on a clock of the test's own. Costs differ up to sevenfold, and only
+    their sums are known: all jobs end within 15 % of the time told or five mean jobs, on average within one and a half
+    mean jobs."""
     dice = random.Random(5)
     await workers(queue, 3)
     weights = {"a": 1.0, "b": 1.0, "c": 3.0}
@@ -102,11 +103,12 @@ async def test_the_time_told_is_kept_whoever_shares_the_workers(queue: JobQueue)
         ended[claimed[0].id] = heapq.heappop(free_at) + claimed[0].cost / RATE
         heapq.heappush(free_at, ended[claimed[0].id])
     mean_s = sum(job.cost for job in jobs) / len(jobs) / RATE
-    errors = {job_id: abs(told[job_id] - ended[job_id]) for job_id in ended}
+    errors = {job_id: abs((told[job_id] or 0) - ended[job_id]) for job_id in ended}
     assert len(errors) == len(jobs)
-    assert max(ended.values()) > 40 * mean_s
+    assert max(ended.values()) > 90 * mean_s
+    assert sum(errors.values()) / len(jobs) <= 1.5 * mean_s
     for job_id, error in errors.items():
-        assert error <= max(3 * mean_s, 0.1 * ended[job_id])
+        assert error <= max(5 * mean_s, 0.15 * ended[job_id])
 
 
 async def test_a_running_job_goes_on_as_fast_as_it_went(queue: JobQueue, redis: Any, keys: Keys) -> None:
@@ -210,9 +212,8 @@ async def waited_for(queue: JobQueue, key: str = "k", **options: Any) -> str:
 async def test_a_job_whose_client_does_not_come_back_is_cancelled_wherever_it_is(
     queue: JobQueue, redis: Any, keys: Keys
 ) -> None:
-    waiting, running = await waited_for(queue, "1"), await waited_for(queue, "2")
-    assert [job.id for job in await queue.claim("w0", [MODEL], 1, 9)] == [waiting]
-    running, waiting = waiting, running
+    running, waiting = await waited_for(queue, "1"), await waited_for(queue, "2")
+    assert [job.id for job in await queue.claim("w0", [MODEL], 1, 9)] == [running]
     await queue.reap()
     for job_id in (waiting, running):
         await time_is_up(redis, keys, job_id)
