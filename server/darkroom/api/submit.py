@@ -30,8 +30,8 @@ from darkroom.queue import Enqueued
 log = structlog.get_logger("darkroom.api")
 
 
-# What becomes of a job whose waiting call breaks off: it is cancelled at once, or unless somebody comes back in time, or
-# it goes on.
+# What becomes of a job whose waiting call breaks off: it is cancelled, at once or when nobody comes back in time, or it
+# goes on.
 WhenLeft = Literal["cancel", "cancel_later", "continue"]
 
 
@@ -95,6 +95,8 @@ async def answer(request: Request, job_id: str, timeout_s: float, when_left: Whe
         if when_left == "cancel":
             await service.queue.cancel(job_id)
             log.info("job_cancelled", job_id=job_id, reason="the client left")
+        elif when_left == "cancel_later":
+            await service.queue.stay(job_id)
         metrics.JOBS_ANSWERED.labels("abandoned").inc()
     elif status.state.is_terminal:
         metrics.JOBS_ANSWERED.labels(status.state.value).inc()
@@ -122,8 +124,7 @@ def result_of(status: JobStatus) -> Result:
 
 @contextlib.asynccontextmanager
 async def _staying(service: Service, job_id: str) -> AsyncIterator[None]:
-    """Tell the queue time and again that somebody waits, and that somebody has until now. Should this process die, the
-    job is cancelled by another."""
+    """Tell the queue time and again that somebody waits. Should this process die, another cancels the job."""
 
     async def stay() -> None:
         while True:
@@ -136,8 +137,6 @@ async def _staying(service: Service, job_id: str) -> AsyncIterator[None]:
         yield
     finally:
         staying.cancel()
-        with contextlib.suppress(QueueUnavailable):
-            await service.queue.stay(job_id)
 
 
 async def _wait_for_end(request: Request, service: Service, job_id: str, timeout_s: float) -> JobStatus | None:
