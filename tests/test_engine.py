@@ -148,6 +148,29 @@ def test_a_cancelled_row_is_gone_at_the_next_tick_and_its_neighbours_do_not_noti
     assert outcome.images("kept") == run_jobs(model, jobs[:1], settings).images("kept")
 
 
+@pytest.mark.parametrize("at_tick", range(7))
+def test_a_job_cancelled_at_any_step_leaves_its_batch_mates_pictures_bit_equal(
+    model: DiffusionModel, at_tick: int
+) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    mates = [job_for(model, "ddim", **CROWD[0]), job_for(model, "euler_a", **{**CROWD[2], "num_inference_steps": 8})]
+    dropped = job_for(model, "dropped", num_inference_steps=7, num_images_per_prompt=2, guidance_scale=1.0)
+
+    def cancel(engine: Engine, _: TickReport | None, ticks: int) -> None:
+        if ticks == at_tick:
+            engine.cancel("dropped")
+
+    if at_tick == 0:
+        outcome = run_jobs(model, [*mates, dropped], settings, on_start=lambda engine: cancel(engine, None, 0))
+    else:
+        outcome = run_jobs(model, [*mates, dropped], settings, on_tick=cancel)
+    assert isinstance(outcome.events["dropped"], Cancelled)
+    together = [any(job.id == "dropped" for job, *_ in tick.progress) for tick in outcome.ticks]
+    assert together == [tick < at_tick for tick in range(len(together))]
+    for job in mates:
+        assert outcome.images(job.id) == run_jobs(model, [job], settings).images(job.id)
+
+
 def test_an_urgent_job_takes_the_next_tick_and_the_parked_row_finishes_unchanged(model: DiffusionModel) -> None:
     settings = settings_with(max_rows=2)
     patient = job_for(model, "patient", Priority.LOW, num_inference_steps=6)

@@ -63,6 +63,13 @@ class Settings(BaseSettings):
     wait_timeout_s: float = Field(
         120.0, gt=0, le=3600, description="How long POST /generate waits before it answers 202; raising it holds calls."
     )
+    disconnect_grace_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="How long a job with an Idempotency-Key goes on once its waiting client has left; raising it gives "
+        "clients more time to come back.",
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="Largest request body read.")
     max_prompt_chars: int = Field(8000, ge=1, le=32000, description="Longest prompt or negative prompt.")
     max_num_inference_steps: int = Field(200, ge=1, le=1000, description="Most steps one request may ask for.")

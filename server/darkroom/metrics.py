@@ -99,6 +99,8 @@ QUEUE_BACKLOG_SECONDS = _api.gauge(
     "worker has measured its rate.",
     "model",
 )
+QUEUE_TENANTS = _api.gauge("queue_tenants", "Tenants with waiting jobs; without API keys there is one.")
+QUEUE_LARGEST_TENANT = _api.gauge("queue_largest_tenant_jobs", "Waiting jobs of the tenant that has most of them.")
 QUEUE_IN_FLIGHT = _api.gauge("queue_in_flight", "Jobs held by workers.")
 QUEUE_OLDEST_WAIT_SECONDS = _api.gauge("queue_oldest_wait_seconds", "Age of the oldest waiting job; 0 when none waits.")
 QUEUE_RESERVED_BYTES = _api.gauge("queue_reserved_bytes", "Memory kept free in Redis for results of accepted jobs.")
@@ -127,6 +129,10 @@ NOT_REPLICATED = _any.counter(
 
 # Whoever looks after lost leases: API and workers.
 REDELIVERIES = _any.counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
+JOBS_ABANDONED = _any.counter(
+    "jobs_abandoned_total",
+    "Jobs cancelled because their clients had left and did not come back in time.",
+)
 DEAD_LETTERS = _any.counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
 
 # The worker and its engine.

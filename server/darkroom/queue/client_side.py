@@ -104,6 +104,7 @@ class ClientSide:
         caller: str = "",
         weight: float = 1.0,
         max_waiting: int | None = None,
+        cancel_when_left: bool = False,
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
@@ -119,6 +120,9 @@ class ClientSide:
         Jobs of `job.tenant` (no colon in its name) and those of others that wait share the workers by `weight`, which
         may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
         share of the queue, or all of it where there are no tenants.
+
+        With `cancel_when_left` the job is cancelled when for `disconnect_grace_s` nobody calls `stay`; from the moment
+        on at which somebody comes back for it in another way, it is not.
 
         A deadline that comes before the job would be done is refused, if the workers have measured how fast they are.
 
@@ -156,6 +160,7 @@ class ClientSide:
                 job.tenant,
                 weight,
                 "" if max_waiting is None else max_waiting,
+                int(cancel_when_left),
             )
             outcome: bytes = reply[0]
             if outcome == b"mismatch":
@@ -194,9 +199,16 @@ class ClientSide:
         error.job_id = job_id
         raise error
 
-    async def status(self, job_id: str) -> JobStatus:
-        """Look at a job. Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`."""
-        return _read_view(job_id, await self._connection.script("status", job_id))
+    async def status(self, job_id: str, *, is_back: bool = False) -> JobStatus:
+        """Look at a job; `is_back` for a client that has come for it, so that it is not abandoned.
+
+        Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`.
+        """
+        return _read_view(job_id, await self._connection.script("status", job_id, int(is_back)))
+
+    async def stay(self, job_id: str) -> None:
+        """Say that somebody waits for a job, or did until now."""
+        await self._connection.script("stay", job_id)
 
     async def cancel(self, job_id: str) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.

@@ -6,8 +6,9 @@
 --     12 memory limit in bytes, 0 for none        13 head start of the class in µs   14 cost
 --     15 the caller's connection                  16 longest wait promised, in ms    17 ms a promise outlives its time
 --     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
+--     21 '1' to cancel the job when those that wait for it have left
 -- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
--- shares:<model>, tenants:<model>, counters, models, events:<id>, notify:<model>, promises, promise:<caller>.
+-- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
 -- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms
 -- that it takes by itself}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
@@ -31,7 +32,14 @@ if digest ~= '' then
     local state = redis.call('HGET', job_key(earlier[1]), 'state')
     if state then
       if earlier[2] ~= ARGV[9] then return { 'mismatch' } end
-      return known('known', earlier[1], state)
+      local reply = known('known', earlier[1], state)
+      -- Its client is back: to wait again, or for good.
+      if ARGV[21] ~= '1' then
+        redis.call('ZREM', abandoned, earlier[1])
+      elseif not TERMINAL[state] then
+        redis.call('ZADD', abandoned, 'GT', now_ms + GRACE_MS, earlier[1])
+      end
+      return reply
     end
   end
 end
@@ -115,6 +123,7 @@ if digest ~= '' then
   redis.call('DEL', prefix .. 'idempotency:' .. digest)
   redis.call('HSET', prefix .. 'idempotency:' .. digest, 'job', id, 'body', ARGV[9])
 end
+if ARGV[21] == '1' then redis.call('ZADD', abandoned, now_ms + GRACE_MS, id) end
 redis.call('HINCRBY', counters, 'accepted', 1)
 redis.call('HINCRBY', counters, 'reserved_bytes', ARGV[6])
 redis.call('SADD', prefix .. 'models', model)
