@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import inspect
 import io
 import json
@@ -292,7 +293,13 @@ async def test_events_tell_a_job_from_start_to_end_and_can_be_taken_up_again(cli
     assert reply.headers["content-type"].startswith("text/event-stream")
     events = events_of(reply.text)
     assert [event["event"] for event in events] == ["queued", "running", "progress", "progress", "succeeded"]
-    assert events[3]["data"] == {"job_id": url.removeprefix("/jobs/"), "state": "running", "step": 4, "num_steps": 4}
+    assert events[3]["data"] == {
+        "job_id": url.removeprefix("/jobs/"),
+        "state": "running",
+        "step": 4,
+        "num_steps": 4,
+        "eta_s": 0.0,
+    }
     rest = events_of((await client.get(f"{url}/events", headers={"Last-Event-ID": events[2]["id"]})).text)
     assert rest == events[3:]
 
@@ -508,7 +515,8 @@ async def test_a_job_whose_server_is_killed_is_cancelled_by_another_unless_its_c
         process.kill()
         await process.communicate()
     for writer in writers:
-        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await _leave(writer)
     async with in_process(settings.model_copy(update={"disconnect_grace_s": 1.0}), queue) as client:
         back = await client.post("/generate", json={**FOX, "mode": "async"}, headers={"Idempotency-Key": "b"})
         kept = back.json()["job_id"]

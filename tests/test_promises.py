@@ -130,6 +130,26 @@ async def test_a_running_job_goes_on_as_fast_as_it_went(queue: JobQueue, redis: 
     assert await eta_s(queue, job) is None
 
 
+async def test_the_events_of_a_running_job_tell_how_long_the_rest_takes(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    """Also where a stream is taken up again, of which the job's claim is no part then."""
+    await enqueue(queue, costing(100))
+    [job] = await claim(queue)
+    await redis.delete(keys.events(job.id))
+    told = [("queued", 0), ("running", 0), ("progress", 5), ("queued", 5), ("running", 5), ("progress", 15)]
+    for second, (kind, step) in enumerate(told):
+        await redis.xadd(
+            keys.events(job.id), {"kind": kind, "step": step, "num_steps": 20}, id=f"{1000 + second * 1000}-0"
+        )
+    await queue.fail("w0", job, FAILURE)
+    events = [(event.kind, event.eta_s) async for event in queue.events(job.id)]
+    assert events[:4] == [("queued", None), ("running", None), ("progress", 3), ("queued", None)]
+    assert events[4:6] == [("running", None), ("progress", 0.5)]
+    rest = [(event.kind, event.eta_s) async for event in queue.events(job.id, "5000-0")]
+    assert rest == [("progress", 0.5), ("failed", None)]
+
+
 async def test_a_job_is_with_its_worker_for_as_long_as_others_were(queue: JobQueue, redis: Any, keys: Keys) -> None:
     """Jobs that share ticks take longer than their own cost would."""
     await workers(queue, 1)

@@ -161,7 +161,7 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
             "content": {
                 "text/event-stream": {
                     "schema": {"type": "string"},
-                    "example": 'event: progress\ndata: {"step":12,"num_steps":20}\nid: 1700000000000-0\n\n',
+                    "example": 'event: progress\ndata: {"step":12,"num_steps":20,"eta_s":0.8}\nid: 1700000000000-0\n\n',
                 }
             },
         },
@@ -175,7 +175,7 @@ async def events(
         async for event in following:
             data = {"job_id": job_id, "state": event.kind, "step": event.step, "num_steps": event.num_steps}
             if event.kind == "progress":
-                data["state"] = JobState.RUNNING.value
+                data |= {"state": JobState.RUNNING.value, "eta_s": event.eta_s}
             yield ServerSentEvent(event=event.kind, id=event.id or None, data=data)
     except DarkroomError as error:
         # The reply has begun; the client comes back by itself with Last-Event-ID and learns the reason then.

@@ -31,7 +31,9 @@ async def read_events(
 ) -> AsyncIterator[JobEvent]:
     """See `JobQueue.events`. An `after` that is no event id counts as none."""
     keys = connection.keys
-    last = after if after is not None and is_event_id(after) else None
+    # What was seen before is read once more: the speed of what is going on follows from it.
+    last, seen = None, _moment_of(after) if after is not None and is_event_id(after) else (0, 0)
+    claim: JobEvent | None = None
     reached_at = time.monotonic()
     with notices.watch(job_id) as woken:
         await notices.subscribe("ended", "progress")
@@ -52,9 +54,13 @@ async def read_events(
                 continue
             if state[0] is None:
                 raise JobNotFound(f"there is no job {job_id}, or its record has expired")
-            for event in map(_event_of, entries):
+            for entry in entries:
+                event = _event_of(entry, claim)
                 last = event.id
-                yield event
+                if event.kind == JobState.RUNNING:
+                    claim = event
+                if _moment_of(last) > seen:
+                    yield event
                 if event.is_terminal:
                     return
             if JobState(state[0].decode()).is_terminal:
@@ -64,6 +70,17 @@ async def read_events(
             await wait_for(woken, _POLL_S)
 
 
-def _event_of(entry: Any) -> JobEvent:
-    event_id, fields = entry
-    return JobEvent(event_id.decode(), fields[b"kind"].decode(), int(fields[b"step"]), int(fields[b"num_steps"]))
+def _event_of(entry: Any, claim: JobEvent | None) -> JobEvent:
+    event_id, kind = entry[0].decode(), entry[1][b"kind"].decode()
+    step, num_steps = int(entry[1][b"step"]), int(entry[1][b"num_steps"])
+    eta_s = None
+    if kind == "progress" and claim is not None and step > claim.step:
+        elapsed_s = (_moment_of(event_id)[0] - _moment_of(claim.id)[0]) / 1000
+        eta_s = round(elapsed_s * (num_steps - step) / (step - claim.step), 3)
+    return JobEvent(event_id, kind, step, num_steps, eta_s)
+
+
+def _moment_of(event_id: str) -> tuple[int, int]:
+    """Milliseconds and number within them."""
+    milliseconds, number = event_id.split("-")
+    return int(milliseconds), int(number)

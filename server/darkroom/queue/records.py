@@ -50,13 +50,15 @@ class Reaped:
 class JobEvent:
     """One line of a job's history. `id` is a stream id to resume after, or '' when the history itself has expired.
 
-    `kind` is a `JobState` value or "progress"; `step` of `num_steps` counts UNet evaluations.
+    `kind` is a `JobState` value or "progress"; `step` of `num_steps` counts UNet evaluations; `eta_s` is how long the
+    rest will take at the speed since the job was last claimed, where that can be told.
     """
 
     id: str
     kind: str
     step: int
     num_steps: int
+    eta_s: float | None = None
 
     @property
     def is_terminal(self) -> bool:
