@@ -317,11 +317,12 @@ async function watchHealth() {
       watchHealth.knows = Boolean(form.card());
     }
     const workers = ready.workers === 1 ? "one worker" : `${ready.workers} workers`;
-    $("health").textContent = ready.health === "busy" ? "The queue is full; new work has to wait" : [form.card()?.id, workers].filter(Boolean).join(" · ");
+    $("health").textContent = ready.health === "busy" ? "The queue is full" : form.card()?.id || "";
+    $("health").append(element("span", { className: "rest", textContent: ` · ${workers}` }));
     pauseMs = watchHealth.knows ? 15000 : 2000;
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
-    $("health").textContent = problem.code === "no_model" ? "Waiting for a worker…" : `${problem.title}`;
+    $("health").textContent = problem.code === "no_model" ? "Waiting for a worker…" : problem.title;
   }
   setTimeout(watchHealth, pauseMs);
 }
