@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 
 from tests.support.http import Served, served
-from tests.support.instant_worker import InstantWorker
+from tests.support.instant_worker import InstantWorker, colour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -117,9 +117,25 @@ async def test_a_prompt_becomes_a_print_on_the_strip(darkroom: Darkroom) -> None
     assert await page.locator("#tray .paper").count() == 2
     assert await page.locator("#tray img").first.get_attribute("alt") == "a red fox in the snow (1 of 2)"
     assert await page.locator("#strip .frame").count() == 1
+
+
+async def test_one_of_several_pictures_can_be_picked_and_put_back(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    await develop(page, "a red fox", seed=7, num_images_per_prompt=3)
+    await printed(page, 7)
+    await page.click("#tray .paper:nth-child(2)")
+    await printed(page, 8)
+    assert await page.locator("#tray .paper").count() == 1
     async with page.expect_download() as download:
         await page.click("#download")
-    assert (await download.value).suggested_filename == "darkroom-7.png"
+    assert (await download.value).suggested_filename == "darkroom-8.png"
+    saved = Image.open(await (await download.value).path())
+    assert saved.getpixel((0, 0)) == colour(8)
+    await page.click("#use")
+    await expect(page.locator("#seed")).to_have_value("8")
+    await expect(page.locator("#num_images_per_prompt")).to_have_value("1")
+    await page.click("#tray .paper")
+    await expect(page.locator("#tray .paper")).to_have_count(3)
 
 
 async def test_everything_can_be_done_by_keyboard(darkroom: Darkroom) -> None:

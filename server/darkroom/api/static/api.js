@@ -4,6 +4,7 @@ import { $ } from "./dom.js";
 
 const KEY = "darkroom.key";
 let asking = null;
+let isDeclined = false;
 
 export class Problem extends Error {
   constructor(status, document, retryAfterS) {
@@ -22,11 +23,11 @@ export function askForKey(reason) {
     dialog.addEventListener("close", () => {
       asking = null;
       const given = dialog.returnValue === "use" ? $("key-input").value.trim() : "";
+      isDeclined = !given;
       if (given) {
         sessionStorage.removeItem(KEY);
         localStorage.removeItem(KEY);
         ($("key-keep").checked ? localStorage : sessionStorage).setItem(KEY, given);
-        $("key").hidden = false;
       }
       resolve(Boolean(given));
     }, { once: true });
@@ -55,8 +56,12 @@ export async function call(path, options = {}) {
     }
     if (reply.ok) return reply;
     const document = await reply.json().catch(() => ({ title: `The server answered ${reply.status}`, code: "unknown" }));
-    const given = key();
-    if (reply.status === 401 && await askForKey(given ? "That key does not fit. Whoever runs this darkroom can give you another." : "Whoever runs it can give you a key.")) continue;
+    if (reply.status === 401) {
+      $("key").hidden = false;
+      // Who has said "not now" is asked again only when they ask for something themselves.
+      const mayAsk = !isDeclined || options.method;
+      if (mayAsk && await askForKey(key() ? "That key does not fit. Whoever runs this darkroom can give you another." : "Whoever runs it can give you a key.")) continue;
+    }
     throw new Problem(reply.status, document, Number(reply.headers.get("Retry-After-Ms")) / 1000 || Number(reply.headers.get("Retry-After")) || 0);
   }
 }

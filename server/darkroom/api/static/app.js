@@ -11,8 +11,9 @@ import * as tray from "./tray.js";
 const TERMINAL = ["succeeded", "failed", "cancelled", "expired"];
 const FOLLOWED = "darkroom.followed";
 let current = null; // {id, request, controller} of the job being followed
-let can = { startsFromPictures: false, masks: false, showsBatch: false };
+let can = null; // see `capabilities`
 let retry = null;
+let shown = null; // the picture in the tray, or the first of several
 
 function say(text) {
   $("status").textContent = text;
@@ -70,7 +71,7 @@ function offerRetry(problem, attempt) {
 // From the form to a print.
 
 function wanted() {
-  return { ...form.request(), ...(can.startsFromPictures ? start.fields() : {}) };
+  return { ...form.request(), ...(can?.startsFromPictures ? start.fields() : {}) };
 }
 
 function submit(event) {
@@ -145,7 +146,6 @@ async function follow(id, request) {
   } finally {
     clearInterval(waiting);
     current = null;
-    sessionStorage.removeItem(FOLLOWED);
     batch.own([]);
     tray.end();
   }
@@ -168,8 +168,10 @@ async function lookAtQueue(id) {
   }
 }
 
+// Until it is known what became of a job, a reload takes it up again.
 async function finish(id, request) {
   const job = await json(`/jobs/${id}`);
+  sessionStorage.removeItem(FOLLOWED);
   if (job.state === "succeeded") {
     const images = await Promise.all(job.images.map(fetched));
     const manifest = job.manifest;
@@ -203,23 +205,31 @@ async function fetched({ url, seed, width, height, format }) {
 
 // Looking at a print.
 
-function show(print) {
+// Several pictures lie side by side until one is picked, and do again when that is put back.
+function show(print, picked = null) {
   clearProblem();
-  tray.show(print.images, print.request.prompt);
-  const [image] = print.images;
+  const images = picked === null ? print.images : [print.images[picked]];
+  tray.show(images, print.request.prompt, print.images.length > 1 ? (index) => show(print, picked === null ? index : null) : null);
+  const [image] = images;
+  shown = image;
   say([
     `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`,
     `${image.width} × ${image.height}`, `${print.took.toFixed(2)} s`,
   ].join(" · "));
-  const name = `darkroom-${image.seed}.${image.format === "jpeg" ? "jpg" : image.format}`;
-  if (image.blob) Object.assign($("download"), { href: tray.addressOf(0), download: name });
-  $("use-start").hidden = !can.startsFromPictures;
+  $("download").download = `darkroom-${image.seed}.${image.format === "jpeg" ? "jpg" : image.format}`;
+  $("use-start").hidden = !can?.startsFromPictures;
   $("print-actions").hidden = !strip.current();
+}
+
+function download() {
+  const url = URL.createObjectURL(shown.blob);
+  $("download").href = url;
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
 }
 
 async function fillFrom(print, changes = {}) {
   form.fill({ ...print.request, ...changes });
-  if (can.startsFromPictures) await start.restore(print.request);
+  if (can?.startsFromPictures) await start.restore(print.request);
 }
 
 function again(changes) {
@@ -230,8 +240,11 @@ function again(changes) {
   develop({ request: changes ? rest : { ...rest, seed }, idempotencyKey: crypto.getRandomValues(new Uint32Array(4)).join("-") });
 }
 
+// What makes the one picture that lies in the tray, where it was picked from several.
+const ofShown = () => ($("prints").children.length < strip.current().images.length ? { seed: String(shown.seed), num_images_per_prompt: 1 } : {});
+
 async function copy() {
-  const text = form.curlOf(strip.current().request);
+  const text = form.curlOf({ ...strip.current().request, ...ofShown() });
   try {
     await navigator.clipboard.writeText(text);
     $("copy").textContent = "Copied";
@@ -270,7 +283,7 @@ async function take(file, target) {
     clearProblem();
     say(`Settings restored from ${file.name || "the picture"}.`);
     announce("Settings restored.");
-  } else if (can.startsFromPictures && target !== "settings") {
+  } else if (can?.startsFromPictures && target !== "settings") {
     if (await start.set(file)) say("The next picture starts from this one.");
     else showProblem(new Problem(0, { title: "That file is no picture this browser can read", detail: "PNG, JPEG and WebP are." }));
   } else {
@@ -308,20 +321,27 @@ function setUpIntake() {
 
 // The server.
 
+// What may be asked for, once the server says.
+async function learn() {
+  if (!form.card()) form.showCards((await json("/models")).models);
+  if (can) return;
+  can = await capabilities();
+  if (can.startsFromPictures) start.setUp(can);
+  if (can.showsBatch) batch.setUp();
+}
+
 async function watchHealth() {
   let pauseMs = 2000;
   try {
     const ready = await json("/health/ready");
-    if (!watchHealth.knows) {
-      form.showCards((await json("/models")).models);
-      watchHealth.knows = Boolean(form.card());
-    }
+    await learn();
     const workers = ready.workers === 1 ? "one worker" : `${ready.workers} workers`;
-    $("health").textContent = ready.health === "busy" ? "The queue is full; new work has to wait" : [form.card()?.id, workers].filter(Boolean).join(" · ");
-    pauseMs = watchHealth.knows ? 15000 : 2000;
+    $("health").textContent = ready.health === "busy" ? "The queue is full" : form.card()?.id || "";
+    $("health").append(element("span", { className: "rest", textContent: ` · ${workers}` }));
+    pauseMs = form.card() ? 15000 : 2000;
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
-    $("health").textContent = problem.code === "no_model" ? "Waiting for a worker…" : `${problem.title}`;
+    $("health").textContent = { no_model: "Waiting for a worker…", unauthorized: "Locked" }[problem.code] || problem.title;
   }
   setTimeout(watchHealth, pauseMs);
 }
@@ -337,12 +357,11 @@ async function resume() {
     layPaper(request);
     if (TERMINAL.includes(job.state)) await finish(id, request);
     else await follow(id, request);
-  } catch {
-    // It is gone by now.
+  } catch (problem) {
+    if (problem.status === 404) sessionStorage.removeItem(FOLLOWED);
     emptyTray();
     setBusy(false);
   }
-  sessionStorage.removeItem(FOLLOWED);
 }
 
 function setUpTheme() {
@@ -370,8 +389,9 @@ async function setUp() {
   });
   $("again").addEventListener("click", () => again());
   $("vary").addEventListener("click", () => again({ seed: "" }));
-  $("use").addEventListener("click", async () => { await fillFrom(strip.current()); $("prompt").focus(); });
-  $("use-start").addEventListener("click", () => take(strip.current().images[0].blob, "start"));
+  $("use").addEventListener("click", async () => { await fillFrom(strip.current(), ofShown()); $("prompt").focus(); });
+  $("use-start").addEventListener("click", () => take(shown.blob, "start"));
+  $("download").addEventListener("click", download);
   $("copy").addEventListener("click", copy);
   $("forget").addEventListener("click", discard);
   $("key").addEventListener("click", () => askForKey("A new key takes the place of the one in use."));
@@ -380,9 +400,6 @@ async function setUp() {
   await strip.setUp(show);
   await watchHealth();
   await resume();
-  can = await capabilities().catch(() => can);
-  if (can.startsFromPictures) start.setUp(can, () => {});
-  if (can.showsBatch) batch.setUp();
 }
 
 setUp();

@@ -8,7 +8,6 @@ const LOSSLESS_PX = 384 * 384;
 let picture = null;
 let strokes = []; // in parts of the canvas, so that they fit every size: {size, erase, points} or {fill}
 let canMask = false;
-let onChange = () => {};
 
 function canvas(width, height) {
   return Object.assign(document.createElement("canvas"), { width, height });
@@ -64,7 +63,6 @@ function show() {
   thumb.getContext("2d").drawImage(film, 0, 0);
   $("mask-open").hidden = !canMask;
   $("mask-open").textContent = strokes.length ? "Change the mask" : "Paint a mask";
-  onChange();
 }
 
 export const isSet = () => Boolean(picture);
@@ -171,9 +169,8 @@ function setUpEasel() {
   $("mask-dialog").addEventListener("close", show);
 }
 
-export function setUp(capabilities, changeListener) {
+export function setUp(capabilities) {
   canMask = capabilities.masks;
-  onChange = changeListener;
   $("start").hidden = false;
   $("start-clear").addEventListener("click", () => { clear(); $("start-choose").focus(); });
   $("mask-open").addEventListener("click", openEasel);

@@ -33,7 +33,11 @@ function layOut() {
 function layPaper(width, height, count) {
   shape = { width, height, count };
   $("empty").hidden = true;
-  $("prints").replaceChildren(...Array.from({ length: count }, () => element("figure", { className: "paper" }, element("div", { className: "emulsion" }))));
+  $("prints").replaceChildren(...Array.from({ length: count }, () => {
+    const sheet = paper();
+    sheet.append(element("span", { className: "emulsion" }));
+    return sheet;
+  }));
   layOut();
 }
 
@@ -89,8 +93,19 @@ export function end() {
   $("progress").hidden = $("timer").hidden = true;
 }
 
-// `images` is [{width, height, blob or url}].
-export function show(images, alt) {
+const paper = (onPick, index) => (onPick
+  ? element("button", { type: "button", className: "paper", onclick: () => onPick(index) })
+  : element("figure", { className: "paper" }));
+
+function changePaper(index, onPick) {
+  const earlier = $("prints").children[index];
+  const made = paper(onPick, index);
+  earlier.replaceWith(made);
+  made.append(earlier.firstChild);
+}
+
+// `images` is [{width, height, blob or url}]; `onPick` is told which one is picked from the tray, if any may be.
+export function show(images, alt, onPick) {
   end();
   const [{ width, height }] = images;
   const isSame = shape && shape.count === images.length && shape.width === width && shape.height === height;
@@ -99,10 +114,8 @@ export function show(images, alt) {
     const source = image.blob ? URL.createObjectURL(image.blob) : image.url;
     if (image.blob) urls.add(source);
     lay(index, source, images.length > 1 ? `${alt} (${index + 1} of ${images.length})` : alt);
+    changePaper(index, onPick);
   });
 }
-
-// Where the picture that lies there can be had.
-export const addressOf = (index) => emulsion(index).lastChild.src;
 
 export const watch = () => new ResizeObserver(layOut).observe($("prints"));
