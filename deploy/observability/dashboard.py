@@ -430,6 +430,10 @@ ROWS = (
                 (
                     Query("sum by (where) (increase(darkroom_out_of_memory_total[$__rate_interval]))", "OOM {{where}}"),
                     Query("sum by (where) (increase(darkroom_non_finite_total[$__rate_interval]))", "NaN {{where}}"),
+                    Query(
+                        "sum by (where) (increase(darkroom_non_finite_recovered_total[$__rate_interval]))",
+                        "NaN {{where}}, recovered",
+                    ),
                     _happened("vae_upcasts_total", "VAE to fp32"),
                 ),
             ),

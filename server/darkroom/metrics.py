@@ -173,7 +173,10 @@ PROMPT_CACHE = _worker.counter(
     "prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome"
 )
 OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
-NON_FINITE = _worker.counter("non_finite_total", "Images that came out as NaN or infinity.", "where")
+NON_FINITE = _worker.counter("non_finite_total", "Times that an image came out as NaN or infinity.", "where")
+NON_FINITE_RECOVERED = _worker.counter(
+    "non_finite_recovered_total", "Images that came out as NaN or infinity, and in fp32 or once more did not.", "where"
+)
 VAE_UPCASTS = _worker.counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
 QUEUE_WAIT_SECONDS = _worker.histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
 ENCODE_SECONDS = _worker.histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
@@ -215,6 +218,7 @@ for _metric, _values in (
     (NON_FINITE, ("tick", "decode")),
     (REDIS_REFUSALS, ("memory", "read_only", "disk", "loading", "replicas", "other")),
     (NOT_REPLICATED, ("job", "result")),
+    (NON_FINITE_RECOVERED, ("tick", "decode")),
     (RESULT_STORE_SECONDS, ("put", "get", "delete", "sign")),
     (RESULT_STORE_ERRORS, ("put", "get", "delete", "sign")),
 ):

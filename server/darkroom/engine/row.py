@@ -95,7 +95,8 @@ class Row:
     `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` and `first_previous` `[2, C, H, W]` (None at step
     0), fp32 on the host, are there until the row holds `slot` of its lane's pool; on the device, in the memory that
     brought them there, `last_latents` are what its last evaluation leaves. `saved_s` is when it was last made safe, or
-    joined. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    joined, and `saved` the state it had then, None until then. `conditionings` holds the prompt's and, with guidance,
+    the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -115,6 +116,7 @@ class Row:
     first_previous: Tensor | None = None
     slot: int | None = None
     last_latents: Tensor | None = None
+    saved: Checkpoint | None = None
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
@@ -127,6 +129,11 @@ class Row:
     def is_denoised(self) -> bool:
         """Whether its last evaluation is done or under way."""
         return self.step_index >= self.table.num_evaluations
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether its image was begun again, and another row has its place."""
+        return self.active.rows[self.index] is not self
 
     @property
     def needs_noise(self) -> bool:
