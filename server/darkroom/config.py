@@ -106,7 +106,14 @@ class Settings(BaseSettings):
         ge=0,
         le=3600,
         description="Seconds between two checkpoints of a running image, which a lost worker costs at most; raising it "
-        "writes less to Redis, 0 writes them only when a worker drains.",
+        "writes less to Redis, 0 counts no seconds. With both 0 they are written only when a worker drains.",
+    )
+    checkpoint_steps: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Steps between two checkpoints of a running image, where those come before the seconds; 0 counts "
+        "no steps.",
     )
     max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
 

@@ -296,22 +296,27 @@ class Engine:
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
-            tick = self._batch.enqueue([row for row in rows if self._is_to_save(row, started_s)])
+            to_save = [row for row in rows if self._is_to_save(row, started_s)]
+            tick = self._batch.enqueue(to_save)
         except Exception as error:
             self._batch = None
             self._fail_tick(choice, rows, error)
             return
+        for row in to_save:
+            row.saved_s, row.saved_step = started_s, row.step_index
         self._enqueued(tick, started_s)
         self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
             self._complete()
 
     def _is_to_save(self, row: Row, now_s: float) -> bool:
-        every_s = self._settings.checkpoint_interval_s
-        return self._on_saved is not None and 0 < every_s <= now_s - row.saved_s
+        """Whether the state that the row's next evaluation leaves is to be made safe."""
+        every_s, every_steps = self._settings.checkpoint_interval_s, self._settings.checkpoint_steps
+        is_due = 0 < every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
+        return self._on_saved is not None and is_due
 
     def _save(self, row: Row, checkpoint: Checkpoint) -> None:
-        row.saved_s, row.saved = self._clock(), checkpoint
+        row.saved = checkpoint
         metrics.CHECKPOINTS.inc()
         if self._on_saved is not None:
             self._on_saved(Saved(row.active.job, checkpoint))
