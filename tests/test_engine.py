@@ -15,7 +15,7 @@ from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Cancelled, Expired, Failed, TickReport
+from darkroom.engine.events import Cancelled, Expired, Failed, Finished, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
@@ -202,6 +202,50 @@ def test_a_failed_tick_changes_no_picture_not_even_with_noise_in_every_step(
     monkeypatch.setattr(model.unet, "forward", fails_once)
     disturbed = run_jobs(model, jobs, settings)
     assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+def test_rows_that_find_no_memory_together_lose_no_step_and_come_fewer_from_then_on(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job_for(model, str(seed), seed=seed, guidance_scale=1.0, num_inference_steps=5) for seed in range(4)]
+    undisturbed = run_jobs(model, jobs, settings_with())
+    step, refused, done = model.unet.forward, list[int](), list[int]()
+
+    def small_device(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        if x.shape[0] > 2:
+            refused.append(x.shape[0])
+            raise torch.OutOfMemoryError("no")
+        done.append(x.shape[0])
+        return step(x, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", small_device)
+    change = Change()
+    outcome = run_jobs(model, jobs, settings_with())
+    for job in jobs:
+        assert np.abs(outcome.pixels(job.id) - undisturbed.pixels(job.id)).max() <= 1
+    assert refused == [4]
+    assert done[:4] == [1] * 4, "those of the failed tick take their step one by one"
+    assert set(done[4:]) == {2}, "and share later ticks within the limit that was learned"
+    assert sum(done) == 4 * 5
+    assert change("out_of_memory_total", where="tick") == 1
+
+
+@pytest.mark.parametrize(("num_refused", "succeeds"), [(1, True), (2, False)])
+def test_a_row_alone_that_finds_no_memory_is_tried_once_more(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, num_refused: int, succeeds: bool
+) -> None:
+    step, calls = model.unet.forward, 0
+
+    def refuses(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= num_refused:
+            raise torch.OutOfMemoryError("no")
+        return step(*arguments)
+
+    monkeypatch.setattr(model.unet, "forward", refuses)
+    event = run_jobs(model, [job_for(model, "one")], settings_with()).events["one"]
+    assert isinstance(event, Finished if succeeds else Failed)
 
 
 def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
