@@ -289,11 +289,15 @@ async def test_eight_claimers_at_once_win_each_job_once(settings: Settings, redi
 
 
 async def test_a_lost_lease_gives_the_job_to_another_and_fences_off_the_first(
-    queue: JobQueue, redis: Any, keys: Keys
+    queue: JobQueue, redis: Any, keys: Keys, settings: Settings
 ) -> None:
+    assert (await queue.reap()).next_lease_s is None
     await enqueue(queue)
     stale = await claim_one(queue, "asleep")
-    assert (await queue.reap()).requeued == [], "a live lease is left alone"
+    reaped = await queue.reap()
+    assert reaped.requeued == [], "a live lease is left alone"
+    assert reaped.next_lease_s is not None
+    assert 0 < reaped.next_lease_s <= settings.lease_s
     await lose_lease(redis, keys, stale)
     assert (await queue.reap()).requeued == [stale.id]
     fresh = await claim_one(queue, "awake")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from darkroom.engine.pulse import Phase, Pulse
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
 from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
+from darkroom.worker import worker as worker_module
 from darkroom.worker.worker import Worker
 
 from tests.support.engines import job_for, request_for
@@ -213,6 +215,51 @@ async def test_a_full_worker_still_takes_the_job_of_a_tenant_that_has_none_there
         assert [(await queue.status(job.id)).state.value for job in greedy] == ["running"] * 2 + ["queued"] * 4
         for job in greedy:
             await queue.cancel(job.id)
+
+
+async def lose_twice(queue: JobQueue, model: DiffusionModel, job: Job) -> None:
+    """Let two workers be lost with a waiting job."""
+    for _ in range(2):
+        (claimed,) = await queue.claim("lost", [model.id], 1, 8)
+        assert claimed.id == job.id
+        await queue.hand_back("lost", claimed, is_failure=True)
+
+
+@pytest.mark.parametrize("holds_first", ["a suspect", "another job"])
+async def test_a_worker_that_has_become_free_looks_at_once_for_what_it_was_not_given_before(
+    settings: Settings,
+    queue: JobQueue,
+    model: DiffusionModel,
+    monkeypatch: pytest.MonkeyPatch,
+    holds_first: str,
+) -> None:
+    monkeypatch.setattr(worker_module, "WAKE_TIMEOUT_S", 60.0)
+    # Full with one job, so that a test may lose jobs while it runs.
+    settings = settings.model_copy(update={"reproducible_rows": 2, "lease_s": 60.0})
+    first = await enqueue(queue, job_for(model, "", num_inference_steps=40))
+    if holds_first == "a suspect":
+        await lose_twice(queue, model, first)
+    async with serving(settings, queue, model, slow_engine) as worker:
+        while first.id not in worker._held:  # noqa: ASYNC110 - its own events tell of earlier workers, too
+            await asyncio.sleep(0.02)
+        second = await enqueue(queue, job_for(model, ""))
+        await lose_twice(queue, model, second)
+        await queue._connection.command("DEL", queue._connection.keys.notify(model.id))
+        assert (await queue.wait(first.id, 10)).state is JobState.SUCCEEDED
+        assert (await queue.wait(second.id, 10)).state is JobState.SUCCEEDED
+
+
+async def test_a_lost_job_is_taken_back_as_its_lease_runs_out_and_not_at_the_next_round(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    """A round is a third of the lease, so that alone would cost up to ten seconds here."""
+    job = await enqueue(queue, job_for(model, ""))
+    await queue.claim("lost", [model.id], 1, 8)
+    soon_ms = int(time.time() * 1000) + 500
+    await queue._connection.command("ZADD", f"{queue._connection.keys.prefix}leases", soon_ms, job.id)
+    async with serving(settings.model_copy(update={"lease_s": 30.0}), queue, model):
+        status = await queue.wait(job.id, 5)
+    assert (status.state, status.job.attempt) == (JobState.SUCCEEDED, 2)
 
 
 async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothing_is_written(

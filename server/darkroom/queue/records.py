@@ -37,13 +37,17 @@ class Renewal:
 
 @dataclass(frozen=True)
 class Reaped:
-    """What one look at lost leases, passed deadlines and clients that have left did, as job ids."""
+    """What one look at lost leases, passed deadlines and clients that have left did, as job ids.
+
+    `next_lease_s` is the time until the next lease runs out if it is not renewed, None when nothing is leased.
+    """
 
     requeued: list[str]
     dead: list[str]
     cancelled: list[str]
     expired: list[str]
     abandoned: list[str]
+    next_lease_s: float | None
 
 
 @dataclass(frozen=True)

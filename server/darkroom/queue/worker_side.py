@@ -52,6 +52,7 @@ class WorkerSide:
         self._job_ttl_ms = int(job_ttl_s * 1000)
         self._registered: dict[str, list[bytes | str]] = {}
         self._claim_tokens: dict[str, str] = {}
+        self._free_first: set[str] = set()
 
     async def register(self, worker_id: str, cards: Iterable[ModelCard]) -> None:
         """Offer models. The worker counts as alive while `heartbeat` is called at least every few seconds."""
@@ -136,6 +137,10 @@ class WorkerSide:
             *({job.tenant for job in held} if min_rank else ()),
         )
         del self._claim_tokens[worker_id]
+        self._free_first.discard(worker_id)
+        if replies == [b"free_first"]:
+            self._free_first.add(worker_id)
+            return []
         jobs = []
         for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms, num_checkpoints in replies:
             try:
@@ -159,6 +164,11 @@ class WorkerSide:
             else:
                 jobs.append(job)
         return jobs
+
+    def must_be_free_first(self, worker_id: str) -> bool:
+        """Whether a worker's last claim brought nothing because it holds something, and a job with which two workers
+        were lost is there or waits. It should claim again as soon as it holds nothing."""
+        return worker_id in self._free_first
 
     async def renew(self, worker_id: str, held: Mapping[str, int]) -> Renewal:
         """Keep the leases of `held`, job id → attempt."""
@@ -237,8 +247,9 @@ class WorkerSide:
     async def reap(self) -> Reaped:
         """Take back jobs of lost workers, end overdue ones and cancel abandoned ones. Any process may call it at any
         time."""
-        lists = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
-        reaped = Reaped(*([job_id.decode() for job_id in ids] for ids in lists))
+        *lists, left_ms = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
+        ids = ([job_id.decode() for job_id in ids] for ids in lists)
+        reaped = Reaped(*ids, next_lease_s=None if left_ms < 0 else left_ms / 1000)
         metrics.REDELIVERIES.inc(len(reaped.requeued))
         metrics.DEAD_LETTERS.inc(len(reaped.dead))
         metrics.JOBS_ABANDONED.inc(len(reaped.abandoned))

@@ -40,6 +40,8 @@ PUBLISH_STOP_S = 0.5
 MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
+# A lease that was renewed in time is never this near to its end, so only lost ones are looked at as often.
+REAP_PAUSE_S = 0.1
 # Redis pays for each report of each busy worker: at ten a second some hundred workers would fill it with nothing else.
 SAVE_INTERVAL_S = 0.25
 WATCH_INTERVAL_S = 1.0
@@ -95,6 +97,7 @@ class Worker:
         self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
         self._is_watched = False
         self._room = asyncio.Event()
+        self._idle = asyncio.Event()
         self._drain = asyncio.Event()
         self._publishing: set[asyncio.Task[None]] = set()
 
@@ -120,7 +123,7 @@ class Worker:
                 self._stay_registered(on_ready),
                 self._claim_loop(),
                 self._every(self._settings.lease_s / 3, self._renew),
-                self._every(self._settings.lease_s / 3, self._reap),
+                self._reap(),
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
                 self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
                 self._every(BATCH_INTERVAL_S, self._tell_batch),
@@ -207,10 +210,12 @@ class Worker:
 
     async def _claim_loop(self) -> None:
         wake: asyncio.Task[Any] | None = None
+        idle: asyncio.Task[Any] | None = None
         await self._registered.wait()
         try:
             while not self._drain.is_set():
                 self._room.clear()
+                self._idle.clear()
                 room = self._engine.batcher.max_model_rows - self._engine.resident_model_rows()
                 claimed = await self._claim(room)
                 if room <= 0:
@@ -222,12 +227,21 @@ class Worker:
                 # After a claim, other workers get a moment to take their share of what is left. After one that brought
                 # nothing there is no backlog, and only a new job matters.
                 wake = wake or asyncio.create_task(self._wait_for_work())
-                await asyncio.wait([wake], timeout=SHARE_PAUSE_S if claimed else None)
+                signs = [wake]
+                if self._held and self._queue.must_be_free_first(self.id):
+                    idle = asyncio.create_task(self._idle.wait())
+                    signs.append(idle)
+                await asyncio.wait(
+                    signs, timeout=SHARE_PAUSE_S if claimed else None, return_when=asyncio.FIRST_COMPLETED
+                )
                 if wake.done():
                     wake = None
+                if idle is not None:
+                    idle.cancel()
         finally:
-            if wake is not None:
-                wake.cancel()
+            for task in (wake, idle):
+                if task is not None:
+                    task.cancel()
 
     async def _wait_for_work(self) -> None:
         try:
@@ -324,9 +338,19 @@ class Worker:
         return job_id in self._held and self._held[job_id].attempt == attempt
 
     async def _reap(self) -> None:
-        reaped = await self._queue.reap()
-        if reaped.requeued or reaped.dead:
-            log.warning("jobs_reaped", requeued=reaped.requeued, dead=reaped.dead)
+        """Take back the jobs of lost workers as their leases run out."""
+        while True:
+            pause_s = self._settings.lease_s / 3
+            try:
+                reaped = await self._queue.reap()
+            except QueueUnavailable as error:
+                await self._pause(error)
+            else:
+                if reaped.requeued or reaped.dead:
+                    log.warning("jobs_reaped", requeued=reaped.requeued, dead=reaped.dead)
+                if reaped.next_lease_s is not None:
+                    pause_s = min(pause_s, max(REAP_PAUSE_S, reaped.next_lease_s))
+            await asyncio.sleep(pause_s)
 
     async def _follow_cancellations(self) -> None:
         while True:
@@ -441,6 +465,8 @@ class Worker:
             trace.end("lost")
         if self._holds(job.id, job.attempt):
             del self._held[job.id]
+            if not self._held:
+                self._idle.set()
 
     async def _every(self, interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
         while True:

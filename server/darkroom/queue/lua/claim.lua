@@ -14,7 +14,7 @@
 -- tenants:<model>, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
--- an image with a checkpoint}.
+-- an image with a checkpoint}, or {'free_first'} to a worker that gets nothing until it holds nothing.
 
 local worker, token = ARGV[1], ARGV[2]
 local max_jobs, max_rows, min_rank = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -38,7 +38,7 @@ if last[1] == token then
   return reply
 end
 
-if holds == 'suspect' then return reply end
+if holds == 'suspect' then return { 'free_first' } end
 
 local share, held_tenants, num_models = {}, {}, tonumber(ARGV[7])
 for i = 8, 7 + num_models do
@@ -98,7 +98,7 @@ if next_suspect() then
     next_job, max_jobs = next_suspect, 1
   elseif (redis.call('GET', reserved) or worker) == worker then
     redis.call('SET', reserved, worker, 'PX', LEASE_MS)
-    return reply
+    return { 'free_first' }
   end
 end
 

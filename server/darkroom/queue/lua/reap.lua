@@ -5,7 +5,8 @@
 -- A lost lease is an unclean loss: the job's failures rise by one, and at MAX_FAILURES it fails as a dead letter.
 -- An abandoned job gives its idempotency key back: a client that does come back with it later gets a new job.
 -- Writes abandoned, looked_after, idempotency:<digest>, and what lose(), finish() and ask_to_cancel() write.
--- Returns five lists of ids: requeued, dead, cancelled, expired, abandoned.
+-- Returns five lists of ids (requeued, dead, cancelled, expired, abandoned) and the milliseconds until the next lease may
+-- run out, -1 when nothing is leased.
 
 local ended = { requeued = {}, dead = {}, cancelled = {}, expired = {}, abandoned = {} }
 local expired = ended.expired
@@ -56,4 +57,6 @@ if redis.call('EXISTS', abandoned) == 1 then
     end
   end
 end
-return { ended.requeued, ended.dead, ended.cancelled, expired, ended.abandoned }
+local next_lease = redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')
+local left_ms = next_lease[2] and math.max(0, math.ceil(tonumber(next_lease[2]) - now_ms)) or -1
+return { ended.requeued, ended.dead, ended.cancelled, expired, ended.abandoned, left_ms }
