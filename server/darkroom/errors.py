@@ -7,6 +7,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   ├── InvalidRequest          a field is wrong: names field, value and accepted range
 │   │   └── UnknownModel        no worker has offered that model lately
 │   ├── JobNotFound             no such job, or its record has expired
+│   ├── LetterNotFound          no such dead letter; told to operators alone
 │   ├── ImageNotFound           the job has no such image, or it has expired
 │   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
 │   └── JobNotFinished          the images were asked for before the job has ended
@@ -79,6 +80,10 @@ class UnknownModel(InvalidRequest):
 
 class JobNotFound(RequestError):
     code = "job_not_found"
+
+
+class LetterNotFound(RequestError):
+    code = "not_found"
 
 
 class ImageNotFound(RequestError):

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import structlog
 
 from darkroom.config import Settings
-from darkroom.errors import ConfigError
+from darkroom.errors import ConfigError, QueueUnavailable
 
 log = structlog.get_logger(__name__)
 
@@ -190,6 +190,17 @@ class EmbeddedRedis:
                 f"{self._dir} was written by Redis 7 or newer and {self._binary} is version {version[1]}: "
                 "install the newer redis-server or choose another DARKROOM_DATA_DIR"
             )
+
+
+def running_url(settings: Settings) -> str:
+    """The address of the private redis-server that another process runs on this data directory. Raises
+    `QueueUnavailable` when none does."""
+    path = _socket_path(settings.redis_dir.absolute())
+    if not _ping(path):
+        raise QueueUnavailable(
+            f"no Darkroom runs on {settings.data_dir}: start `darkroom up`, or name its --data-dir, or a --redis-url"
+        )
+    return f"unix://{quote(str(path))}"
 
 
 def find_redis_server() -> str:

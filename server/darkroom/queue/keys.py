@@ -119,6 +119,10 @@ class Keys:
         return f"{self.prefix}counters"
 
     @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
+
+    @property
     def workers(self) -> str:
         return f"{self.prefix}workers"
 

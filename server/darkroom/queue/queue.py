@@ -6,6 +6,7 @@ from darkroom.config import Settings
 from darkroom.errors import QueueUnavailable
 from darkroom.queue.client_side import ClientSide
 from darkroom.queue.connection import RedisConnection
+from darkroom.queue.dead_letters import DeadLetters
 from darkroom.queue.notices import Notices
 from darkroom.queue.results import ResultStore
 from darkroom.queue.worker_side import WorkerSide
@@ -54,6 +55,11 @@ class JobQueue(ClientSide, WorkerSide):
     async def log_promise(self) -> None:
         """Log what the server's settings let `accepted` mean, and where that is less than was asked for."""
         await self._connection.log_promise()
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The jobs that were given up."""
+        return DeadLetters(self, self._connection)
 
     @property
     def num_waiters(self) -> int:

@@ -243,7 +243,7 @@ local function lose(id, job, reason, max_dead_letters)
     return 'cancelled'
   elseif job.failures >= MAX_FAILURES then
     redis.call('XADD', prefix .. 'dead', 'MAXLEN', max_dead_letters, '*', 'job', id, 'failures', job.failures,
-      'attempt', job.attempt, 'worker', job.owner, 'reason', reason,
+      'attempt', job.attempt, 'worker', job.owner, 'reason', reason, 'reserved', job.reserved,
       'payload', redis.call('HGET', job_key(id), 'payload') or '')
     finish(id, job, 'failed', 'error_code', 'dead_letter', 'error_message',
       'given up after ' .. job.failures .. ' workers were lost while they ran it')
