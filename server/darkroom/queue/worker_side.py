@@ -248,8 +248,9 @@ class WorkerSide:
         """Take back jobs of lost workers, end overdue ones and cancel abandoned ones. Any process may call it at any
         time."""
         *lists, left_ms = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
-        ids = ([job_id.decode() for job_id in ids] for ids in lists)
-        reaped = Reaped(*ids, next_lease_s=None if left_ms < 0 else left_ms / 1000)
+        requeued, dead, cancelled, expired, abandoned = ([job_id.decode() for job_id in ids] for ids in lists)
+        next_lease_s = None if left_ms < 0 else left_ms / 1000
+        reaped = Reaped(requeued, dead, cancelled, expired, abandoned, next_lease_s)
         metrics.REDELIVERIES.inc(len(reaped.requeued))
         metrics.DEAD_LETTERS.inc(len(reaped.dead))
         metrics.JOBS_ABANDONED.inc(len(reaped.abandoned))
