@@ -6,11 +6,12 @@ variable, the value and what is accepted.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from darkroom.errors import ConfigError, shorten
@@ -53,6 +54,15 @@ class Settings(BaseSettings):
         "off", description="on sends traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `tracing`."
     )
 
+    auth: Literal["off", "keys"] = Field(
+        "off", description="keys asks every caller for an API key of `darkroom keys create`."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Whether the API may be reached from other machines while it asks for no keys."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Key that `darkroom generate` and `darkroom models` show to the server of --url."
+    )
     host: str = Field("127.0.0.1", description="Address the API binds to.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")
     metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
@@ -194,9 +204,26 @@ class Settings(BaseSettings):
         sizes = (size.strip().split("x") for size in self.graph_sizes.split(",")) if self.graph_sizes else ()
         return tuple(dict.fromkeys((int(width), int(height)) for width, height in sizes))
 
+    def refuse_open_door(self) -> None:
+        """Raise `ConfigError` when other machines could reach an API that asks for no keys, unless they are let in."""
+        if self.auth == "keys" or self.allow_anonymous or _is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"DARKROOM_HOST={self.host} lets other machines in, and without keys anyone of them may do everything: set "
+            "DARKROOM_AUTH=keys and make keys with `darkroom keys create`, or DARKROOM_ALLOW_ANONYMOUS=true if "
+            "something in front of it decides who may come"
+        )
+
     @property
     def redis_dir(self) -> Path:
         return self.data_dir / "redis"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings(**overrides: object) -> Settings:

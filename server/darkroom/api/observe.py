@@ -62,7 +62,7 @@ class Observe:
                 metrics.REJECTS.labels("internal").inc()
                 if status == 0:
                     detail = "the error was logged; trying again may help"
-                    await respond(problem_of("internal", detail))(scope, receive, observed)
+                    await respond(problem_of("internal", detail), scope["path"])(scope, receive, observed)
             finally:
                 route = _route(scope)
                 metrics.HTTP_REQUESTS_IN_FLIGHT.dec()

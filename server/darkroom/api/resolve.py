@@ -160,11 +160,13 @@ def check_cost(cost: float, settings: Settings) -> None:
         )
 
 
-def fingerprint(body: GenerateRequest, output_format: str) -> str:
-    """A hash of what was asked for; two bodies under one Idempotency-Key must agree in it.
+def fingerprint(body: GenerateRequest, output_format: str, tenant: str = "default") -> str:
+    """A hash of what was asked for and for whom; two bodies under one Idempotency-Key must agree in it.
 
     How the answer is delivered (`mode`, `wait_timeout_s`) is left out: a retry may choose another way.
     """
     asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude={"mode", "wait_timeout_s"})
     asked["output_format"] = output_format
+    if tenant != "default":
+        asked["tenant"] = tenant
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

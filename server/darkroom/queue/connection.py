@@ -48,6 +48,7 @@ SCRIPTS = (
     "cards",
     "stats",
     "watch",
+    "take",
 )
 
 log = structlog.get_logger(__name__)
