@@ -54,6 +54,8 @@ ONLY_IN: dict[str, set[str]] = {
     "obstore": {"queue"},
     "opentelemetry": {"tracing"},
     "pynvml": {"worker"},
+    "c2pa": {"diffusion"},
+    "cryptography": {"diffusion"},
     "diffusers": set(),
     "pickle": set(),
 }

@@ -305,6 +305,13 @@ async def test_a_tenant_cannot_cancel_what_another_waits_for(client: httpx.Async
     assert (await client.delete(urls[1], headers=root)).json()["state"] == "cancelled"
 
 
+async def test_a_job_waits_with_the_weight_of_its_key(client: httpx.AsyncClient, queue: JobQueue) -> None:
+    await queue.register("idle", [card()])
+    reply = await client.post("/generate", json={**FOX, "mode": "async"}, headers=await bearer(queue, weight=3.0))
+    record = queue._connection.keys.job(reply.json()["job_id"])
+    assert await queue._connection.command("HMGET", record, "tenant", "weight") == [b"ann", b"3.0"]
+
+
 async def test_two_tenants_may_choose_the_same_idempotency_key(
     client: httpx.AsyncClient, queue: JobQueue, worker: InstantWorker
 ) -> None:

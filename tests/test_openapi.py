@@ -230,6 +230,13 @@ async def forbidden(world: World) -> httpx.Response:
     return await with_a_key(world, FOX, scope="read")
 
 
+async def prompt_refused(world: World) -> httpx.Response:
+    path = world.settings.data_dir / "denylist"
+    path.write_text("fox")
+    async with in_process(world.settings.model_copy(update={"prompt_denylist": path}), world.queue) as client:
+        return await client.post("/generate", json=FOX)
+
+
 async def rate_limited(world: World) -> httpx.Response:
     return await with_a_key(world, {}, FOX, rate=Rate(count=1, period_s=60, burst=1))
 
@@ -324,6 +331,7 @@ CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "expired": expired,
     "unauthorized": unauthorized,
     "forbidden": forbidden,
+    "prompt_refused": prompt_refused,
     "rate_limited": rate_limited,
     "budget_exceeded": budget_exceeded,
     "queue_full": queue_full,

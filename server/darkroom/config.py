@@ -6,10 +6,12 @@ variable, the value and what is accepted.
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -87,6 +89,28 @@ class Settings(BaseSettings):
         le=1,
         description="Share of DARKROOM_MAX_QUEUE_JOBS that jobs of one tenant may take; raising it leaves others less "
         "room. Without API keys there is one tenant, which may take all.",
+    )
+
+    prompt_denylist: Path | None = Field(
+        None, description="File of words, phrases and /patterns/, one a line; a prompt that has one is refused."
+    )
+    prompt_hook: str | None = Field(
+        None, description="module:function that is given each prompt and says whether it may be drawn."
+    )
+    picture_hook: str | None = Field(
+        None,
+        description="module:function that is given each picture's pixels and its request, and returns the pixels to "
+        "keep.",
+    )
+    mark_source: bool = Field(
+        True, description="Whether pictures say in their metadata that a model made them (IPTC digitalSourceType)."
+    )
+    c2pa_cert: Path | None = Field(
+        None,
+        description="Certificate chain in PEM; with the key, pictures get a C2PA signature; needs the extra `c2pa`.",
+    )
+    c2pa_key: Path | None = Field(
+        None, validate_default=True, description="Private key of DARKROOM_C2PA_CERT in PEM, without a password."
     )
 
     result_store: str | None = Field(
@@ -189,6 +213,13 @@ class Settings(BaseSettings):
             raise ValueError("expected proxy: only a bucket in DARKROOM_RESULT_STORE has signed URLs")
         return value
 
+    @field_validator("c2pa_key")
+    @classmethod
+    def _of_a_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("c2pa_cert") is None):
+            raise ValueError("expected DARKROOM_C2PA_CERT and DARKROOM_C2PA_KEY, or neither")
+        return value
+
     @field_validator("graph_sizes")
     @classmethod
     def _known_sizes(cls, value: str | None) -> str | None:
@@ -224,6 +255,19 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def load_hook(setting: str, target: str) -> Callable[..., Any]:
+    """The function that `target`, `module:function`, names. Raises `ConfigError`."""
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{setting}={target}: expected module:function, and that module to be importable") from error
+    if not callable(found):
+        raise ConfigError(f"{setting}={target}: that is no function")
+    function: Callable[..., Any] = found
+    return function
 
 
 def load_settings(**overrides: object) -> Settings:

@@ -8,6 +8,7 @@ DarkroomError                   has a stable `code` and a message that is safe t
 │   │   └── UnknownModel        no worker has offered that model lately
 │   ├── Unauthorized            no key that may be used came with the call
 │   ├── Forbidden               the key that came does not allow this
+│   ├── PromptRefused           the operator's rules forbid what the prompt asks for
 │   ├── JobNotFound             no such job, or its record has expired
 │   ├── ImageNotFound           the job has no such image, or it has expired
 │   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
@@ -87,6 +88,10 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     code = "forbidden"
+
+
+class PromptRefused(RequestError):
+    code = "prompt_refused"
 
 
 class JobNotFound(RequestError):
@@ -189,6 +194,7 @@ HTTP_STATUS: dict[str, int] = {
     "unauthorized": 401,
     "forbidden": 403,
     "invalid_request": 422,
+    "prompt_refused": 422,
     "malformed_json": 400,
     "body_too_large": 413,
     "request_timeout": 408,

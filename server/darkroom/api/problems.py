@@ -26,6 +26,7 @@ TITLES: dict[str, str] = {
     "unauthorized": "The call needs a key",
     "forbidden": "The key does not allow this",
     "invalid_request": "A field of the request is wrong",
+    "prompt_refused": "This server's rules forbid the prompt",
     "malformed_json": "The body is not valid JSON",
     "body_too_large": "The body is too large",
     "request_timeout": "The body did not arrive in time",

@@ -17,6 +17,9 @@ from darkroom.jobs import GenerationRequest, ModelCard
 from darkroom.queue import Cards
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations, supported_sigma_schedules
 
+# A manifest takes 3 KiB and a chain of certificates.
+_SIGNATURE_BYTES = 16 << 10
+
 
 def accepted_values(settings: Settings) -> dict[str, str]:
     """What each field of a request accepts, in words for error messages."""
@@ -143,6 +146,12 @@ def cost_of(request: GenerationRequest, card: ModelCard) -> float:
 def checkpoint_bytes_of(request: GenerationRequest, card: ModelCard) -> int:
     """The most that checkpoints of a request take: fp32 latents and the two denoised before them, for each image."""
     return request.num_images_per_prompt * 3 * 4 * card.latent_channels * _latent_pixels(request, card)
+
+
+def result_bytes_of(request: GenerationRequest, settings: Settings) -> int:
+    """The most that the pictures of a request take: their pixels as they are, and a signature where workers sign."""
+    overhead = _SIGNATURE_BYTES if settings.c2pa_cert is not None else 0
+    return request.num_images_per_prompt * (request.width * request.height * 3 + overhead)
 
 
 def _latent_pixels(request: GenerationRequest, card: ModelCard) -> int:

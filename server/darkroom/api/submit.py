@@ -18,6 +18,7 @@ from darkroom.api.resolve import (
     complete,
     cost_of,
     fingerprint,
+    result_bytes_of,
 )
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.service import Service, service_of
@@ -41,13 +42,14 @@ async def submit(
 ) -> Submitted:
     """Check `body` against the limits of the server, the caller's key and the model's card, and enqueue it as a job.
 
-    Raises `InvalidFields`, `UnknownModel` and `InvalidRequest` on what cannot be drawn, `Unavailable` on what cannot be
-    taken now.
+    Raises `InvalidFields`, `UnknownModel`, `InvalidRequest` and `PromptRefused` on what cannot be drawn, `Unavailable`
+    on what cannot be taken now.
     """
     service, caller = service_of(request), caller_of(request)
     settings = service.settings
     await take_call(request)
     check_limits(body, settings, service.accepted)
+    await service.prompt_rules.check(body.prompt)
     card = choose_card(body.model, await service.queue.cards())
     wanted = complete(body, card, output_format)
     cost = cost_of(wanted, card)
@@ -60,9 +62,10 @@ async def submit(
         deadline_s=body.deadline_s,
         idempotency_key=idempotency_key,
         body_hash=fingerprint(body, output_format, caller.tenant),
-        result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+        result_bytes=result_bytes_of(wanted, settings),
         checkpoint_bytes=checkpoint_bytes_of(wanted, card),
         caller=f"{request.client.host}:{request.client.port}" if request.client else "",
+        weight=caller.weight,
         payer=caller.key_id,
         max_cost=caller.max_cost,
     )
