@@ -34,7 +34,7 @@ from PIL import Image
 
 from tests.support.engines import request_for
 from tests.support.http import in_process
-from tests.support.instant_worker import card
+from tests.support.instant_worker import InstantWorker, card
 from tests.support.tiny_models import write_tiny_model
 
 FOX = {"prompt": "a red fox in the snow"}
@@ -222,6 +222,81 @@ def test_a_pair_that_makes_no_valid_signature_stops_the_start(issuer: Issuer, tm
     for alone in ({"c2pa_cert": cert}, {"c2pa_key": cert}):
         with pytest.raises(ConfigError, match="or neither"):
             load_settings(**alone)
+
+
+# Browsers
+
+
+async def test_every_reply_tells_browsers_to_do_nothing_else_with_it(settings: Settings, queue: JobQueue) -> None:
+    async with InstantWorker(queue).running(), in_process(settings, queue) as client:
+        made = (await client.post("/generate", json=FOX)).json()
+        url = f"/jobs/{made['job_id']}"
+        replies = {
+            path: await client.get(path)
+            for path in ("/", "/docs", "/openapi.json", "/models", "/health/live", url, f"{url}/images/0",
+                         f"{url}/events", "/nowhere", "/static/app.css")
+        }  # fmt: skip
+        replies["refused"] = await client.post("/generate", json={})
+        replies["wrong method"] = await client.put("/generate")
+    for path, reply in replies.items():
+        headers = reply.headers
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["content-type"], path
+        assert headers["content-security-policy"].startswith("default-src 'none'; "), path
+        assert headers["referrer-policy"] == "no-referrer", path
+        assert headers["cross-origin-resource-policy"] == "same-origin", path
+        assert "access-control-allow-origin" not in headers
+        is_asset = path in ("/", "/docs", "/static/app.css", f"{url}/events")
+        expected = "no-cache" if is_asset else "no-store"
+        assert headers["cache-control"] == ("private, max-age=31536000, immutable" if "images" in path else expected)
+
+
+async def test_a_page_of_another_site_may_call_only_if_it_is_named(settings: Settings, queue: JobQueue) -> None:
+    friend, stranger = "https://friend.example", "https://stranger.example"
+    await queue.register("idle", [card()])
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    named = settings.model_copy(update={"cors_origins": f"{friend}, http://localhost:3000", "auth": "keys"})
+    async with in_process(named, queue) as client:
+        assert (await client.options("/generate", headers={"Origin": stranger, **asks})).status_code == 400
+        preflight = await client.options("/generate", headers={"Origin": friend, **asks})
+        assert preflight.headers["access-control-allow-origin"] == friend
+        refused = await client.get("/models", headers={"Origin": friend})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == friend
+        assert refused.headers["cross-origin-resource-policy"] == "cross-origin"
+
+
+@pytest.mark.parametrize(
+    ("origins", "site", "origin", "status"),
+    [
+        (None, "cross-site", "https://stranger.example", 403),
+        (None, "same-site", "http://localhost:3000", 403),
+        (None, "same-origin", "http://localhost:8000", 202),
+        (None, "none", None, 202),
+        (None, None, None, 202),
+        ("http://localhost:3000", "same-site", "http://localhost:3000", 202),
+        ("http://localhost:3000", "cross-site", "https://stranger.example", 403),
+        ("*", "cross-site", "https://stranger.example", 202),
+    ],
+)
+async def test_a_form_of_another_site_makes_no_pictures(
+    settings: Settings, queue: JobQueue, origins: str | None, site: str | None, origin: str | None, status: int
+) -> None:
+    await queue.register("idle", [card()])
+    headers = {"Sec-Fetch-Site": site, "Origin": origin}
+    async with in_process(settings.model_copy(update={"cors_origins": origins}), queue) as client:
+        reply = await client.post(
+            "/generate",
+            json={**FOX, "mode": "async"},
+            headers={name: value for name, value in headers.items() if value is not None},
+        )
+    assert reply.status_code == status
+
+
+@pytest.mark.parametrize("origins", ["friend.example", "https://a.example/path", "https://a.example,", "null"])
+def test_an_origin_that_no_browser_would_send_is_refused_at_start(origins: str) -> None:
+    with pytest.raises(ConfigError, match="DARKROOM_CORS_ORIGINS"):
+        load_settings(cors_origins=origins)
 
 
 # Hooks

@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from darkroom.errors import ConfigError, shorten
 
 BUILTIN_MODEL = Path(__file__).parent / "models" / "emoji-world"
+_ORIGIN = re.compile(r"\*|https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 _RESULT_STORE = re.compile(
     r"file:///[^?#]+|(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[a-zA-Z0-9._-]+)*/?"
 )
@@ -67,6 +68,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address the API binds to.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")
+    cors_origins: str | None = Field(
+        None,
+        description="Web pages of other sites that may call the API from a browser, as https://one.example,"
+        "https://two.example, or * for all.",
+    )
     metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of a process's metrics; 0 picks a free one.")
     metrics_public: bool = Field(
@@ -198,6 +204,14 @@ class Settings(BaseSettings):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _known_origins(cls, value: str | None) -> str | None:
+        for origin in value.split(",") if value else ():
+            if _ORIGIN.fullmatch(origin.strip()) is None:
+                raise ValueError("expected origins as https://one.example,http://localhost:3000, or *")
+        return value
+
     @field_validator("result_store")
     @classmethod
     def _known_store(cls, value: str | None) -> str | None:
@@ -228,6 +242,11 @@ class Settings(BaseSettings):
             if len(sides) != 2 or not all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
                 raise ValueError(f"expected sizes as 768x512,512x512 (width x height in pixels), got {shorten(size)}")
         return value
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """Each origin in `cors_origins`."""
+        return tuple(origin.strip() for origin in self.cors_origins.split(",")) if self.cors_origins else ()
 
     @property
     def graph_sizes_px(self) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,6 +26,10 @@ from darkroom.queue import JobQueue
 
 # Asked every few seconds by machines.
 _NOT_TRACED = ("/health/", "/metrics")
+_EXPOSED_HEADERS = (
+    "Content-Location", "Darkroom-Job-Id", "Darkroom-Seed", "Location", "RateLimit", "RateLimit-Policy", "Retry-After",
+    "Retry-After-Ms", "X-Request-Id",
+)  # fmt: skip
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -63,7 +68,16 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
     if settings.metrics_public:
         app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)
     app.add_middleware(Guard)
-    app.add_middleware(Observe)
+    if settings.allowed_origins:
+        # Outside of the guard: a browser's preflight carries no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "X-API-Key", "Idempotency-Key", "Last-Event-ID", "X-Request-Id"),
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    app.add_middleware(Observe, is_for_other_sites=bool(settings.allowed_origins))
     app.add_exception_handler(DarkroomError, _on_darkroom_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -15,12 +15,14 @@ from darkroom.api.body import describe
 from darkroom.api.page import STATIC_PATHS
 from darkroom.api.problems import respond_to
 from darkroom.api.service import service_of
+from darkroom.config import Settings
 from darkroom.errors import DarkroomError, Forbidden, InvalidRequest, RateLimited, Unauthorized
 from darkroom.jobs import Priority
 from darkroom.queue import SCOPES, ApiKey, Rate
 
 # All that may be had without a key: what probes ask, and the page, which then asks for one.
 OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready", *STATIC_PATHS})
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _ADMIN_PATHS = ("/metrics", "/admin/")
 
 
@@ -79,6 +81,8 @@ class Guard:
 async def _admit(request: HTTPConnection) -> Caller:
     service = service_of(request)
     method, path = request.scope["method"], request.scope["path"]
+    if method not in _SAFE_METHODS:
+        _refuse_other_sites(request, service.settings)
     if service.settings.auth == "off" or (path in OPEN_PATHS and method in ("GET", "HEAD")):
         return ANONYMOUS
     token = token_of(request)
@@ -91,6 +95,15 @@ async def _admit(request: HTTPConnection) -> Caller:
     if needed not in key.permissions:
         raise Forbidden(f"this key's scope is {', '.join(key.scopes)}, and this call needs {needed}")
     return _caller(key)
+
+
+def _refuse_other_sites(request: HTTPConnection, settings: Settings) -> None:
+    """A page of another site can send a form from its visitor's browser, with the key that the browser remembers, or to
+    a server that asks for none; browsers say so. Raises `Forbidden`."""
+    if request.headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return
+    if not {"*", request.headers.get("origin")} & set(settings.allowed_origins):
+        raise Forbidden("web pages of other sites may call only if DARKROOM_CORS_ORIGINS names them")
 
 
 def token_of(request: HTTPConnection) -> str | None:
