@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -129,6 +130,31 @@ def basic(token: str) -> str:
     return "Basic " + base64.b64encode(f"anyone:{token}".encode()).decode()
 
 
+async def rows_of(client: httpx.AsyncClient, job_id: str, headers: dict[str, str]) -> list[str | None]:
+    """The jobs that the first look at a batch with something in it names."""
+    async with (
+        asyncio.timeout(20),
+        client.stream("GET", "/batch", params={"job_id": job_id}, headers=headers) as stream,
+    ):
+        async for line in stream.aiter_lines():
+            told = json.loads(line.removeprefix("data: "))["workers"] if line.startswith("data: ") else []
+            if rows := [row["job_id"] for one in told for row in one["rows"]]:
+                return rows
+    raise AssertionError("the stream ended")
+
+
+async def test_the_batch_names_no_job_of_another_tenant(
+    settings: Settings, queue: JobQueue, worker: InstantWorker
+) -> None:
+    ann, bob = await bearer(queue, "ann"), await bearer(queue, "bob")
+    worker.gate.clear()
+    async with served(settings, queue) as site:
+        made = await site.client.post("/generate", json={**FOX, "mode": "async"}, headers=ann)
+        job_id = made.json()["job_id"]
+        assert await rows_of(site.client, job_id, ann) == [job_id]
+        assert await rows_of(site.client, job_id, bob) == [None]
+
+
 @pytest.mark.parametrize(
     "show",
     [
@@ -237,6 +263,13 @@ async def test_a_surface_writes_its_errors_in_its_own_form(
     reply = await client.post("/generate", json=FOX)
     assert (reply.status_code, reply.json()) == (401, {"error": "unauthorized"})
     assert is_refused(await client.get("/models"), 401, "unauthorized")
+
+
+async def test_only_somebody_who_opens_an_address_is_asked_for_a_password(client: httpx.AsyncClient) -> None:
+    """Were Basic offered to what the page fetches, the browser would ask beside the page."""
+    opened = await client.get("/docs", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert opened.headers["www-authenticate"].startswith("Basic ")
+    assert (await client.get("/models", headers={"Accept": "*/*"})).headers["www-authenticate"].startswith("Bearer ")
 
 
 # Scopes

@@ -67,7 +67,12 @@ class Guard:
             request.state.caller = await _admit(request)
         except DarkroomError as error:
             metrics.REJECTS.labels(error.code).inc()
-            await respond_to(error, scope["path"])(scope, receive, send)
+            reply = respond_to(error, scope["path"])
+            if isinstance(error, Unauthorized) and "text/html" in request.headers.get("accept", ""):
+                # Somebody opens an address in a browser, which asks for a name and a password on this. What a page
+                # fetches must not: the page asks by itself.
+                reply.headers["WWW-Authenticate"] = 'Basic realm="darkroom: the password is the key", charset="UTF-8"'
+            await reply(scope, receive, send)
             return
 
         async def with_limits(message: Message) -> None:

@@ -140,8 +140,7 @@ def respond_to(error: DarkroomError, path: str, *, health: str | None = None) ->
         # OpenAI's clients look here first.
         headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))
     if isinstance(error, Unauthorized):
-        # A browser asks its user on Basic; the password is the key.
-        headers["WWW-Authenticate"] = 'Bearer realm="darkroom", Basic realm="darkroom", charset="UTF-8"'
+        headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
     if error.code in ("body_too_large", "request_timeout"):
         headers["Connection"] = "close"  # the rest of the body is still on its way
     problem = problem_of(error.code, str(error), errors=fields, job_id=error.job_id, health=health)
