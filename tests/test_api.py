@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,16 @@ async def test_waiting_jobs_know_their_place_in_the_queue(idle_client: httpx.Asy
     assert [call.json()["position"] for call in calls] == [0, 1, 2]
 
 
+async def test_waiting_jobs_know_when_they_will_be_done(idle_client: httpx.AsyncClient, queue: JobQueue) -> None:
+    body = {**FOX, "mode": "async"}
+    assert (await idle_client.post("/generate", json=body)).json()["eta_s"] is None, "nobody knows how fast it is"
+    await queue.heartbeat("idle", {"test-world": 1024.0})
+    reply = await idle_client.post("/generate", json=body)
+    # Two model rows, four evaluations, 256 latent pixels: two seconds each.
+    assert reply.json()["eta_s"] == 4
+    assert (await idle_client.get(reply.headers["location"])).json()["eta_s"] == 4
+
+
 async def test_several_models_ask_for_a_choice(settings: Settings, queue: JobQueue) -> None:
     async with InstantWorker(queue, card("one"), card("two")).running(), in_process(settings, queue) as client:
         refused = await client.post("/generate", json=FOX)
@@ -344,17 +355,27 @@ async def test_a_failed_job_shows_why(client: httpx.AsyncClient, worker: Instant
 # Clients that leave
 
 
-async def _post_and_leave(site: Served, worker: InstantWorker, headers: str = "") -> str:
-    """POST /generate over a raw socket, wait until a worker has the job, hang up; returns the job's id."""
-    worker.gate.clear()
-    body = json.dumps(FOX)
-    _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+async def _post(port: int, headers: str = "", **fields: str) -> asyncio.StreamWriter:
+    """POST /generate over a raw socket, and wait for nothing."""
+    body = json.dumps(FOX | fields)
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     writer.write(f"{head}{headers}\r\n{body}".encode())
-    with structlog.testing.capture_logs() as lines:
-        await worker.started.wait()
+    return writer
+
+
+async def _leave(writer: asyncio.StreamWriter) -> None:
     writer.close()
     await writer.wait_closed()
+
+
+async def _post_and_leave(site: Served, worker: InstantWorker, headers: str = "", **fields: str) -> str:
+    """POST /generate over a raw socket, wait until a worker has the job, hang up; returns the job's id."""
+    worker.gate.clear()
+    with structlog.testing.capture_logs() as lines:
+        writer = await _post(site.port, headers, **fields)
+        await worker.started.wait()
+    await _leave(writer)
     return next(line["job_id"] for line in lines if line["event"] == "job_accepted")
 
 
@@ -375,6 +396,125 @@ async def test_a_client_with_an_idempotency_key_may_leave_and_come_back(
     worker.gate.set()
     reply = await site.client.post("/generate", json=FOX, headers={"Idempotency-Key": "back-soon"})
     assert reply.json()["job_id"] == job_id
+
+
+async def test_a_client_that_wants_its_job_to_continue_may_leave(
+    site: Served, worker: InstantWorker, queue: JobQueue
+) -> None:
+    service: Service = site.app.state.service
+    job_id = await _post_and_leave(site, worker, on_disconnect="continue")
+    await service.all_answered(5)
+    assert (await queue.status(job_id)).state == "running"
+    worker.gate.set()
+    assert (await queue.wait(job_id, 5)).state == "succeeded"
+
+
+async def test_a_job_whose_client_has_a_key_and_stays_away_is_cancelled_after_a_while(
+    settings: Settings, queue: JobQueue, worker: InstantWorker
+) -> None:
+    quick = settings.model_copy(update={"disconnect_grace_s": 0.2})
+    own = await JobQueue.connect(quick, quick.redis_url or "")
+    async with served(quick, own) as site:
+        job_id = await _post_and_leave(site, worker, "Idempotency-Key: gone\r\n")
+        assert (await queue.wait(job_id, 10)).state == "cancelled"
+        worker.gate.set()
+        again = await site.client.post("/generate", json=FOX, headers={"Idempotency-Key": "gone"})
+        assert again.status_code == 200
+        assert again.json()["job_id"] != job_id
+    await own.close()
+
+
+async def _eventually(look: Callable[[], Any], is_right: Callable[[Any], bool] = bool) -> None:
+    """Look until it is right, at most ten seconds."""
+    ends_at = time.monotonic() + 10
+    while True:
+        seen = look()
+        if is_right(await seen if inspect.isawaitable(seen) else seen):
+            return
+        assert time.monotonic() < ends_at, "it never became right"
+        await asyncio.sleep(0.02)
+
+
+async def _due_ms(queue: JobQueue, job_id: str) -> float:
+    """When the job counts as abandoned; 0 where nobody has said that it may be."""
+    connection = queue._connection
+    return float(await connection.command("ZSCORE", f"{connection.keys.prefix}abandoned", job_id) or 0)
+
+
+async def test_the_last_of_several_waiting_calls_counts(
+    settings: Settings, queue: JobQueue, worker: InstantWorker
+) -> None:
+    quick = settings.model_copy(update={"disconnect_grace_s": 1.0})
+    own = await JobQueue.connect(quick, quick.redis_url or "")
+    async with served(quick, own) as site:
+        service: Service = site.app.state.service
+        worker.gate.clear()
+        key = "Idempotency-Key: shared\r\n"
+        with structlog.testing.capture_logs() as lines:
+            first = await _post(site.port, key)
+            await worker.started.wait()
+        job_id = next(line["job_id"] for line in lines if line["event"] == "job_accepted")
+        second = await _post(site.port, key)
+        await _eventually(lambda: service.num_waiting == 2)
+        await _leave(first)
+        await _eventually(lambda: service.num_waiting == 1)
+        left_ms = await _due_ms(queue, job_id)
+        await _eventually(lambda: _due_ms(queue, job_id), lambda due_ms: due_ms > left_ms + 1200)
+        assert (await queue.status(job_id)).state == "running", "the other one stays, longer than the grace time"
+        await _leave(second)
+        assert (await queue.wait(job_id, 10)).state == "cancelled"
+    await own.close()
+
+
+@pytest.mark.parametrize("path", ["", "/events", "/images/0"])
+async def test_whoever_looks_at_an_abandoned_job_keeps_it(
+    site: Served, worker: InstantWorker, queue: JobQueue, path: str
+) -> None:
+    service: Service = site.app.state.service
+    job_id = await _post_and_leave(site, worker, "Idempotency-Key: back-soon\r\n")
+    await service.all_answered(5)
+    assert await _due_ms(queue, job_id) > 0
+    async with site.client.stream("GET", f"/jobs/{job_id}{path}") as reply:
+        assert reply.status_code == (409 if path.startswith("/images") else 200)
+    assert await _due_ms(queue, job_id) == 0
+
+
+async def test_a_call_that_is_handed_its_jobs_url_need_not_stay(
+    idle_client: httpx.AsyncClient, queue: JobQueue
+) -> None:
+    body, headers = {**FOX, "wait_timeout_s": 0.05}, {"Idempotency-Key": "k"}
+    reply = await idle_client.post("/generate", json=body, headers=headers)
+    assert reply.status_code == 202
+    assert await _due_ms(queue, reply.json()["job_id"]) == 0
+
+
+async def test_a_job_whose_server_is_killed_is_cancelled_by_another_unless_its_client_comes_back(
+    settings: Settings, queue: JobQueue, worker: InstantWorker
+) -> None:
+    worker.gate.clear()
+    quick = {"disconnect_grace_s": 1.0, "shard": settings.shard}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _SERVE, settings.redis_url or "", json.dumps(quick)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    prefix = f"{queue._connection.keys.prefix}abandoned"
+    try:
+        assert process.stdout is not None
+        port = int(json.loads(await process.stdout.readline())["url"].rpartition(":")[2])
+        writers = [await _post(port, f"Idempotency-Key: {key}\r\n") for key in ("a", "b")]
+        await _eventually(lambda: queue._connection.command("ZCARD", prefix), lambda count: count == 2)
+    finally:
+        process.kill()
+        await process.communicate()
+    for writer in writers:
+        writer.close()
+    async with in_process(settings.model_copy(update={"disconnect_grace_s": 1.0}), queue) as client:
+        back = await client.post("/generate", json={**FOX, "mode": "async"}, headers={"Idempotency-Key": "b"})
+        kept = back.json()["job_id"]
+        [left] = set(await queue._connection.command("ZRANGE", prefix, 0, -1))
+        assert (await queue.wait(left.decode(), 10)).state == "cancelled"
+        assert (await queue.status(kept)).state in ("queued", "running")
 
 
 # Health, drain, Redis away
@@ -507,7 +647,8 @@ def listening(url):
     print(json.dumps({"url": url, "heavy": heavy, "rss_kib": rss_kib}), flush=True)
 
 logs.configure("info", process="api")
-serve(Settings(port=0), sys.argv[1], on_listening=listening)
+changes = json.loads(sys.argv[2]) if sys.argv[2:] else {}
+serve(Settings(port=0, **changes), sys.argv[1], on_listening=listening)
 """
 
 

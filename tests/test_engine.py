@@ -15,7 +15,7 @@ from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Cancelled, Expired, Failed, TickReport
+from darkroom.engine.events import Cancelled, Expired, Failed, Finished, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.jobs import Job, Priority
@@ -148,6 +148,29 @@ def test_a_cancelled_row_is_gone_at_the_next_tick_and_its_neighbours_do_not_noti
     assert outcome.images("kept") == run_jobs(model, jobs[:1], settings).images("kept")
 
 
+@pytest.mark.parametrize("at_tick", range(7))
+def test_a_job_cancelled_at_any_step_leaves_its_batch_mates_pictures_bit_equal(
+    model: DiffusionModel, at_tick: int
+) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    mates = [job_for(model, "ddim", **CROWD[0]), job_for(model, "euler_a", **{**CROWD[2], "num_inference_steps": 8})]
+    dropped = job_for(model, "dropped", num_inference_steps=7, num_images_per_prompt=2, guidance_scale=1.0)
+
+    def cancel(engine: Engine, _: TickReport | None, ticks: int) -> None:
+        if ticks == at_tick:
+            engine.cancel("dropped")
+
+    if at_tick == 0:
+        outcome = run_jobs(model, [*mates, dropped], settings, on_start=lambda engine: cancel(engine, None, 0))
+    else:
+        outcome = run_jobs(model, [*mates, dropped], settings, on_tick=cancel)
+    assert isinstance(outcome.events["dropped"], Cancelled)
+    together = [any(job.id == "dropped" for job, *_ in tick.progress) for tick in outcome.ticks]
+    assert together == [tick < at_tick for tick in range(len(together))]
+    for job in mates:
+        assert outcome.images(job.id) == run_jobs(model, [job], settings).images(job.id)
+
+
 def test_an_urgent_job_takes_the_next_tick_and_the_parked_row_finishes_unchanged(model: DiffusionModel) -> None:
     settings = settings_with(max_rows=2)
     patient = job_for(model, "patient", Priority.LOW, num_inference_steps=6)
@@ -161,24 +184,6 @@ def test_an_urgent_job_takes_the_next_tick_and_the_parked_row_finishes_unchanged
     order = [tick.progress[0][0].id for tick in outcome.ticks]
     assert order == ["patient"] * 2 + ["urgent"] * 2 + ["patient"] * 4
     assert outcome.images("patient") == run_jobs(model, [patient], settings).images("patient")
-
-
-def test_a_row_that_turns_to_nan_fails_alone(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = model.unet.forward
-
-    def poisoned(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        output = step(x, *rest)
-        output[1:] = torch.nan
-        return output
-
-    monkeypatch.setattr(model.unet, "forward", poisoned)
-    jobs = [job_for(model, "good", guidance_scale=1.0), job_for(model, "bad", guidance_scale=1.0)]
-    outcome = run_jobs(model, jobs, settings_with())
-    assert outcome.images("good")
-    assert [tick.num_rows for tick in outcome.ticks] == [2, 1, 1, 1]
-    bad = outcome.events["bad"]
-    assert isinstance(bad, Failed)
-    assert bad.failure.code == "non_finite"
 
 
 def test_a_request_that_breaks_the_tick_fails_and_its_batch_mates_finish(
@@ -220,6 +225,50 @@ def test_a_failed_tick_changes_no_picture_not_even_with_noise_in_every_step(
     monkeypatch.setattr(model.unet, "forward", fails_once)
     disturbed = run_jobs(model, jobs, settings)
     assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+def test_rows_that_find_no_memory_together_lose_no_step_and_come_fewer_from_then_on(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [job_for(model, str(seed), seed=seed, guidance_scale=1.0, num_inference_steps=5) for seed in range(4)]
+    undisturbed = run_jobs(model, jobs, settings_with())
+    step, refused, done = model.unet.forward, list[int](), list[int]()
+
+    def small_device(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        if x.shape[0] > 2:
+            refused.append(x.shape[0])
+            raise torch.OutOfMemoryError("no")
+        done.append(x.shape[0])
+        return step(x, *rest)
+
+    monkeypatch.setattr(model.unet, "forward", small_device)
+    change = Change()
+    outcome = run_jobs(model, jobs, settings_with())
+    for job in jobs:
+        assert np.abs(outcome.pixels(job.id) - undisturbed.pixels(job.id)).max() <= 1
+    assert refused == [4]
+    assert done[:4] == [1] * 4, "those of the failed tick take their step one by one"
+    assert set(done[4:]) == {2}, "and share later ticks within the limit that was learned"
+    assert sum(done) == 4 * 5
+    assert change("out_of_memory_total", where="tick") == 1
+
+
+@pytest.mark.parametrize(("num_refused", "succeeds"), [(1, True), (2, False)])
+def test_a_row_alone_that_finds_no_memory_is_tried_once_more(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, num_refused: int, succeeds: bool
+) -> None:
+    step, calls = model.unet.forward, 0
+
+    def refuses(*arguments: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls <= num_refused:
+            raise torch.OutOfMemoryError("no")
+        return step(*arguments)
+
+    monkeypatch.setattr(model.unet, "forward", refuses)
+    event = run_jobs(model, [job_for(model, "one")], settings_with()).events["one"]
+    assert isinstance(event, Finished if succeeds else Failed)
 
 
 def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(
@@ -337,16 +386,6 @@ def test_a_job_past_its_deadline_costs_no_further_tick(model: DiffusionModel) ->
     outcome = run_jobs(model, [job_for(model, "late", num_inference_steps=500)], settings_with(), deadline_in_s=0.05)
     assert isinstance(outcome.events["late"], Expired)
     assert len(outcome.ticks) < 500
-
-
-def test_infinite_latents_are_a_failure_not_a_white_picture(
-    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = model.unet.forward
-    monkeypatch.setattr(model.unet, "forward", lambda *arguments: torch.full_like(step(*arguments), torch.inf))
-    bad = run_jobs(model, [job_for(model, "bad", guidance_scale=1.0)], settings_with()).events["bad"]
-    assert isinstance(bad, Failed)
-    assert bad.failure.code == "non_finite"
 
 
 def test_an_autoencoder_that_overflows_in_fp16_is_replaced_and_the_picture_decoded_again(tmp_path: Path) -> None:

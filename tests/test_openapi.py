@@ -19,8 +19,8 @@ from darkroom.api.app import create_app
 from darkroom.api.problems import TITLES
 from darkroom.config import Settings
 from darkroom.errors import HTTP_STATUS
-from darkroom.jobs import Failure
-from darkroom.queue import Cards, EmbeddedRedis, JobQueue, Rate, new_key
+from darkroom.jobs import Failure, Job
+from darkroom.queue import Cards, EmbeddedRedis, Enqueued, JobQueue, Rate, new_key
 
 from tests.support.http import in_process, served
 from tests.support.instant_worker import InstantWorker, card
@@ -257,6 +257,38 @@ async def queue_full(world: World) -> httpx.Response:
     return reply
 
 
+class OneTenant(JobQueue):
+    """A queue whose callers are all the same tenant."""
+
+    async def enqueue(self, job: Job, **options: Any) -> Enqueued:
+        return await super().enqueue(msgspec.structs.replace(job, tenant="one"), **options)
+
+
+async def tenant_queue_full(world: World) -> httpx.Response:
+    await world.queue.register("gone", [card("nobody")])
+    small = world.settings.model_copy(update={"max_queue_jobs": 2, "tenant_queue_share": 0.5})
+    queue = OneTenant(small, small.redis_url or "")
+    body = {**FOX, "model": "nobody", "mode": "async"}
+    async with in_process(small, queue) as client:
+        await client.post("/generate", json=body)
+        reply = await client.post("/generate", json=body)
+    await queue.close()
+    return reply
+
+
+async def deadline_unmet(world: World) -> httpx.Response:
+    await world.queue.register("slow", [card("slow")])
+    await world.queue.heartbeat("slow", {"slow": 2 * 4 * 256})
+    body = {**FOX, "model": "slow", "mode": "async"}
+    for _ in range(3):
+        accepted = await world.client.post("/generate", json=body)
+    assert accepted.json()["eta_s"] == pytest.approx(3, abs=0.01)
+    reply = await world.client.post("/generate", json={**body, "deadline_s": 1.5})
+    [error] = reply.json()["errors"]
+    assert error == {"field": "deadline_s", "value": "1.5", "accepted": "at least 4.0"}
+    return reply
+
+
 async def storage_full(world: World) -> httpx.Response:
     data_dir = world.settings.data_dir / "small"
     settings = world.settings.model_copy(update={"data_dir": data_dir, "redis_maxmemory_bytes": 4 << 20})
@@ -335,6 +367,8 @@ CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "rate_limited": rate_limited,
     "budget_exceeded": budget_exceeded,
     "queue_full": queue_full,
+    "tenant_queue_full": tenant_queue_full,
+    "deadline_unmet": deadline_unmet,
     "storage_full": storage_full,
     "no_model": no_model,
     "queue_unavailable": queue_unavailable,

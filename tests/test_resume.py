@@ -21,6 +21,7 @@ from tests.support.engines import Outcome, job_for, run_jobs
 from tests.support.jobs import make_job
 from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
+from tests.support.twin_device import TwinDevice
 from tests.test_worker import REPRODUCIBLE, enqueue, serving, slow_engine
 
 STEPS = 6
@@ -140,6 +141,55 @@ def test_a_running_image_is_saved_when_its_time_has_come_and_not_before(
         on_saved=lambda one: saved.append(one.checkpoint.num_done),
     )
     assert saved == [4, 7]
+
+
+@pytest.mark.parametrize(("every_s", "expected"), [(0.0, [3, 6, 9]), (0.7, [2, 4, 6, 8]), (3600.0, [3, 6, 9])])
+def test_an_image_is_saved_every_few_steps_where_those_come_before_the_seconds(
+    model: DiffusionModel, settings: Settings, every_s: float, expected: list[int]
+) -> None:
+    now_s, saved = 0.0, list[int]()
+
+    def on_tick(engine: Engine, report: TickReport, num_ticks: int) -> None:
+        nonlocal now_s
+        now_s += 0.4 if num_ticks != 1 else 0.8
+
+    run_jobs(
+        model,
+        [job_for(model, "one", num_inference_steps=10)],
+        settings.model_copy(update={"checkpoint_interval_s": every_s, "checkpoint_steps": 3}),
+        on_tick=on_tick,
+        clock=lambda: now_s,
+        on_saved=lambda one: saved.append(one.checkpoint.num_done),
+    )
+    assert saved == expected
+
+
+@pytest.mark.parametrize("device", [None, TwinDevice], ids=["cpu", "ticks ahead"])
+def test_without_an_interval_nothing_is_saved(
+    model: DiffusionModel, settings: Settings, device: type[TwinDevice] | None
+) -> None:
+    def saved(_: Saved) -> None:
+        pytest.fail("saved")
+
+    run_jobs(
+        model,
+        [job_for(model, "one", num_inference_steps=3)],
+        settings.model_copy(update={"checkpoint_interval_s": 0.0, "checkpoint_steps": 0}),
+        on_saved=saved,
+        device=None if device is None else device(has_graphs=False),
+    )
+
+
+def test_a_state_is_asked_for_once_while_ticks_are_ahead(model: DiffusionModel, settings: Settings) -> None:
+    saved: list[int] = []
+    run_jobs(
+        model,
+        [job_for(model, "one", num_inference_steps=8)],
+        settings.model_copy(update={"checkpoint_interval_s": 0.0, "checkpoint_steps": 3}),
+        on_saved=lambda one: saved.append(one.checkpoint.num_done),
+        device=TwinDevice(has_graphs=False),
+    )
+    assert saved == [3, 6]
 
 
 async def run_some_steps(queue: JobQueue, job_id: str, num_steps: int) -> None:

@@ -17,7 +17,7 @@ from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batcher import Choice
 from darkroom.engine.engine import Engine
 from darkroom.engine.local import generate_images
-from darkroom.engine.pulse import Pulse
+from darkroom.engine.pulse import Phase, Pulse
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
 from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
@@ -327,6 +327,30 @@ async def test_a_worker_that_hangs_loses_its_lease_and_is_ended(
         await impatient.close()
     assert codes[0] == EXIT_HUNG
     assert "test_worker.py" in capfd.readouterr().err, "where it hung"
+
+
+async def test_a_worker_that_was_stopped_as_a_whole_is_not_taken_for_one_that_hangs(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    """After SIGSTOP and SIGCONT the first look found the tick under way overdue, and the process ended itself."""
+    codes: list[int] = []
+
+    def waking_engine(*arguments: object, **keywords: object) -> Engine:
+        engine = slow_engine(*arguments, **keywords)
+        overdue = engine.pulse.overdue
+        engine.pulse.overdue = lambda: looks.pop() if looks else overdue()  # type: ignore[method-assign]
+        return engine
+
+    looks = [Phase("tick", 0.0, 1.5)]
+    worker = Worker(settings, queue, functools.partial(waking_engine, {model.id: model}, settings), codes.append)
+    running = asyncio.create_task(worker.run())
+    try:
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=100))
+        assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
+    finally:
+        worker.drain()
+        await asyncio.wait_for(running, 20)
+    assert (looks, codes) == ([], [])
 
 
 async def test_a_drain_does_not_wait_for_a_long_tick_and_hands_its_job_back(

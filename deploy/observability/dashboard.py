@@ -175,7 +175,7 @@ ROWS = (
             ),
             Panel(
                 "Refused and failed calls by code",
-                "Per second. queue_full is a 429 that says when to come back.",
+                "Per second. queue_full, tenant_queue_full and deadline_unmet are 429s that say when to come back.",
                 (Query(f"sum by (reason) ({_rate('rejects_total')}) > 0", "{{reason}}"),),
                 is_stacked=True,
             ),
@@ -184,6 +184,11 @@ ROWS = (
                 "Per second. handed_over got a 202 with the job's URL; abandoned means that the client left.",
                 (_by("outcome", "jobs_answered_total"),),
                 is_stacked=True,
+            ),
+            Panel(
+                "Jobs that were abandoned",
+                "Per second: cancelled because their clients had left and did not come back with their key in time.",
+                (Query(f"sum({_rate('jobs_abandoned_total')})", "abandoned"),),
             ),
             Panel(
                 "Accepted jobs by priority",
@@ -233,6 +238,14 @@ ROWS = (
                 "How long the live workers need for what waits. More workers come when this stays high.",
                 (Query("max by (model) (darkroom_queue_backlog_seconds)", "{{model}}"),),
                 "s",
+            ),
+            Panel(
+                "Tenants with waiting jobs",
+                "And how many the one with most has waiting: others keep their share of the workers all the same.",
+                (
+                    Query("max(darkroom_queue_tenants)", "tenants"),
+                    Query("max(darkroom_queue_largest_tenant_jobs)", "jobs of the largest"),
+                ),
             ),
             Panel(
                 "Oldest wait",
@@ -430,6 +443,10 @@ ROWS = (
                 (
                     Query("sum by (where) (increase(darkroom_out_of_memory_total[$__rate_interval]))", "OOM {{where}}"),
                     Query("sum by (where) (increase(darkroom_non_finite_total[$__rate_interval]))", "NaN {{where}}"),
+                    Query(
+                        "sum by (where) (increase(darkroom_non_finite_recovered_total[$__rate_interval]))",
+                        "NaN {{where}}, recovered",
+                    ),
                     _happened("vae_upcasts_total", "VAE to fp32"),
                 ),
             ),

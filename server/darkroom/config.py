@@ -81,6 +81,13 @@ class Settings(BaseSettings):
     wait_timeout_s: float = Field(
         120.0, gt=0, le=3600, description="How long POST /generate waits before it answers 202; raising it holds calls."
     )
+    disconnect_grace_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="How long a job with an Idempotency-Key goes on once its waiting client has left; raising it gives "
+        "clients more time to come back.",
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="Largest request body read.")
     max_prompt_chars: int = Field(8000, ge=1, le=32000, description="Longest prompt or negative prompt.")
     max_num_inference_steps: int = Field(200, ge=1, le=1000, description="Most steps one request may ask for.")
@@ -146,7 +153,14 @@ class Settings(BaseSettings):
         ge=0,
         le=3600,
         description="Seconds between two checkpoints of a running image, which a lost worker costs at most; raising it "
-        "writes less to Redis, 0 writes them only when a worker drains.",
+        "writes less to Redis, 0 counts no seconds. With both 0 they are written only when a worker drains.",
+    )
+    checkpoint_steps: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Steps between two checkpoints of a running image, where those come before the seconds; 0 counts "
+        "no steps.",
     )
     max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
 

@@ -99,6 +99,8 @@ QUEUE_BACKLOG_SECONDS = _api.gauge(
     "worker has measured its rate.",
     "model",
 )
+QUEUE_TENANTS = _api.gauge("queue_tenants", "Tenants with waiting jobs; without API keys there is one.")
+QUEUE_LARGEST_TENANT = _api.gauge("queue_largest_tenant_jobs", "Waiting jobs of the tenant that has most of them.")
 QUEUE_IN_FLIGHT = _api.gauge("queue_in_flight", "Jobs held by workers.")
 QUEUE_OLDEST_WAIT_SECONDS = _api.gauge("queue_oldest_wait_seconds", "Age of the oldest waiting job; 0 when none waits.")
 QUEUE_RESERVED_BYTES = _api.gauge("queue_reserved_bytes", "Memory kept free in Redis for results of accepted jobs.")
@@ -127,6 +129,10 @@ NOT_REPLICATED = _any.counter(
 
 # Whoever looks after lost leases: API and workers.
 REDELIVERIES = _any.counter("redeliveries_total", "Jobs taken back from a lost worker and put into the queue again.")
+JOBS_ABANDONED = _any.counter(
+    "jobs_abandoned_total",
+    "Jobs cancelled because their clients had left and did not come back in time.",
+)
 DEAD_LETTERS = _any.counter("dead_letters_total", "Jobs given up because too many workers were lost while they ran.")
 
 # The worker and its engine.
@@ -173,7 +179,10 @@ PROMPT_CACHE = _worker.counter(
     "prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome"
 )
 OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
-NON_FINITE = _worker.counter("non_finite_total", "Images that came out as NaN or infinity.", "where")
+NON_FINITE = _worker.counter("non_finite_total", "Times that an image came out as NaN or infinity.", "where")
+NON_FINITE_RECOVERED = _worker.counter(
+    "non_finite_recovered_total", "Images that came out as NaN or infinity, and in fp32 or once more did not.", "where"
+)
 VAE_UPCASTS = _worker.counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
 QUEUE_WAIT_SECONDS = _worker.histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
 ENCODE_SECONDS = _worker.histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
@@ -215,6 +224,7 @@ for _metric, _values in (
     (NON_FINITE, ("tick", "decode")),
     (REDIS_REFUSALS, ("memory", "read_only", "disk", "loading", "replicas", "other")),
     (NOT_REPLICATED, ("job", "result")),
+    (NON_FINITE_RECOVERED, ("tick", "decode")),
     (RESULT_STORE_SECONDS, ("put", "get", "delete", "sign")),
     (RESULT_STORE_ERRORS, ("put", "get", "delete", "sign")),
 ):

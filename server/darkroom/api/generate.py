@@ -51,7 +51,10 @@ _IMAGE_HEADERS = {
     summary="Make pictures",
     description=(
         "Answers with JSON (base64 images and a manifest) or, with `Accept: image/png` and the like, with the bytes of "
-        "the first image. A waiting client that goes away cancels its job, unless it sent an `Idempotency-Key`."
+        "the first image. A waiting client that goes away cancels its job, unless it asked for `on_disconnect`: "
+        "`continue`. If it sent an `Idempotency-Key`, it has 30 seconds, or as many as the server grants, to come back "
+        "with the same key or by looking at the job, its events or its images. Where several calls share a key, the "
+        "last to leave counts. The key of a job that was cancelled like that makes a new one."
     ),
     response_class=Response,
     openapi_extra={
@@ -101,9 +104,8 @@ _IMAGE_HEADERS = {
         },
         **documented(
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
-            "unsupported_media_type", "invalid_request", "prompt_refused",
-            "idempotency_mismatch", "rate_limited",
-            "budget_exceeded", "queue_full", "internal", "job_failed",
+            "unsupported_media_type", "invalid_request", "prompt_refused", "idempotency_mismatch", "rate_limited",
+            "budget_exceeded", "queue_full", "tenant_queue_full", "deadline_unmet", "internal", "job_failed",
             "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable",
             "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
         ),
@@ -124,15 +126,15 @@ async def generate(request: Request) -> Response:
     if body.mode == "async":
         # The seed in the reply is the stored job's: a replay may have been given a random one.
         seed = submitted.job.request.seed if enqueued.is_new else (await service.queue.status(job_id)).job.request.seed
-        return accepted_reply(job_id, enqueued.state, seed, enqueued.position)
+        return accepted_reply(job_id, enqueued.state, seed, enqueued.position, enqueued.eta_s)
     limit = settings.wait_timeout_s
     timeout_s = limit if body.wait_timeout_s is None else min(body.wait_timeout_s, limit)
     try:
-        status = await answer(request, job_id, timeout_s, is_kept=key is not None)
+        status = await answer(request, job_id, timeout_s, submitted.when_left)
         if status is None:
             return Response(status_code=_CLIENT_LEFT)
         if not status.state.is_terminal:
-            return accepted_reply(job_id, status.state, status.job.request.seed, status.position)
+            return accepted_reply(job_id, status.state, status.job.request.seed, status.position, status.eta_s)
         result = result_of(status)
         if wants_image:
             return await image_reply(service, status.job)
@@ -171,9 +173,17 @@ async def image_reply(service: Service, job: Job) -> Response:
     return Response(content, media_type=MEDIA_TYPES[job.request.output_format], headers=headers)
 
 
-def accepted_reply(job_id: str, state: JobState, seed: int, position: int | None) -> Response:
+def accepted_reply(job_id: str, state: JobState, seed: int, position: int | None, eta_s: float | None) -> Response:
     """202: the job's URL, in `Location` and in the body."""
     url = f"/jobs/{job_id}"
-    reply = Accepted(job_id=job_id, state=state, url=url, events_url=f"{url}/events", seed=seed, position=position)
+    reply = Accepted(
+        job_id=job_id,
+        state=state,
+        url=url,
+        events_url=f"{url}/events",
+        seed=seed,
+        position=position,
+        eta_s=eta_s,
+    )
     headers = {"Location": url, "Cache-Control": "no-store"}
     return Response(msgspec.json.encode(reply), 202, headers, media_type="application/json")

@@ -19,7 +19,7 @@ from darkroom.api.body import describe
 from darkroom.api.problems import documented
 from darkroom.api.schema import EXAMPLE_JOB_ID, job_view
 from darkroom.api.service import Service, service_of
-from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFound
+from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFinished, JobNotFound
 from darkroom.jobs import JobState, JobStatus
 from darkroom.queue import JobEvent, is_event_id
 
@@ -51,7 +51,8 @@ def checked(job_id: str) -> str:
     responses={**_VIEW, **documented("job_not_found", "queue_unavailable")},
 )
 async def job(request: Request, job_id: JobId) -> Response:
-    return _view(await service_of(request).queue.status(checked(job_id), tenant=caller_of(request).sees))
+    tenant = caller_of(request).sees
+    return _view(await service_of(request).queue.status(checked(job_id), tenant=tenant, is_back=True))
 
 
 @router.delete(
@@ -104,7 +105,11 @@ async def image(
     url = await queue.image_url(checked(job_id), int(index), tenant=tenant)
     if url is not None:
         return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
-    content = await queue.image(job_id, int(index), tenant=tenant)
+    try:
+        content = await queue.image(job_id, int(index), tenant=tenant)
+    except JobNotFinished:
+        await queue.status(job_id, tenant=tenant, is_back=True)
+        raise
     etag = f'"{job_id}-{int(index)}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
     if etag in (tag.strip() for tag in request.headers.get("if-none-match", "").split(",")):
@@ -135,7 +140,7 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
         raise InvalidRequest(
             "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
         )
-    await service.queue.status(checked(job_id), tenant=caller_of(request).sees)
+    await service.queue.status(checked(job_id), tenant=caller_of(request).sees, is_back=True)
     return _until_handed_over(service, job_id, last)
 
 

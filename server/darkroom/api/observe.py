@@ -27,6 +27,8 @@ _BROWSER_DEFAULTS = {
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 _WHOLE = (
+    metrics.QUEUE_TENANTS,
+    metrics.QUEUE_LARGEST_TENANT,
     metrics.QUEUE_IN_FLIGHT,
     metrics.QUEUE_OLDEST_WAIT_SECONDS,
     metrics.QUEUE_RESERVED_BYTES,
@@ -103,6 +105,8 @@ def observe_queue(stats: QueueStats, memory: MemorySample) -> None:
         metrics.QUEUE_DEPTH.labels(model).set(depth)
     for model, backlog_s in stats.backlog_s.items():
         metrics.QUEUE_BACKLOG_SECONDS.labels(model).set(backlog_s)
+    metrics.QUEUE_TENANTS.set(stats.num_tenants)
+    metrics.QUEUE_LARGEST_TENANT.set(stats.largest_tenant)
     metrics.QUEUE_IN_FLIGHT.set(stats.in_flight)
     metrics.QUEUE_OLDEST_WAIT_SECONDS.set(stats.oldest_wait_s)
     metrics.QUEUE_RESERVED_BYTES.set(stats.reserved_bytes)

@@ -41,6 +41,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
         "priority": "one of low, normal, high",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "mode": "one of wait, async",
+        "on_disconnect": "one of cancel, continue",
         "wait_timeout_s": "a number of seconds from 0 up",
     }
 
@@ -172,9 +173,10 @@ def check_cost(cost: float, settings: Settings) -> None:
 def fingerprint(body: GenerateRequest, output_format: str, tenant: str = "default") -> str:
     """A hash of what was asked for and for whom; two bodies under one Idempotency-Key must agree in it.
 
-    How the answer is delivered (`mode`, `wait_timeout_s`) is left out: a retry may choose another way.
+    How the answer is delivered (`mode`, `wait_timeout_s`, `on_disconnect`) is left out: a retry may choose another way.
     """
-    asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude={"mode", "wait_timeout_s"})
+    delivery = {"mode", "wait_timeout_s", "on_disconnect"}
+    asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude=delivery)
     asked["output_format"] = output_format
     if tenant != "default":
         asked["tenant"] = tenant

@@ -23,6 +23,12 @@ MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 50.0
 MAX_DEADLINE_S = 7 * 86400.0
 
+_POSITION = "Jobs that go before it, while it waits; an estimate where several tenants share the queue."
+_ETA = (
+    "Estimated seconds until it is done, by what waits before it, what the workers were measured to do in a second and "
+    "its own progress. Null while nobody knows, and once it has ended."
+)
+
 EXAMPLE_JOB_ID = "8f14e45fceea167a5a36dedd4b"
 EXAMPLE_REQUEST: dict[str, Any] = {
     "prompt": "a red fox in the snow",
@@ -62,10 +68,16 @@ class GenerateRequest(BaseModel):
         gt=0,
         le=MAX_DEADLINE_S,
         allow_inf_nan=False,
-        description="Seconds from now after which the pictures are of no use; a job that is late ends as `expired`.",
+        description="Seconds from now after which the pictures are of no use. A job that would be late is refused, as "
+        "far as that is known when it comes; one that is late after all ends as `expired`.",
     )
     mode: Literal["wait", "async"] = Field(
         "wait", description="`wait` answers with the images; `async` answers 202 with the job's URL at once."
+    )
+    on_disconnect: Literal["cancel", "continue"] = Field(
+        "cancel",
+        description="What becomes of the job when the call that waits for it breaks off: `cancel` ends it, with an "
+        "`Idempotency-Key` only when the client does not come back soon; `continue` lets it go on.",
     )
     wait_timeout_s: float | None = Field(
         None,
@@ -128,7 +140,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     events_url: str
     seed: int
-    position: Annotated[int | None, Meta(description="Jobs ahead of it in the queue, while it waits.")] = None
+    position: Annotated[int | None, Meta(description=_POSITION)] = None
+    eta_s: Annotated[float | None, Meta(description=_ETA)] = None
 
 
 class FailureView(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,7 +163,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     priority: str
     step: int
     num_steps: int
-    position: int | None
+    position: Annotated[int | None, Meta(description=_POSITION)]
+    eta_s: Annotated[float | None, Meta(description=_ETA)]
     attempts: int
     created_at: datetime | None
     started_at: datetime | None
@@ -243,6 +257,7 @@ def job_view(status: JobStatus) -> JobView:
         step=status.step,
         num_steps=status.num_steps,
         position=status.position,
+        eta_s=status.eta_s,
         attempts=job.attempt,
         created_at=_moment(job.created_at_ms or None),
         started_at=_moment(status.started_at_ms),
@@ -311,7 +326,15 @@ def examples() -> dict[str, Any]:
         Generated(
             job_id=EXAMPLE_JOB_ID, images=image_views(status, [b"\x89PNG..."]), manifest=manifest_of(status, result)
         ),
-        Accepted(job_id=EXAMPLE_JOB_ID, state=JobState.QUEUED, url=url, events_url=f"{url}/events", seed=7, position=0),
+        Accepted(
+            job_id=EXAMPLE_JOB_ID,
+            state=JobState.QUEUED,
+            url=url,
+            events_url=f"{url}/events",
+            seed=7,
+            position=3,
+            eta_s=1.4,
+        ),
         job_view(status),
         Models([card]),
         Ready(health="ready", workers=1, queue_depth=0, in_flight=1),

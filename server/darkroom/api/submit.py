@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Literal
 
 import structlog
 from starlette.requests import Request
@@ -22,11 +25,16 @@ from darkroom.api.resolve import (
 )
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.service import Service, service_of
-from darkroom.errors import HTTP_STATUS, JobError, ResultStoreUnavailable
+from darkroom.errors import HTTP_STATUS, JobError, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
 from darkroom.queue import Enqueued
 
 log = structlog.get_logger("darkroom.api")
+
+
+# What becomes of a job whose waiting call breaks off: it is cancelled, at once or when nobody comes back in time, or it
+# goes on.
+WhenLeft = Literal["cancel", "cancel_later", "continue"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Submitted:
 
     job: Job
     enqueued: Enqueued
+    when_left: WhenLeft
 
 
 async def submit(
@@ -56,6 +65,9 @@ async def submit(
     check_cost(cost, settings)
     priority = Priority(body.priority)
     check_caller(caller, priority=priority, cost=cost)
+    when_left: WhenLeft = "continue"
+    if body.mode == "wait" and body.on_disconnect == "cancel":
+        when_left = "cancel" if idempotency_key is None else "cancel_later"
     job = Job(id=new_job_id(), request=wanted, priority=priority, cost=cost, tenant=caller.tenant)
     enqueued = await service.queue.enqueue(
         job,
@@ -68,6 +80,7 @@ async def submit(
         weight=caller.weight,
         payer=caller.key_id,
         max_cost=caller.max_cost,
+        cancel_when_left=when_left == "cancel_later",
     )
     if enqueued.is_new:
         metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
@@ -81,20 +94,26 @@ async def submit(
             cost=cost,
             **asked,
         )
-    return Submitted(job, enqueued)
+    return Submitted(job, enqueued, when_left)
 
 
-async def answer(request: Request, job_id: str, timeout_s: float, *, is_kept: bool = False) -> JobStatus | None:
+async def answer(request: Request, job_id: str, timeout_s: float, when_left: WhenLeft = "cancel") -> JobStatus | None:
     """The job's status at its end, at the timeout or when this process drains.
 
-    None if the client left first; its job is then cancelled, unless it `is_kept`.
+    None if the client left first; `when_left` says what becomes of its job then.
     """
     service = service_of(request)
-    status = await _wait_for_end(request, service, job_id, timeout_s)
+    async with _staying(service, job_id) if when_left == "cancel_later" else contextlib.nullcontext():
+        status = await _wait_for_end(request, service, job_id, timeout_s)
+    if status is not None and not status.state.is_terminal:
+        # From now on the client has the job's URL, and need not stay.
+        status = await service.queue.status(job_id, is_back=True)
     if status is None:
-        if not is_kept:
+        if when_left == "cancel":
             await service.queue.cancel(job_id)
             log.info("job_cancelled", job_id=job_id, reason="the client left")
+        elif when_left == "cancel_later":
+            await service.queue.stay(job_id)
         metrics.JOBS_ANSWERED.labels("abandoned").inc()
     elif status.state.is_terminal:
         metrics.JOBS_ANSWERED.labels(status.state.value).inc()
@@ -118,6 +137,23 @@ def result_of(status: JobStatus) -> Result:
     if status.state is JobState.EXPIRED:
         raise JobError("the deadline passed before the job was finished", code="expired")
     raise JobError("the job failed")
+
+
+@contextlib.asynccontextmanager
+async def _staying(service: Service, job_id: str) -> AsyncIterator[None]:
+    """Tell the queue time and again that somebody waits. Should this process die, another cancels the job."""
+
+    async def stay() -> None:
+        while True:
+            await asyncio.sleep(service.settings.disconnect_grace_s / 3)
+            with contextlib.suppress(QueueUnavailable):
+                await service.queue.stay(job_id)
+
+    staying = asyncio.ensure_future(stay())
+    try:
+        yield
+    finally:
+        staying.cancel()
 
 
 async def _wait_for_end(request: Request, service: Service, job_id: str, timeout_s: float) -> JobStatus | None:

@@ -8,6 +8,7 @@ tokens are two views of one memory.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import darkroom_kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from darkroom.errors import ModelError
 
@@ -325,6 +327,25 @@ def prepare(network: nn.Module, form: Form) -> None:
     for module in list(network.modules()):
         for name, part in module._modules.items():
             vars(module)[name] = list(part) if isinstance(part, nn.ModuleList) else part
+
+
+class _Widening(TorchFunctionMode):
+    """Under it a deep copy's tensors are fp32 wherever the original's are of some other floating type."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.float() if tensor.is_floating_point() else tensor.clone())
+
+
+def widened(network: nn.Module) -> nn.Module:
+    """A copy, on the same device, of a network that was prepared in fp16, which computes in fp32 with the same weights.
+
+    No file is read and nothing is laid out anew, so it is there at once; it takes twice the memory of the original.
+    """
+    with _Widening():
+        return copy.deepcopy(network)
 
 
 def tokens_of(x: Tensor) -> Tensor:

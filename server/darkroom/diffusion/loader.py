@@ -9,9 +9,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import structlog
@@ -20,7 +20,7 @@ from darkroom_kernels import check_available, head_refusal
 from darkroom_kernels.backend import uses_triton
 from torch import Tensor, nn
 
-from darkroom.diffusion.layers import all_but_geglu
+from darkroom.diffusion.layers import all_but_geglu, widened
 from darkroom.diffusion.memory import ModelMemory, measure
 from darkroom.diffusion.samplers import default_sampler
 from darkroom.diffusion.schedule import NoiseSchedule
@@ -116,6 +116,15 @@ class DiffusionModel:
             hint="decoding goes on in fp32; DARKROOM_VAE_DTYPE=fp32 does so from the start",
         )
         self.vae = self.load_vae(torch.float32)
+
+    def widened(self) -> DiffusionModel:
+        """The same model with a denoiser that has fp32's range: a copy of it in fp32 where it is in fp16, which alone
+        has less."""
+        if self.dtype is not torch.float16:
+            return self
+        unet = cast(UNet, widened(self.unet))
+        unet.dtype = torch.float32
+        return replace(self, unet=unet, dtype=torch.float32)
 
     def time_ids(self, width: int, height: int) -> Tensor | None:
         """SDXL's sizes of an uncropped picture, `[6]` fp32 on the host; None for the other families."""

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What must be equal for rows to share one UNet call. `height`, `width` in latent pixels."""
+    """What must be equal for rows to share one UNet call. `height`, `width` in latent pixels; `is_wide` rows overflowed
+    once and are begun again in fp32.
+    """
 
     model: str
     height: int
     width: int
     adapters: tuple[str, ...] = ()
+    is_wide: bool = False
 
 
 @dataclass

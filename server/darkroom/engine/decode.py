@@ -237,10 +237,13 @@ def decode_latents(
                 stream.wait_event(event)
         together = torch.stack(latents)
         pixels, is_finite = _decode(model, together)
-        if model.vae.dtype is torch.float16 and (is_finite[0] & ~is_finite[1]).any():
+        overflowed = is_finite[0] & ~is_finite[1]
+        if model.vae.dtype is torch.float16 and overflowed.any():
+            metrics.NON_FINITE.labels("decode").inc(int(overflowed.sum()))
             model.upcast_vae()
             metrics.VAE_UPCASTS.inc()
             pixels, is_finite = _decode(model, together)
+            metrics.NON_FINITE_RECOVERED.labels("decode").inc(int((overflowed & is_finite[1]).sum()))
     whole = is_finite.all(0).tolist()
     return [image if good else None for image, good in zip(pixels.numpy(), whole, strict=True)]
 

@@ -37,6 +37,7 @@ from darkroom.engine.row import ActiveJob, Row
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
 from darkroom.engine.warm_up import capture_ticks, request_of_nobody, try_decoding, turn_away_from_wrong_kernels
+from darkroom.engine.wide import WideModels
 from darkroom.errors import DeviceLost, JobError
 from darkroom.jobs import BatchRow, BatchView, Job
 
@@ -125,6 +126,7 @@ class Engine:
         self._roster = Roster()
         # From here on only the ticks' thread.
         self._joiner = Joiner(self._device, self.models, self._prompts, self._roster, self._end, clock)
+        self._wide = WideModels(self._device, batch_alone=self._is_reproducible)
         self._lanes: dict[BatchKey, Lane] = {}
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
@@ -296,22 +298,27 @@ class Engine:
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
-            tick = self._batch.enqueue([row for row in rows if self._is_to_save(row, started_s)])
+            to_save = [row for row in rows if self._is_to_save(row, started_s)]
+            tick = self._batch.enqueue(to_save)
         except Exception as error:
             self._batch = None
             self._fail_tick(choice, rows, error)
             return
+        for row in to_save:
+            row.saved_s, row.saved_step = started_s, row.step_index
         self._enqueued(tick, started_s)
         self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
             self._complete()
 
     def _is_to_save(self, row: Row, now_s: float) -> bool:
-        every_s = self._settings.checkpoint_interval_s
-        return self._on_saved is not None and 0 < every_s <= now_s - row.saved_s
+        """Whether the state that the row's next evaluation leaves is to be made safe."""
+        every_s, every_steps = self._settings.checkpoint_interval_s, self._settings.checkpoint_steps
+        is_due = 0 < every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
+        return self._on_saved is not None and is_due
 
     def _save(self, row: Row, checkpoint: Checkpoint) -> None:
-        row.saved_s = self._clock()
+        row.saved = checkpoint
         metrics.CHECKPOINTS.inc()
         if self._on_saved is not None:
             self._on_saved(Saved(row.active.job, checkpoint))
@@ -389,18 +396,43 @@ class Engine:
     def _settle(self, tick: Tick, choice: Choice, now_s: float) -> None:
         for row, is_finite in zip(tick.rows, tick.is_finite.tolist(), strict=False):
             active = row.active
+            if active.is_over or row.is_replaced:
+                continue
             row.num_done += 1
             row.waiting_since_s = max(row.waiting_since_s, now_s)
             active.last_tick_s = now_s
             active.max_batch_rows = max(active.max_batch_rows, choice.model_rows)
             if not is_finite:
                 metrics.NON_FINITE.labels("tick").inc()
-                error = JobError("the picture came out as NaN or infinity", code="non_finite")
-                self._end(active, failed(active, error))
+                self._begin_again(row, now_s)
             elif row in tick.finished:
+                if row.key.is_wide:
+                    metrics.NON_FINITE_RECOVERED.labels("tick").inc()
                 self._decoder.submit(row, tick.finished[row], tick.done)
             elif row in tick.saved:
                 self._save(row, tick.saved[row])
+
+    def _begin_again(self, row: Row, now_s: float) -> None:
+        """Try an image once more whose numbers are not finite; one that was tried in fp32 already fails its job."""
+        active = row.active
+        if not row.key.is_wide:
+            try:
+                again = self._wide.begin_again(row, now_s)
+            except Exception as error:
+                if self._device.is_lost(error):
+                    raise
+                release_frames(error)
+                self._forget_wide(row.key.model)
+                log.warning("image_not_begun_again", job_id=active.job.id, image=row.index, exc_info=error)
+            else:
+                log.warning("image_begun_again", job_id=active.job.id, image=row.index, step=again.step_index)
+                self._roster.replace(row, again)
+                self._rows[again.id] = again
+                if row.id in self._rows:
+                    self._drop(row)
+                metrics.ROWS_JOINED.inc()
+                return
+        self._end(active, failed(active, JobError("the picture came out as NaN or infinity", code="non_finite")))
 
     def _drop(self, row: Row) -> None:
         """Take a row out: its slot and its texts are free for others, whose use of them comes after its last tick."""
@@ -410,7 +442,22 @@ class Engine:
         if row.slot is not None:
             self._lanes[row.key].pool.release(row.slot)
             row.slot = None
-        self._prompts[row.model.id].release(conditioning.encoded for conditioning in row.conditionings)
+        key = row.key
+        prompts = self._wide[key.model].prompts if key.is_wide else self._prompts[key.model]
+        prompts.release(conditioning.encoded for conditioning in row.conditionings)
+        if key.is_wide:
+            self._forget_wide(key.model)
+
+    def _forget_wide(self, model_id: str) -> None:
+        """Give the memory of a model in fp32 back once no row needs it."""
+
+        def needs_it(key: BatchKey) -> bool:
+            return key.is_wide and key.model == model_id
+
+        if not any(needs_it(row.key) for row in self._rows.values()):
+            self._wide.forget(model_id)
+            self._lanes = {key: lane for key, lane in self._lanes.items() if not needs_it(key)}
+            self._batch = None
 
     def _expire(self, arrived: list[ActiveJob]) -> None:
         """Jobs past their deadline cost no further tick."""
@@ -420,7 +467,8 @@ class Engine:
             self._end(active, Expired(active.job))
 
     def _fail_tick(self, choice: Choice, rows: tuple[Row, ...], error: Exception) -> None:
-        """One row may be the cause: try each alone once, and fail only those that fail alone.
+        """One row may be the cause: try each alone once, and fail only those that fail alone. A row that was alone is
+        tried again where memory was short, which may have been the decoder's doing.
 
         An error that takes the device away is raised: nothing can be tried any more, and no job is to blame.
         """
@@ -438,7 +486,9 @@ class Engine:
         while self._in_flight:
             self._complete()
         for row in rows:
-            if len(rows) > 1 and not row.active.is_over:
+            if row.active.is_over or row.is_replaced:
+                continue
+            if len(rows) > 1 or is_out_of_memory(error):
                 started_s = self._clock()
                 bucket = next(b for b in self.batcher.buckets if b >= len(row.conditionings))
                 try:
@@ -492,8 +542,11 @@ class Engine:
             for idle in [lane for lane in self._lanes.values() if lane.is_idle and not lane.graphs]:
                 del self._lanes[idle.key]
             self._batch = None
-            model = self.models[key.model]
-            lane = Lane(self._device, model, key, self._prompts[model.id], num_slots=num_slots)
+            if key.is_wide:
+                wide = self._wide[key.model]
+                lane = Lane(self._device, wide.model, key, wide.prompts)
+            else:
+                lane = Lane(self._device, self.models[key.model], key, self._prompts[key.model], num_slots=num_slots)
             self._lanes[key] = lane
         return lane
 

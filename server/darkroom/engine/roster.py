@@ -89,6 +89,11 @@ class Roster:
         with self._wake:
             active.rows = rows
 
+    def replace(self, row: Row, again: Row) -> None:
+        """Another row makes the image of `row` from now on."""
+        with self._wake:
+            row.active.rows[row.index] = again
+
     def end(self, active: ActiveJob) -> bool:
         """Mark a job's end and forget it. False when it has ended before."""
         with self._wake:

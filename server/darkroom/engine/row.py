@@ -94,8 +94,9 @@ class Row:
 
     `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` and `first_previous` `[2, C, H, W]` (None at step
     0), fp32 on the host, are there until the row holds `slot` of its lane's pool; on the device, in the memory that
-    brought them there, `last_latents` are what its last evaluation leaves. `saved_s` is when it was last made safe, or
-    joined. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    brought them there, `last_latents` are what its last evaluation leaves. `saved` is the last state that was made
+    safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row joined.
+    `conditionings` holds the prompt's and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -115,6 +116,8 @@ class Row:
     first_previous: Tensor | None = None
     slot: int | None = None
     last_latents: Tensor | None = None
+    saved: Checkpoint | None = None
+    saved_step: int = 0
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
@@ -129,6 +132,11 @@ class Row:
         return self.step_index >= self.table.num_evaluations
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether its image was begun again, and another row has its place."""
+        return self.active.rows[self.index] is not self
+
+    @property
     def needs_noise(self) -> bool:
         return self.table.needs_noise[self.step_index]
 
@@ -139,7 +147,7 @@ class Row:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where another worker was. Only before the row holds a slot."""
         self.first_latents, self.first_previous = checkpoint.latents, checkpoint.previous
-        self.step_index = self.num_done = checkpoint.num_done
+        self.step_index = self.num_done = self.saved_step = checkpoint.num_done
         # The generator goes where it was, one draw after the other.
         for _ in range(sum(self.table.needs_noise[: checkpoint.num_done])):
             torch.randn(self.shape, generator=self.generator, dtype=torch.float32)

@@ -109,6 +109,7 @@ class ClientSide:
         caller: str = "",
         weight: float = 1.0,
         max_waiting: int | None = None,
+        cancel_when_left: bool = False,
         payer: str = "",
         max_cost: int | None = None,
     ) -> Enqueued:
@@ -127,6 +128,9 @@ class ClientSide:
         may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
         share of the queue, or all of it where there are no tenants. Until the job ends its cost counts against the
         budget of `payer`, which may hold `max_cost` at most.
+
+        With `cancel_when_left` the job is cancelled when for `disconnect_grace_s` nobody calls `stay`; from the moment
+        on at which somebody comes back for it in another way, it is not.
 
         A deadline that comes before the job would be done is refused, if the workers have measured how fast they are.
 
@@ -164,6 +168,7 @@ class ClientSide:
                 job.tenant,
                 weight,
                 "" if max_waiting is None else max_waiting,
+                int(cancel_when_left),
                 payer,
                 "" if max_cost is None else max_cost,
             )
@@ -205,17 +210,23 @@ class ClientSide:
         metrics.NOT_REPLICATED.labels("job").inc()
         if is_taken_back:
             with contextlib.suppress(QueueUnavailable):
-                await self._connection.script("cancel", job_id)
+                await self._connection.script("cancel", job_id, "")
         error = NotReplicated("too few replicas have the job: it is not accepted yet", retry_after_s=2.0)
         error.job_id = job_id
         raise error
 
-    async def status(self, job_id: str, *, tenant: str | None = None) -> JobStatus:
-        """Look at a job. Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`.
+    async def status(self, job_id: str, *, tenant: str | None = None, is_back: bool = False) -> JobStatus:
+        """Look at a job; `is_back` for a client that has come for it, so that it is not abandoned.
 
-        Here and below, a job of another tenant than `tenant` is one that does not exist; None sees all.
+        Here and below, a job of another tenant than `tenant` is one that does not exist; None sees all. Raises
+        `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`.
         """
-        return _read_view(job_id, await self._connection.script("status", job_id), tenant)
+        reply = await self._connection.script("status", job_id, int(is_back), tenant or "")
+        return _read_view(job_id, reply, tenant)
+
+    async def stay(self, job_id: str) -> None:
+        """Say that somebody waits for a job, or did until now."""
+        await self._connection.script("stay", job_id)
 
     async def cancel(self, job_id: str, *, tenant: str | None = None) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.
@@ -223,9 +234,7 @@ class ClientSide:
         Returns the status after that; a running job is still `running` until its worker acknowledges. Raises as
         `status`.
         """
-        if tenant is not None:
-            await self.status(job_id, tenant=tenant)
-        return _read_view(job_id, await self._connection.script("cancel", job_id), tenant)
+        return _read_view(job_id, await self._connection.script("cancel", job_id, tenant or ""), tenant)
 
     async def wait(self, job_id: str, timeout_s: float) -> JobStatus:
         """Wait until a job has ended, for `timeout_s` at most, and return its status then.

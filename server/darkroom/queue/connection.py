@@ -40,6 +40,7 @@ SCRIPTS = (
     "settle",
     "hand_back",
     "cancel",
+    "stay",
     "reap",
     "status",
     "heartbeat",
@@ -271,8 +272,8 @@ def _script_head(settings: Settings) -> str:
     """The constants that every script shares, then `prelude.lua`."""
     terminal = ", ".join(f"{state.value} = true" for state in JobState if state.is_terminal)
     constants = (
-        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL = "
+        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL = "
         f"{int(settings.job_ttl_s * 1000)}, {int(settings.result_ttl_s * 1000)}, {int(settings.lease_s * 1000)}, "
-        f"{settings.max_failures}, {len(Priority)}, {{ {terminal} }}\n"
+        f"{int(settings.disconnect_grace_s * 1000)}, {settings.max_failures}, {len(Priority)}, {{ {terminal} }}\n"
     )
     return constants + _read_lua("prelude")

@@ -37,6 +37,12 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "reserved": ("string", "worker that makes itself free for a suspect", "lease_s, or its claim of one"),
     "queued": ("zset", "every waiting job by deadline ms, +inf without one", "none: empty when idle"),
+    "abandoned": (
+        "zset",
+        "jobs that are cancelled when nobody waits for them, by the ms at which nobody was seen for long enough",
+        "none: empty when idle",
+    ),
+    "looked_after": ("string", "there while somebody reaps, if anything is in `abandoned`", "2/3 lease_s"),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),
     "api_keys": ("hash", "key id -> encoded ApiKey, with the hash of its secret", "none: until revoked"),

@@ -37,12 +37,13 @@ class Renewal:
 
 @dataclass(frozen=True)
 class Reaped:
-    """What one look at lost leases and passed deadlines did, as job ids."""
+    """What one look at lost leases, passed deadlines and clients that have left did, as job ids."""
 
     requeued: list[str]
     dead: list[str]
     cancelled: list[str]
     expired: list[str]
+    abandoned: list[str]
 
 
 @dataclass(frozen=True)

@@ -235,11 +235,13 @@ class WorkerSide:
         )
 
     async def reap(self) -> Reaped:
-        """Take back jobs of lost workers and end overdue ones. Any process may call it at any time."""
+        """Take back jobs of lost workers, end overdue ones and cancel abandoned ones. Any process may call it at any
+        time."""
         lists = await self._connection.script("reap", _REAP_BATCH, _MAX_DEAD_LETTERS)
         reaped = Reaped(*([job_id.decode() for job_id in ids] for ids in lists))
         metrics.REDELIVERIES.inc(len(reaped.requeued))
         metrics.DEAD_LETTERS.inc(len(reaped.dead))
+        metrics.JOBS_ABANDONED.inc(len(reaped.abandoned))
         return reaped
 
     async def cancellations(self, worker_id: str) -> AsyncIterator[str]:

@@ -24,6 +24,7 @@ from darkroom.config import Settings
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.engine import Engine
 from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, Saved, TickReport
+from darkroom.engine.pulse import Phase
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
@@ -87,6 +88,7 @@ class Worker:
         self._ending: set[tuple[str, int]] = set()
         # A job may be cancelled between the script that claims it and that script's reply.
         self._early_cancellations: dict[str, None] = {}
+        self._overdue: Phase | None = None
         self._claiming = asyncio.Lock()
         self._registered = asyncio.Event()
         self._progress: dict[str, tuple[int, int]] = {}
@@ -287,9 +289,14 @@ class Worker:
             self._engine.cancel(job.id, job.attempt)
 
     async def _watch_engine(self) -> None:
-        """End a process whose engine hangs, with all stacks in the log. Its leases were not renewed meanwhile."""
+        """End a process whose engine hangs, with all stacks in the log. Its leases were not renewed meanwhile.
+
+        What is overdue must be so at two looks: a process that was stopped as a whole (SIGSTOP, a frozen container)
+        finds it so when it wakes, and goes on.
+        """
         phase = self._engine.pulse.overdue()
-        if phase is None:
+        if phase is None or phase is not self._overdue:
+            self._overdue = phase
             return
         allowed_s, jobs = round(phase.allowed_s, 1), sorted(self._held)
         log.error("engine_hangs", worker=self.id, phase=phase.kind, allowed_s=allowed_s, jobs=jobs)

@@ -6,9 +6,11 @@
 --     12 memory limit in bytes, 0 for none        13 head start of the class in µs   14 cost
 --     15 the caller's connection                  16 longest wait promised, in ms    17 ms a promise outlives its time
 --     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
---     21 whose budget pays, '' for nobody's       22 most cost of its unfinished jobs, '' for no limit
+--     21 '1' to cancel the job when those that wait for it have left
+--     22 whose budget pays, '' for nobody's       23 most cost of its unfinished jobs, '' for no limit
 -- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
--- shares:<model>, tenants:<model>, counters, models, events:<id>, notify:<model>, promises, promise:<caller>, budget.
+-- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>,
+-- budget.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
 -- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'budget_exceeded', cost held, ms in which one worker
 -- makes what is too much or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms that it takes by itself}. Sent
@@ -33,15 +35,22 @@ if digest ~= '' then
     local state = redis.call('HGET', job_key(earlier[1]), 'state')
     if state then
       if earlier[2] ~= ARGV[9] then return { 'mismatch' } end
-      return known('known', earlier[1], state)
+      local reply = known('known', earlier[1], state)
+      -- Its client is back: to wait again, or for good.
+      if ARGV[21] ~= '1' then
+        redis.call('ZREM', abandoned, earlier[1])
+      elseif not TERMINAL[state] then
+        redis.call('ZADD', abandoned, 'GT', now_ms + GRACE_MS, earlier[1])
+      end
+      return reply
     end
   end
 end
 
-local payer, cost = ARGV[21], tonumber(ARGV[14])
-if ARGV[22] ~= '' then
+local payer, cost = ARGV[22], tonumber(ARGV[14])
+if ARGV[23] ~= '' then
   local held = tonumber(redis.call('HGET', prefix .. 'budget', payer) or '0')
-  local excess = held + cost - tonumber(ARGV[22])
+  local excess = held + cost - tonumber(ARGV[23])
   if excess > 0 then
     local rate = tonumber(redis.call('HGET', prefix .. 'rates', model) or '0')
     return { 'budget_exceeded', held, rate > 0 and math.ceil(1000 * excess / rate) or '' }
@@ -131,6 +140,7 @@ if digest ~= '' then
   redis.call('DEL', prefix .. 'idempotency:' .. digest)
   redis.call('HSET', prefix .. 'idempotency:' .. digest, 'job', id, 'body', ARGV[9])
 end
+if ARGV[21] == '1' then redis.call('ZADD', abandoned, now_ms + GRACE_MS, id) end
 redis.call('HINCRBY', counters, 'accepted', 1)
 redis.call('HINCRBY', counters, 'reserved_bytes', ARGV[6])
 redis.call('SADD', prefix .. 'models', model)

@@ -2,7 +2,8 @@
 --
 -- KEYS[1] is the queue's prefix "{darkroom:<shard>}:". Every other key is derived from it, so a script touches one
 -- shard's keys only and all of them lie in one Redis Cluster slot. keys.py documents each key.
--- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, MAX_FAILURES, NUM_RANKS and TERMINAL (state -> true).
+-- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS and TERMINAL
+-- (state -> true).
 
 local prefix = KEYS[1]
 
@@ -12,7 +13,7 @@ local now_us = time[1] * 1000000 + time[2]
 local now_ms = math.floor(now_us / 1000)
 
 local leases, queued, counters = prefix .. 'leases', prefix .. 'queued', prefix .. 'counters'
-local backlog = prefix .. 'backlog'
+local backlog, abandoned = prefix .. 'backlog', prefix .. 'abandoned'
 
 local function job_key(id) return prefix .. 'job:' .. id end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
@@ -66,6 +67,9 @@ end
 local function is_owned(job, worker, attempt)
   return job ~= nil and job.state == 'running' and job.owner == worker and job.attempt == attempt
 end
+
+-- Is an unfinished job another tenant's? What has ended keeps no tenant here.
+local function is_others(job, tenant) return tenant ~= '' and job ~= nil and job.tenant ~= tenant end
 
 local function is_past_deadline(job) return job.deadline_ms ~= nil and job.deadline_ms <= now_ms end
 
@@ -192,6 +196,7 @@ end
 -- replaced by a readable failed one. More arguments are fields and values to set.
 local function finish(id, job, state, ...)
   redis.call('ZREM', leases, id)
+  if not job or job.idempotency ~= '' then redis.call('ZREM', abandoned, id) end
   if job then
     leave_ready(id, job)
     for index = 0, job.num_checkpoints - 1 do redis.call('UNLINK', checkpoint_key(id, index)) end
@@ -215,6 +220,16 @@ end
 
 local function fail_unreadable(id)
   finish(id, nil, 'failed', 'error_code', 'bad_message', 'error_message', 'the stored job cannot be read')
+end
+
+-- Cancel a job: at once when it waits, by its worker when it runs, not at all when it has ended.
+local function ask_to_cancel(id, job)
+  if job.state == 'queued' then
+    finish(id, job, 'cancelled')
+  elseif job.state == 'running' then
+    redis.call('HSET', job_key(id), 'cancel', '1')
+    redis.call('PUBLISH', prefix .. 'cancel:' .. job.owner, id)
+  end
 end
 
 -- Put a running job back at its old place. What its tenant was charged for it is given back, so that it is that tenant's

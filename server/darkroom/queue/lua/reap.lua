@@ -1,11 +1,13 @@
--- Take back jobs whose lease ran out, and end waiting ones whose deadline has passed.
+-- Take back jobs whose lease ran out, end waiting ones whose deadline has passed, and cancel those whose clients have left
+-- and not come back.
 --
 -- ARGV 1 most jobs of each kind to look at   2 most dead letters kept
 -- A lost lease is an unclean loss: the job's failures rise by one, and at MAX_FAILURES it fails as a dead letter.
--- Writes what lose() and finish() write.
--- Returns four lists of ids: requeued, dead, cancelled, expired.
+-- An abandoned job gives its idempotency key back: a client that does come back with it later gets a new job.
+-- Writes abandoned, looked_after, idempotency:<digest>, and what lose(), finish() and ask_to_cancel() write.
+-- Returns five lists of ids: requeued, dead, cancelled, expired, abandoned.
 
-local ended = { requeued = {}, dead = {}, cancelled = {}, expired = {} }
+local ended = { requeued = {}, dead = {}, cancelled = {}, expired = {}, abandoned = {} }
 local expired = ended.expired
 write_at_memory_limit()
 
@@ -32,4 +34,26 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', queued, '-inf', now_ms, 'LIMIT',
     redis.call('ZREM', queued, id)
   end
 end
-return { ended.requeued, ended.dead, ended.cancelled, expired }
+
+if redis.call('EXISTS', abandoned) == 1 then
+  local looked_after = prefix .. 'looked_after'
+  if redis.call('EXISTS', looked_after) == 0 then
+    -- While nobody could reach this server, those who wait could not say so: they get the time to.
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', abandoned, '-inf', now_ms)) do
+      redis.call('ZADD', abandoned, now_ms + GRACE_MS, id)
+    end
+  end
+  redis.call('SET', looked_after, '1', 'PX', math.ceil(LEASE_MS * 2 / 3))
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', abandoned, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
+    local job = load_job(id)
+    redis.call('ZREM', abandoned, id)
+    if job and not TERMINAL[job.state] and not job.cancel then
+      redis.call('DEL', prefix .. 'idempotency:' .. job.idempotency)
+      redis.call('HSET', job_key(id), 'idempotency', '')
+      job.idempotency = ''
+      ask_to_cancel(id, job)
+      ended.abandoned[#ended.abandoned + 1] = id
+    end
+  end
+end
+return { ended.requeued, ended.dead, ended.cancelled, expired, ended.abandoned }
