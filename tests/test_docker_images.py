@@ -57,7 +57,12 @@ class Service:
 @pytest.fixture(scope="module")
 def api(images: Images, redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     port = free_port()
-    here = {"DARKROOM_PORT": str(port), "DARKROOM_METRICS_PORT": str(free_port()), "DARKROOM_REDIS_URL": redis_url}
+    here = {
+        "DARKROOM_PORT": str(port),
+        "DARKROOM_METRICS_PORT": str(free_port()),
+        "DARKROOM_REDIS_URL": redis_url,
+        "DARKROOM_ALLOW_ANONYMOUS": "true",
+    }
     container = images.start("api", here, tmp_path_factory.mktemp("api") / "log")
     yield Service(container, f"http://127.0.0.1:{port}")
     container.stop(GRACE_S)

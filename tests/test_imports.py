@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     # The command line may use every room; no room may use it.
     "up": {"queue", "supervisor", *SHARED},
     "generate": {"api", "engine", "worker", *SHARED},
-    "cli": {"api", "worker", "supervisor", "up", "generate", "darkroom_kernels", *SHARED},
+    "keys": {"queue", *SHARED},
+    "cli": {"api", "worker", "supervisor", "up", "generate", "keys", "darkroom_kernels", *SHARED},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -53,6 +54,8 @@ ONLY_IN: dict[str, set[str]] = {
     "obstore": {"queue"},
     "opentelemetry": {"tracing"},
     "pynvml": {"worker"},
+    "c2pa": {"diffusion"},
+    "cryptography": {"diffusion"},
     "diffusers": set(),
     "pickle": set(),
 }

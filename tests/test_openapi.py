@@ -20,7 +20,7 @@ from darkroom.api.problems import TITLES
 from darkroom.config import Settings
 from darkroom.errors import HTTP_STATUS
 from darkroom.jobs import Failure, Job
-from darkroom.queue import Cards, EmbeddedRedis, Enqueued, JobQueue
+from darkroom.queue import Cards, EmbeddedRedis, Enqueued, JobQueue, Rate, new_key
 
 from tests.support.http import in_process, served
 from tests.support.instant_worker import InstantWorker, card
@@ -73,7 +73,8 @@ def test_every_error_code_has_a_title_and_is_documented(document: dict[str, Any]
         for code in reply.get("content", {}).get("application/problem+json", {}).get("examples", {})
     }
     # What holds for every address is said in the list of errors.
-    assert set(HTTP_STATUS) - shown == {"not_found", "method_not_allowed", "unavailable"}
+    everywhere = {"not_found", "method_not_allowed", "unauthorized", "forbidden"}
+    assert set(HTTP_STATUS) - shown == {"unavailable", *everywhere}
 
 
 async def test_the_pages_load_nothing_from_elsewhere(settings: Settings, queue: JobQueue) -> None:
@@ -209,6 +210,41 @@ async def expired(world: World) -> httpx.Response:
     return await waiting
 
 
+async def with_a_key(world: World, *bodies: dict[str, Any], scope: str = "generate", **limits: Any) -> httpx.Response:
+    """The last reply to a caller who sends these one after the other."""
+    key, token = new_key(name="ann", tenant="ann", scopes=[scope], **limits)
+    await world.queue.api_keys.add(key)
+    world.worker.gate.clear()
+    async with in_process(world.settings.model_copy(update={"auth": "keys"}), world.queue) as client:
+        for body in bodies:
+            reply = await client.post("/generate", json=body, headers={"Authorization": f"Bearer {token}"})
+    return reply
+
+
+async def unauthorized(world: World) -> httpx.Response:
+    async with in_process(world.settings.model_copy(update={"auth": "keys"}), world.queue) as client:
+        return await client.post("/generate", json=FOX)
+
+
+async def forbidden(world: World) -> httpx.Response:
+    return await with_a_key(world, FOX, scope="read")
+
+
+async def prompt_refused(world: World) -> httpx.Response:
+    path = world.settings.data_dir / "denylist"
+    path.write_text("fox")
+    async with in_process(world.settings.model_copy(update={"prompt_denylist": path}), world.queue) as client:
+        return await client.post("/generate", json=FOX)
+
+
+async def rate_limited(world: World) -> httpx.Response:
+    return await with_a_key(world, {}, FOX, rate=Rate(count=1, period_s=60, burst=1))
+
+
+async def budget_exceeded(world: World) -> httpx.Response:
+    return await with_a_key(world, {**FOX, "mode": "async"}, FOX, max_cost=3000)
+
+
 async def queue_full(world: World) -> httpx.Response:
     await world.queue.register("gone", [card("nobody")])
     small = world.settings.model_copy(update={"max_queue_jobs": 1})
@@ -325,6 +361,11 @@ CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "job_not_finished": job_not_finished,
     "cancelled": cancelled,
     "expired": expired,
+    "unauthorized": unauthorized,
+    "forbidden": forbidden,
+    "prompt_refused": prompt_refused,
+    "rate_limited": rate_limited,
+    "budget_exceeded": budget_exceeded,
     "queue_full": queue_full,
     "tenant_queue_full": tenant_queue_full,
     "deadline_unmet": deadline_unmet,

@@ -30,7 +30,7 @@ from darkroom.errors import (
     StorageFull,
 )
 from darkroom.jobs import BatchView, Failure, Job, JobState, Priority, new_job_id
-from darkroom.queue import EmbeddedRedis, JobQueue
+from darkroom.queue import EmbeddedRedis, JobQueue, Rate, new_key
 from darkroom.queue.admission import MEMORY_SHARE
 from darkroom.queue.embedded import find_redis_server
 from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys, digest
@@ -1035,8 +1035,12 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     before = set(await redis.keys("*"))
     await queue.register("w1", [make_card()])
     await queue.heartbeat("w1", {MODEL: 100.0})
+    api_key, token = new_key(name="ann", tenant="ann", scopes=["generate"])
+    await queue.api_keys.add(api_key)
+    assert await queue.api_keys.find(token) == api_key
+    await queue.api_keys.take(api_key.id, Rate(count=1, period_s=60, burst=1))
     for index in range(3):
-        await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True)
+        await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True, payer=api_key.id)
     done, poison = await claim(queue, max_jobs=2)
     await succeed(queue, done)
     running: list[Job] = []

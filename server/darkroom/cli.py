@@ -1,4 +1,4 @@
-"""The command line: `darkroom up | api | worker | generate | models | jobs | bench`.
+"""The command line: `darkroom up | api | worker | generate | models | jobs | keys | bench`.
 
 Exit codes: 0 done or stopped as asked, 1 failed, 2 a bad setting, model or request, 130 interrupted. What a command
 needs is imported inside it, so that `darkroom --help` is quick and the API never loads torch.
@@ -27,6 +27,7 @@ from darkroom.errors import (
     QueueUnavailable,
     RequestError,
 )
+from darkroom.jobs import Priority
 
 if TYPE_CHECKING:
     from darkroom.config import Settings
@@ -47,6 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+keys = typer.Typer(help="API keys of a server with DARKROOM_AUTH=keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
@@ -67,11 +70,9 @@ ModelPaths = Annotated[
         help="Model directory, or org/name on the Hugging Face hub; may be given again. (default: the built-in model)",
     ),
 ]
+DataDir = Annotated[Path | None, typer.Option(metavar="PATH", help="Where the private Redis keeps its data.")]
 RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use. (default: DARKROOM_REDIS_URL)")]
 Host = Annotated[str | None, typer.Option(help="Address to bind to. (default: DARKROOM_HOST or 127.0.0.1)")]
-DataDir = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="Where the private Redis of a running `darkroom up` has its data.")
-]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 LetterIds = Annotated[
@@ -128,9 +129,7 @@ def up(
     model: ModelPaths = None,
     host: Host = None,
     port: Port = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where the private Redis keeps its data.")
-    ] = None,
+    data_dir: DataDir = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Worker processes. (default: one for each GPU, else one)"),
@@ -216,7 +215,7 @@ def generate(
     try:
         with progress_bar("waiting" if url is not None else "loading the model") as on_progress:
             if url is not None:
-                pictures = generate_there(fields, url, on_progress)
+                pictures = generate_there(fields, url, on_progress, api_key=_api_key(settings))
             else:
                 pictures = generate_here(fields, model or BUILTIN_MODEL, settings, on_progress)
     except KeyboardInterrupt:
@@ -254,7 +253,7 @@ def models(
     if url is not None:
         from darkroom.generate import fetch_models
 
-        cards = fetch_models(url)
+        cards = fetch_models(url, api_key=_api_key(settings))
     else:
         from darkroom.config import BUILTIN_MODEL
         from darkroom.worker.main import read_cards
@@ -266,6 +265,83 @@ def models(
         steps, licence = str(card["num_inference_steps"]), card["license"] or "-"
         rows.append((card["id"], card["family"], size, steps, card["sampler"], digest, licence))
     _print_table(rows)
+
+
+@keys.command("create")
+def create_key(
+    name: Annotated[str, typer.Option(help="What the key is called in lists.")],
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose jobs it sees; several keys may share one. (default: the name)")
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="generate, read (its tenant's jobs) or admin (all); may be given again. (default: generate)"),
+    ] = None,
+    weight: Annotated[float, typer.Option(min=0.01, max=100, help="Share of the workers beside other tenants.")] = 1,
+    rate: Annotated[str | None, typer.Option(help="Calls per s, m, h or d, such as 60/m. (default: no limit)")] = None,
+    burst: Annotated[int | None, typer.Option(min=1, help="Calls that may come at once. (default: the rate's)")] = None,
+    max_cost: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most that its unfinished jobs may cost: model rows × evaluations × latent pixels."),
+    ] = None,
+    priority: Annotated[Priority, typer.Option(help="Highest class it may ask for.")] = Priority.HIGH,
+    expires: Annotated[str | None, typer.Option(help="When it ends: 90d, 12h or 2030-01-31. (default: never)")] = None,
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Make a key and print it. It is shown this once: Darkroom keeps its hash alone."""
+    import asyncio
+
+    settings = _settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    from darkroom.keys import create
+
+    key, token = asyncio.run(
+        create(
+            settings,
+            name=name,
+            tenant=tenant,
+            scopes=scope or ["generate"],
+            weight=weight,
+            rate=rate,
+            burst=burst,
+            max_cost=max_cost,
+            priority=priority,
+            expires=expires,
+        )
+    )
+    typer.echo(f"key {key.id} of tenant {key.tenant}; it is shown this once:", err=True)
+    typer.echo(token)
+
+
+@keys.command("list")
+def list_keys(data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
+    """List the keys there are, without their secrets."""
+    import asyncio
+
+    settings = _settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    from darkroom.keys import table
+
+    _print_table(asyncio.run(table(settings)))
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")],
+    data_dir: DataDir = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """End a key. Servers refuse it within two seconds; jobs that it has asked for go on."""
+    import asyncio
+
+    settings = _settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    from darkroom.keys import revoke
+
+    asyncio.run(revoke(settings, key_id))
+    typer.echo(f"key {key_id} is revoked")
+
+
+def _api_key(settings: Settings) -> str | None:
+    return settings.api_key.get_secret_value() if settings.api_key else None
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -424,25 +500,25 @@ def _short(text: str, limit: int = 40) -> str:
 
 
 def _with_queue(redis_url: str | None, data_dir: Path | None, run: Callable[[JobQueue], Awaitable[_Reply]]) -> _Reply:
-    """Run something against the queue of a Redis, or of a running `up`."""
+    """Run something against the queue of a Redis, or of a data directory, whether or not a server runs on it."""
     import asyncio
 
     settings = _settings("jobs", redis_url=redis_url, data_dir=data_dir, log_level="error")
-    from darkroom.queue import JobQueue
-    from darkroom.queue.embedded import running_url
+    from darkroom.queue import JobQueue, redis_of
 
     # A data directory that is named means the private Redis in it, whatever the environment says.
-    is_private = settings.redis_url is None or (data_dir is not None and redis_url is None)
-    url = running_url(settings) if is_private else str(settings.redis_url)
+    if data_dir is not None and redis_url is None:
+        settings = settings.model_copy(update={"redis_url": None})
 
-    async def connected() -> _Reply:
+    async def connected(url: str) -> _Reply:
         queue = JobQueue(settings, url)
         try:
             return await run(queue)
         finally:
             await queue.close()
 
-    return asyncio.run(connected())
+    with redis_of(settings) as url:
+        return asyncio.run(connected(url))
 
 
 @bench.command()

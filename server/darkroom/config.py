@@ -6,16 +6,20 @@ variable, the value and what is accepted.
 
 from __future__ import annotations
 
+import importlib
+import ipaddress
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from darkroom.errors import ConfigError, shorten
 
 BUILTIN_MODEL = Path(__file__).parent / "models" / "emoji-world"
+_ORIGIN = re.compile(r"\*|https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 _RESULT_STORE = re.compile(
     r"file:///[^?#]+|(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[a-zA-Z0-9._-]+)*/?"
 )
@@ -53,8 +57,22 @@ class Settings(BaseSettings):
         "off", description="on sends traces to the collector of OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `tracing`."
     )
 
+    auth: Literal["off", "keys"] = Field(
+        "off", description="keys asks every caller for an API key of `darkroom keys create`."
+    )
+    allow_anonymous: bool = Field(
+        False, description="Whether the API may be reached from other machines while it asks for no keys."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="Key that `darkroom generate` and `darkroom models` show to the server of --url."
+    )
     host: str = Field("127.0.0.1", description="Address the API binds to.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API binds to; 0 picks a free one.")
+    cors_origins: str | None = Field(
+        None,
+        description="Web pages of other sites that may call the API from a browser, as https://one.example,"
+        "https://two.example, or * for all.",
+    )
     metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of a process's metrics; 0 picks a free one.")
     metrics_public: bool = Field(
@@ -84,6 +102,28 @@ class Settings(BaseSettings):
         le=1,
         description="Share of DARKROOM_MAX_QUEUE_JOBS that jobs of one tenant may take; raising it leaves others less "
         "room. Without API keys there is one tenant, which may take all.",
+    )
+
+    prompt_denylist: Path | None = Field(
+        None, description="File of words, phrases and /patterns/, one a line; a prompt that has one is refused."
+    )
+    prompt_hook: str | None = Field(
+        None, description="module:function that is given each prompt and says whether it may be drawn."
+    )
+    picture_hook: str | None = Field(
+        None,
+        description="module:function that is given each picture's pixels and its request, and returns the pixels to "
+        "keep.",
+    )
+    mark_source: bool = Field(
+        True, description="Whether pictures say in their metadata that a model made them (IPTC digitalSourceType)."
+    )
+    c2pa_cert: Path | None = Field(
+        None,
+        description="Certificate chain in PEM; with the key, pictures get a C2PA signature; needs the extra `c2pa`.",
+    )
+    c2pa_key: Path | None = Field(
+        None, validate_default=True, description="Private key of DARKROOM_C2PA_CERT in PEM, without a password."
     )
 
     result_store: str | None = Field(
@@ -178,6 +218,14 @@ class Settings(BaseSettings):
             raise ValueError("expected auto, cpu, cuda or cuda:N")
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _known_origins(cls, value: str | None) -> str | None:
+        for origin in value.split(",") if value else ():
+            if _ORIGIN.fullmatch(origin.strip()) is None:
+                raise ValueError("expected origins as https://one.example,http://localhost:3000, or *")
+        return value
+
     @field_validator("result_store")
     @classmethod
     def _known_store(cls, value: str | None) -> str | None:
@@ -193,6 +241,13 @@ class Settings(BaseSettings):
             raise ValueError("expected proxy: only a bucket in DARKROOM_RESULT_STORE has signed URLs")
         return value
 
+    @field_validator("c2pa_key")
+    @classmethod
+    def _of_a_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if (value is None) != (info.data.get("c2pa_cert") is None):
+            raise ValueError("expected DARKROOM_C2PA_CERT and DARKROOM_C2PA_KEY, or neither")
+        return value
+
     @field_validator("graph_sizes")
     @classmethod
     def _known_sizes(cls, value: str | None) -> str | None:
@@ -203,14 +258,49 @@ class Settings(BaseSettings):
         return value
 
     @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """Each origin in `cors_origins`."""
+        return tuple(origin.strip() for origin in self.cors_origins.split(",")) if self.cors_origins else ()
+
+    @property
     def graph_sizes_px(self) -> tuple[tuple[int, int], ...]:
         """(width, height) of each size in `graph_sizes`."""
         sizes = (size.strip().split("x") for size in self.graph_sizes.split(",")) if self.graph_sizes else ()
         return tuple(dict.fromkeys((int(width), int(height)) for width, height in sizes))
 
+    def refuse_open_door(self) -> None:
+        """Raise `ConfigError` when other machines could reach an API that asks for no keys, unless they are let in."""
+        if self.auth == "keys" or self.allow_anonymous or _is_loopback(self.host):
+            return
+        raise ConfigError(
+            f"DARKROOM_HOST={self.host} lets other machines in, and without keys anyone of them may do everything: set "
+            "DARKROOM_AUTH=keys and make keys with `darkroom keys create`, or DARKROOM_ALLOW_ANONYMOUS=true if "
+            "something in front of it decides who may come"
+        )
+
     @property
     def redis_dir(self) -> Path:
         return self.data_dir / "redis"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_hook(setting: str, target: str) -> Callable[..., Any]:
+    """The function that `target`, `module:function`, names. Raises `ConfigError`."""
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{setting}={target}: expected module:function, and that module to be importable") from error
+    if not callable(found):
+        raise ConfigError(f"{setting}={target}: that is no function")
+    function: Callable[..., Any] = found
+    return function
 
 
 def load_settings(**overrides: object) -> Settings:

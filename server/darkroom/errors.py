@@ -6,12 +6,17 @@ DarkroomError                   has a stable `code` and a message that is safe t
 ├── RequestError                the caller's request cannot be served as written
 │   ├── InvalidRequest          a field is wrong: names field, value and accepted range
 │   │   └── UnknownModel        no worker has offered that model lately
+│   ├── Unauthorized            no key that may be used came with the call
+│   ├── Forbidden               the key that came does not allow this
+│   ├── PromptRefused           the operator's rules forbid what the prompt asks for
 │   ├── JobNotFound             no such job, or its record has expired
 │   ├── LetterNotFound          no such dead letter; told to operators alone
 │   ├── ImageNotFound           the job has no such image, or it has expired
 │   ├── IdempotencyMismatch     the Idempotency-Key was used before with another body
 │   └── JobNotFinished          the images were asked for before the job has ended
 ├── Unavailable                 the service cannot take the request now; `retry_after_s` says when to try again
+│   ├── RateLimited             the caller's key has made as many calls as it may
+│   ├── BudgetExceeded          the caller's key has as much work unfinished as it may
 │   ├── QueueFull               the queue holds as much as it may
 │   ├── TenantQueueFull         the caller's own jobs take as much of the queue as they may
 │   ├── DeadlineUnmet           the job would be done after its deadline
@@ -78,6 +83,18 @@ class UnknownModel(InvalidRequest):
     code = "unknown_model"
 
 
+class Unauthorized(RequestError):
+    code = "unauthorized"
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+
+
+class PromptRefused(RequestError):
+    code = "prompt_refused"
+
+
 class JobNotFound(RequestError):
     code = "job_not_found"
 
@@ -106,6 +123,14 @@ class Unavailable(DarkroomError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class RateLimited(Unavailable):
+    code = "rate_limited"
+
+
+class BudgetExceeded(Unavailable):
+    code = "budget_exceeded"
 
 
 class QueueFull(Unavailable):
@@ -171,7 +196,10 @@ class JobError(DarkroomError):
 
 
 HTTP_STATUS: dict[str, int] = {
+    "unauthorized": 401,
+    "forbidden": 403,
     "invalid_request": 422,
+    "prompt_refused": 422,
     "malformed_json": 400,
     "body_too_large": 413,
     "request_timeout": 408,
@@ -184,6 +212,8 @@ HTTP_STATUS: dict[str, int] = {
     "image_not_found": 404,
     "job_not_finished": 409,
     "idempotency_mismatch": 422,
+    "rate_limited": 429,
+    "budget_exceeded": 429,
     "queue_full": 429,
     "tenant_queue_full": 429,
     "deadline_unmet": 429,

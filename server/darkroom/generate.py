@@ -86,13 +86,15 @@ def generate_here(
     )
 
 
-def generate_there(fields: Mapping[str, Any], url: str, on_progress: OnProgress) -> Pictures:
+def generate_there(
+    fields: Mapping[str, Any], url: str, on_progress: OnProgress, *, api_key: str | None = None
+) -> Pictures:
     """Let the server at `url` draw, following its events. Leaving early (Ctrl-C) cancels the job.
 
     Raises `RequestError` when the server refuses the request, `Unavailable` when it cannot take it now, `JobError` when
     the job ends without pictures.
     """
-    with httpx.Client(base_url=url, timeout=30.0, follow_redirects=True) as client, _reachable(url):
+    with _client(url, 30.0, api_key) as client, _reachable(url):
         asked: Future[httpx.Response] = Future()
         try:
             _post(client, {**fields, "mode": "async"}, asked)
@@ -132,11 +134,16 @@ def _post(client: httpx.Client, body: Mapping[str, Any], asked: Future[httpx.Res
     threading.Thread(target=post, name="post", daemon=True).start()
 
 
-def fetch_models(url: str) -> list[dict[str, Any]]:
-    """The cards of the models that the server at `url` serves. Raises `Unavailable`."""
-    with httpx.Client(base_url=url, timeout=10.0, follow_redirects=True) as client, _reachable(url):
+def fetch_models(url: str, *, api_key: str | None = None) -> list[dict[str, Any]]:
+    """The cards of the models that the server at `url` serves. Raises `Unavailable`, `RequestError`."""
+    with _client(url, 10.0, api_key) as client, _reachable(url):
         models: list[dict[str, Any]] = _checked(client.get("/models")).json()["models"]
         return models
+
+
+def _client(url: str, timeout_s: float, api_key: str | None) -> httpx.Client:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.Client(base_url=url, timeout=timeout_s, follow_redirects=True, headers=headers)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import httpx
-import msgspec
 import structlog
 from rich.console import Console
 from rich.table import Table
@@ -167,6 +166,7 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
     Raises `ConfigError` and `ModelError` where a start is refused before any child could say so itself.
     """
     began = time.monotonic()
+    settings.refuse_open_door()
     tracing.check(settings)
     supervisor = Supervisor()
     supervisor.handle_signals()
@@ -199,7 +199,15 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
             for child in children:
                 supervisor.add(_service(child, spawner, common))
             announcing = asyncio.ensure_future(
-                _announce(supervisor, settings, _base_url(settings.host, port), children, len(workers), began)
+                _announce(
+                    supervisor,
+                    settings,
+                    common["DARKROOM_REDIS_URL"],
+                    _base_url(settings.host, port),
+                    children,
+                    len(workers),
+                    began,
+                )
             )
         return await supervisor.run()
     finally:
@@ -235,17 +243,31 @@ def _service(child: Child, spawner: Spawner, common: Mapping[str, str]) -> Servi
 
 
 async def _announce(
-    supervisor: Supervisor, settings: Settings, url: str, children: Sequence[Child], num_workers: int, began: float
+    supervisor: Supervisor,
+    settings: Settings,
+    redis_url: str,
+    url: str,
+    children: Sequence[Child],
+    num_workers: int,
+    began: float,
 ) -> None:
-    cards = await _wait_ready(supervisor, url, num_workers)
-    if cards is None:
-        return
+    queue = JobQueue(settings, redis_url)
+    try:
+        cards = await _wait_ready(supervisor, queue, url, num_workers)
+        if cards is None:
+            return
+        needs_key = settings.auth == "keys" and not await queue.api_keys.all()
+    finally:
+        await queue.close()
     supervisor.settle()
     metrics = {child.name: f"{_base_url(settings.metrics_host, child.metrics_port)}/metrics" for child in children}
-    print_ready(url, cards, metrics, time.monotonic() - began)
+    print_ready(url, cards, metrics, time.monotonic() - began, asks_for_keys=settings.auth == "keys")
+    if needs_key:
+        directory = "" if settings.redis_url else f" --data-dir {shlex.quote(str(settings.data_dir))}"
+        print(f"  There is no key yet: DARKROOM_API_KEY=$(darkroom keys create --name me{directory})\n", flush=True)
 
 
-async def _wait_ready(supervisor: Supervisor, url: str, num_workers: int) -> list[ModelCard] | None:
+async def _wait_ready(supervisor: Supervisor, queue: JobQueue, url: str, num_workers: int) -> list[ModelCard] | None:
     """Ask until the API is ready and every worker there, or enough time has passed for those that are missing.
 
     Returns the cards of the models, None when a stop came first.
@@ -260,15 +282,15 @@ async def _wait_ready(supervisor: Supervisor, url: str, num_workers: int) -> lis
                 first_ready = first_ready or time.monotonic()
                 if reply.json()["workers"] < num_workers and time.monotonic() - first_ready < _MISSING_WORKERS_S:
                     continue
-                models = msgspec.json.decode((await client.get("/models")).content)["models"]
-            except (httpx.HTTPError, msgspec.DecodeError, LookupError):
+                offered = (await queue.cards()).offered
+            except (httpx.HTTPError, ValueError, LookupError, QueueUnavailable):
                 continue
-            return [msgspec.convert(card, ModelCard) for card in models]
+            return [offered[name] for name in sorted(offered)]
     return None
 
 
-def first_request(url: str, cards: Sequence[ModelCard]) -> str:
-    """A command line that ends with a picture."""
+def first_request(url: str, cards: Sequence[ModelCard], *, asks_for_keys: bool = False) -> str:
+    """A command line that ends with a picture; where the server asks for keys, with the one in `DARKROOM_API_KEY`."""
     body: dict[str, str] = {"prompt": _DEFAULT_PROMPT}
     if cards:
         card = cards[0]
@@ -276,10 +298,14 @@ def first_request(url: str, cards: Sequence[ModelCard]) -> str:
         if len(cards) > 1:
             body["model"] = card.id
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl -s -H 'accept: image/png' -H 'content-type: application/json' -d {data} {url}/generate -o picture.png"
+    key = ' -H "authorization: Bearer $DARKROOM_API_KEY"' if asks_for_keys else ""
+    kinds = "-H 'accept: image/png' -H 'content-type: application/json'"
+    return f"curl -s{key} {kinds} -d {data} {url}/generate -o picture.png"
 
 
-def print_ready(url: str, cards: Sequence[ModelCard], metrics: Mapping[str, str], seconds: float) -> None:
+def print_ready(
+    url: str, cards: Sequence[ModelCard], metrics: Mapping[str, str], seconds: float, *, asks_for_keys: bool
+) -> None:
     """Tell on stdout where everything is."""
     console = Console(highlight=False)
     table = Table.grid(padding=(0, 2))
@@ -293,7 +319,7 @@ def print_ready(url: str, cards: Sequence[ModelCard], metrics: Mapping[str, str]
     console.print(table)
     console.print()
     # Never wrapped, so that it can be copied in one piece.
-    console.print(Text(first_request(url, cards)), soft_wrap=True)
+    console.print(Text(first_request(url, cards, asks_for_keys=asks_for_keys)), soft_wrap=True)
     console.print()
     console.print(Text("  Ctrl-C stops everything.", style="dim"))
     console.print()

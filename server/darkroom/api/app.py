@@ -10,11 +10,13 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom import __version__, metrics, tracing
 from darkroom.api import batch, generate, health, jobs, page, schema
+from darkroom.api.auth import Guard
 from darkroom.api.observe import Observe
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
 from darkroom.api.service import Service
@@ -24,6 +26,10 @@ from darkroom.queue import JobQueue
 
 # Asked every few seconds by machines.
 _NOT_TRACED = ("/health/", "/metrics")
+_EXPOSED_HEADERS = (
+    "Content-Location", "Darkroom-Job-Id", "Darkroom-Seed", "Location", "RateLimit", "RateLimit-Policy", "Retry-After",
+    "Retry-After-Ms", "X-Request-Id",
+)  # fmt: skip
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -61,7 +67,17 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
         app.include_router(surface.router)
     if settings.metrics_public:
         app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)
-    app.add_middleware(Observe)
+    app.add_middleware(Guard)
+    if settings.allowed_origins:
+        # Outside of the guard: a browser's preflight carries no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("Authorization", "X-API-Key", "Idempotency-Key", "Last-Event-ID", "X-Request-Id"),
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    app.add_middleware(Observe, is_for_other_sites=bool(settings.allowed_origins))
     app.add_exception_handler(DarkroomError, _on_darkroom_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -72,7 +88,7 @@ async def _on_darkroom_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, DarkroomError):
         raise error
     metrics.REJECTS.labels(error.code).inc()
-    return respond_to(error)
+    return respond_to(error, request.url.path)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -82,7 +98,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     metrics.REJECTS.labels(code).inc()
     allowed = (error.headers or {}).get("Allow")
     detail = f"this address takes {allowed}" if allowed else "see /docs for the addresses there are"
-    return respond(problem_of(code, detail), error.headers)
+    return respond(problem_of(code, detail), request.url.path, error.headers)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -99,7 +115,13 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     replies = [schema.Generated, schema.Accepted, schema.JobView, schema.Models, schema.Ready, schema.Live, Problem]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
     request = schema.GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    document["components"] = {"schemas": {"GenerateRequest": request, **components}}
+    document["components"] = {
+        "schemas": {"GenerateRequest": request, **components},
+        "securitySchemes": {
+            "key": {"type": "http", "scheme": "bearer", "description": "Where the server asks for it."}
+        },
+    }
+    document["security"] = [{}, {"key": []}]
     examples = schema.examples()
     for operations in document["paths"].values():
         for operation in operations.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import structlog
@@ -11,11 +12,12 @@ from fastapi import APIRouter, Depends, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 
+from darkroom.api.auth import caller_of
+from darkroom.api.jobs import checked
 from darkroom.api.problems import documented
 from darkroom.api.service import Service, service_of
-from darkroom.errors import QueueUnavailable
+from darkroom.errors import JobNotFound, QueueUnavailable
 from darkroom.jobs import BatchView
-from darkroom.queue import JobQueue
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
@@ -27,11 +29,20 @@ _EXAMPLE = (
 )
 
 
-async def first_look(request: Request) -> JobQueue:
-    """Runs before the stream begins, so that a 503 can still be a 503."""
-    queue = service_of(request).queue
+async def first_look(
+    request: Request,
+    job_id: Annotated[Sequence[str], Query(description="Jobs whose rows are to be recognised.")] = (),
+) -> frozenset[str]:
+    """The jobs asked for that the caller may see. Runs before the stream begins, so that a 503 can still be a 503."""
+    queue, tenant = service_of(request).queue, caller_of(request).sees
     await queue.batches()
-    return queue
+    if tenant is None:
+        return frozenset(job_id)
+    own = set()
+    for one in job_id:
+        with suppress(JobNotFound):
+            own.add((await queue.status(checked(one), tenant=tenant)).job.id)
+    return frozenset(own)
 
 
 @router.get(
@@ -52,12 +63,10 @@ async def first_look(request: Request) -> JobQueue:
     },
 )
 async def batch(
-    request: Request,
-    queue: Annotated[JobQueue, Depends(first_look)],
-    job_id: Annotated[Sequence[str], Query(description="Jobs whose rows are to be recognised.")] = (),
+    request: Request, own: Annotated[frozenset[str], Depends(first_look)]
 ) -> AsyncIterator[ServerSentEvent]:
     service: Service = service_of(request)
-    own, shown = frozenset(job_id), None
+    queue, shown = service.queue, None
     while not service.handing_over.is_set():
         try:
             batches = await queue.batches()

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom.api.accept import negotiate
+from darkroom.api.auth import take_call
 from darkroom.api.body import describe, parse_fields, read_json
 from darkroom.api.problems import documented
 from darkroom.api.schema import (
@@ -103,8 +104,8 @@ _IMAGE_HEADERS = {
         },
         **documented(
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
-            "unsupported_media_type", "invalid_request", "idempotency_mismatch", "queue_full",
-            "tenant_queue_full", "deadline_unmet", "internal", "job_failed",
+            "unsupported_media_type", "invalid_request", "prompt_refused", "idempotency_mismatch", "rate_limited",
+            "budget_exceeded", "queue_full", "tenant_queue_full", "deadline_unmet", "internal", "job_failed",
             "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable",
             "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
         ),
@@ -114,6 +115,7 @@ async def generate(request: Request) -> Response:
     service = service_of(request)
     settings = service.settings
     service.refuse_if_draining()
+    await take_call(request)
     fields = await read_json(request, settings.max_body_bytes)
     body = parse_fields(GenerateRequest, fields, service.accepted)
     key = idempotency_key(request)

@@ -70,7 +70,7 @@ async def ready(request: Request) -> Response:
         if not stats.live_workers:
             raise NoModel("no worker is alive", retry_after_s=2.0)
     except (Draining, QueueUnavailable, NoModel) as error:
-        return _not_ready(error, was_ready=service.was_ready)
+        return _not_ready(error, request.url.path, was_ready=service.was_ready)
     service.was_ready = True
     reply = Ready(
         health="busy" if stats.waiting >= service.settings.max_queue_jobs else "ready",
@@ -87,11 +87,11 @@ async def exposed_metrics(request: Request) -> Response:
     return Response(content, headers={**_NO_STORE, "Content-Type": media_type})
 
 
-def _not_ready(error: Unavailable, *, was_ready: bool) -> Response:
+def _not_ready(error: Unavailable, path: str, *, was_ready: bool) -> Response:
     health = Health.FAILED if was_ready else Health.STARTING
     if isinstance(error, Draining):
         health = Health.DRAINING
-    return respond_to(error, health=health.value)
+    return respond_to(error, path, health=health.value)
 
 
 @router.get(

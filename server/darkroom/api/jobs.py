@@ -14,6 +14,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 
+from darkroom.api.auth import caller_of
 from darkroom.api.body import describe
 from darkroom.api.problems import documented
 from darkroom.api.schema import EXAMPLE_JOB_ID, job_view
@@ -50,7 +51,8 @@ def checked(job_id: str) -> str:
     responses={**_VIEW, **documented("job_not_found", "queue_unavailable")},
 )
 async def job(request: Request, job_id: JobId) -> Response:
-    return _view(await service_of(request).queue.status(checked(job_id), is_back=True))
+    tenant = caller_of(request).sees
+    return _view(await service_of(request).queue.status(checked(job_id), tenant=tenant, is_back=True))
 
 
 @router.delete(
@@ -61,7 +63,7 @@ async def job(request: Request, job_id: JobId) -> Response:
     responses={**_VIEW, **documented("job_not_found", "queue_unavailable")},
 )
 async def cancel(request: Request, job_id: JobId) -> Response:
-    status = await service_of(request).queue.cancel(checked(job_id))
+    status = await service_of(request).queue.cancel(checked(job_id), tenant=caller_of(request).sees)
     log.info("job_cancel_asked", job_id=job_id, state=status.state.value)
     return _view(status)
 
@@ -99,14 +101,14 @@ async def image(
 ) -> Response:
     if not (index.isascii() and index.isdecimal() and len(index) < 4):
         raise ImageNotFound("images are numbered from 0")
-    queue = service_of(request).queue
-    url = await queue.image_url(checked(job_id), int(index))
+    queue, tenant = service_of(request).queue, caller_of(request).sees
+    url = await queue.image_url(checked(job_id), int(index), tenant=tenant)
     if url is not None:
         return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
     try:
-        content = await queue.image(job_id, int(index))
+        content = await queue.image(job_id, int(index), tenant=tenant)
     except JobNotFinished:
-        await queue.status(job_id, is_back=True)
+        await queue.status(job_id, tenant=tenant, is_back=True)
         raise
     etag = f'"{job_id}-{int(index)}"'
     headers = {"ETag": etag, "Cache-Control": "private, max-age=31536000, immutable"}
@@ -138,7 +140,7 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
         raise InvalidRequest(
             "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
         )
-    await service.queue.status(checked(job_id), is_back=True)
+    await service.queue.status(checked(job_id), tenant=caller_of(request).sees, is_back=True)
     return _until_handed_over(service, job_id, last)
 
 

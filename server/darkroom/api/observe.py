@@ -8,6 +8,7 @@ import secrets
 import time
 
 import structlog
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from darkroom import metrics, tracing
@@ -16,6 +17,13 @@ from darkroom.queue import MemorySample, QueueStats
 
 log = structlog.get_logger("darkroom.api")
 
+# For replies that say nothing else: run and show nothing of it, keep no copy, tell nobody where one came from.
+_BROWSER_DEFAULTS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 
 _WHOLE = (
@@ -32,11 +40,14 @@ _WHOLE = (
 class Observe:
     """Time and count every call, and turn what nobody expected into a 500 that says nothing of the inside.
 
-    Each reply has an `X-Request-Id`, the client's own if it sent one that can be taken, and so have all log lines.
+    Each reply has an `X-Request-Id`, the client's own if it sent one that can be taken, and so have all log lines. Each
+    also tells browsers to do nothing with it but what its route has said.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, is_for_other_sites: bool) -> None:
         self._app = app
+        policy = "cross-origin" if is_for_other_sites else "same-origin"
+        self._defaults = {**_BROWSER_DEFAULTS, "Cross-Origin-Resource-Policy": policy}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,8 +62,10 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = message.setdefault("headers", [])
-                headers += [(b"x-content-type-options", b"nosniff"), (b"x-request-id", request_id.encode())]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                for name, value in self._defaults.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         trace = tracing.mark_request(request_id, has_query=bool(scope["query_string"]))
@@ -64,7 +77,7 @@ class Observe:
                 metrics.REJECTS.labels("internal").inc()
                 if status == 0:
                     detail = "the error was logged; trying again may help"
-                    await respond(problem_of("internal", detail))(scope, receive, observed)
+                    await respond(problem_of("internal", detail), scope["path"])(scope, receive, observed)
             finally:
                 route = _route(scope)
                 metrics.HTTP_REQUESTS_IN_FLIGHT.dec()

@@ -35,6 +35,7 @@ _POLICY_WITH_BUCKET = _POLICY.replace("img-src 'self'", "img-src 'self' http:")
 _FILES = {
     path.name: path.read_bytes() for path in (Path(__file__).parent / "static").iterdir() if path.suffix in _TYPES
 }
+STATIC_PATHS = frozenset(f"/static/{name}" for name in _FILES)
 
 
 def _file(request: Request, name: str, content: bytes) -> Response:

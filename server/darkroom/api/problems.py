@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from darkroom.errors import (
     DeadlineUnmet,
     InvalidRequest,
     RequestError,
+    Unauthorized,
     Unavailable,
     UnknownModel,
 )
@@ -22,7 +23,10 @@ from darkroom.errors import (
 MEDIA_TYPE = "application/problem+json"
 
 TITLES: dict[str, str] = {
+    "unauthorized": "The call needs a key",
+    "forbidden": "The key does not allow this",
     "invalid_request": "A field of the request is wrong",
+    "prompt_refused": "This server's rules forbid the prompt",
     "malformed_json": "The body is not valid JSON",
     "body_too_large": "The body is too large",
     "request_timeout": "The body did not arrive in time",
@@ -35,6 +39,8 @@ TITLES: dict[str, str] = {
     "image_not_found": "There is no such image",
     "job_not_finished": "The job has not ended yet",
     "idempotency_mismatch": "The idempotency key belongs to another request",
+    "rate_limited": "The key has made too many calls",
+    "budget_exceeded": "The key has too much work unfinished",
     "queue_full": "The queue is full",
     "tenant_queue_full": "Your share of the queue is full",
     "deadline_unmet": "The job would be done after its deadline",
@@ -105,12 +111,22 @@ def problem_of(code: str, detail: str, *, errors: Sequence[InvalidRequest] = (),
     )
 
 
-def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+# How surfaces that follow another API write an error, by the prefix of their addresses: content and media type.
+SHAPES: dict[str, Callable[[Problem], tuple[bytes, str]]] = {}
+
+
+def respond(problem: Problem, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply to a call of `path`, in the form that its surface's clients read."""
+    for prefix, shape in SHAPES.items():
+        if path.startswith(prefix):
+            content, media_type = shape(problem)
+            return Response(content, problem.status, headers, media_type=media_type)
     return Response(msgspec.json.encode(problem), problem.status, headers, media_type=MEDIA_TYPE)
 
 
-def respond_to(error: DarkroomError, *, health: str | None = None) -> Response:
-    """The reply for an error raised on purpose, with `Retry-After` where trying again makes sense."""
+def respond_to(error: DarkroomError, path: str, *, health: str | None = None) -> Response:
+    """The reply to a call of `path` for an error raised on purpose, with `Retry-After` where trying again makes
+    sense."""
     fields: Sequence[InvalidRequest] = ()
     if isinstance(error, InvalidRequest):
         fields = [error]
@@ -123,9 +139,12 @@ def respond_to(error: DarkroomError, *, health: str | None = None) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         # OpenAI's clients look here first.
         headers["Retry-After-Ms"] = str(math.ceil(error.retry_after_s * 1000))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
     if error.code in ("body_too_large", "request_timeout"):
         headers["Connection"] = "close"  # the rest of the body is still on its way
-    return respond(problem_of(error.code, str(error), errors=fields, job_id=error.job_id, health=health), headers)
+    problem = problem_of(error.code, str(error), errors=fields, job_id=error.job_id, health=health)
+    return respond(problem, path, headers)
 
 
 def documented(*codes: str) -> dict[int | str, dict[str, Any]]:
@@ -155,6 +174,8 @@ _EXAMPLE_DETAILS = {
     "unknown_model": "model: got 'sd15', expected one of emoji-world",
     "malformed_json": "the body is not JSON: Expecting ',' delimiter at line 1 column 17",
     "body_too_large": "the body is larger than 1048576 bytes",
+    "rate_limited": "this key may make 60 calls in 60 s, and 60 at once",
+    "budget_exceeded": "this key's unfinished jobs cost 900000; 163840 more is above its 1000000",
     "queue_full": "1000 jobs are waiting, which is as many as may wait",
     "tenant_queue_full": "500 jobs of yours are waiting, which is as many as may; others have room",
     "deadline_unmet": "deadline_s: got 2.0, expected at least 14.2",

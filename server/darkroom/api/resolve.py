@@ -17,6 +17,9 @@ from darkroom.jobs import GenerationRequest, ModelCard
 from darkroom.queue import Cards
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations, supported_sigma_schedules
 
+# A manifest takes 3 KiB and a chain of certificates.
+_SIGNATURE_BYTES = 16 << 10
+
 
 def accepted_values(settings: Settings) -> dict[str, str]:
     """What each field of a request accepts, in words for error messages."""
@@ -146,6 +149,12 @@ def checkpoint_bytes_of(request: GenerationRequest, card: ModelCard) -> int:
     return request.num_images_per_prompt * 3 * 4 * card.latent_channels * _latent_pixels(request, card)
 
 
+def result_bytes_of(request: GenerationRequest, settings: Settings) -> int:
+    """The most that the pictures of a request take: their pixels as they are, and a signature where workers sign."""
+    overhead = _SIGNATURE_BYTES if settings.c2pa_cert is not None else 0
+    return request.num_images_per_prompt * (request.width * request.height * 3 + overhead)
+
+
 def _latent_pixels(request: GenerationRequest, card: ModelCard) -> int:
     return (request.width // card.vae_scale_factor) * (request.height // card.vae_scale_factor)
 
@@ -161,12 +170,14 @@ def check_cost(cost: float, settings: Settings) -> None:
         )
 
 
-def fingerprint(body: GenerateRequest, output_format: str) -> str:
-    """A hash of what was asked for; two bodies under one Idempotency-Key must agree in it.
+def fingerprint(body: GenerateRequest, output_format: str, tenant: str = "default") -> str:
+    """A hash of what was asked for and for whom; two bodies under one Idempotency-Key must agree in it.
 
     How the answer is delivered (`mode`, `wait_timeout_s`, `on_disconnect`) is left out: a retry may choose another way.
     """
     delivery = {"mode", "wait_timeout_s", "on_disconnect"}
     asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude=delivery)
     asked["output_format"] = output_format
+    if tenant != "default":
+        asked["tenant"] = tenant
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -36,8 +36,9 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
     """Serve the API on `settings.host:port` with the queue at `url` until SIGTERM or SIGINT.
 
     `on_listening` is called with the base URL, the real port in it, once calls are answered. Raises `ConfigError` when
-    an address cannot be bound.
+    an address cannot be bound, or would let strangers in.
     """
+    settings.refuse_open_door()
     settings = settings.model_copy(update={"redis_url": url})
     tracing.configure(settings, "darkroom-api")
     JobQueue(settings, url)  # an unusable URL or result store stops the start here; an absent server does not

@@ -11,6 +11,7 @@ import structlog
 from starlette.requests import HTTPConnection
 
 from darkroom.api.observe import observe_outage, observe_queue
+from darkroom.api.prompts import PromptRules
 from darkroom.api.resolve import accepted_values
 from darkroom.config import Settings
 from darkroom.errors import Draining, QueueUnavailable
@@ -28,6 +29,7 @@ class Service:
     def __init__(self, settings: Settings, queue: JobQueue | None) -> None:
         self.settings = settings
         self.accepted = accepted_values(settings)
+        self.prompt_rules = PromptRules(settings)
         self.is_draining = False
         self._num_waiting = 0
         self._idle = asyncio.Event()

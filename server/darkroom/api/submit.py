@@ -12,6 +12,7 @@ import structlog
 from starlette.requests import Request
 
 from darkroom import metrics
+from darkroom.api.auth import caller_of, check_caller, take_call
 from darkroom.api.resolve import (
     check_cost,
     check_limits,
@@ -20,6 +21,7 @@ from darkroom.api.resolve import (
     complete,
     cost_of,
     fingerprint,
+    result_bytes_of,
 )
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.service import Service, service_of
@@ -47,36 +49,51 @@ class Submitted:
 async def submit(
     request: Request, body: GenerateRequest, output_format: str, *, idempotency_key: str | None = None
 ) -> Submitted:
-    """Check `body` against the limits and the model's card, and enqueue it as a job.
+    """Check `body` against the limits of the server, the caller's key and the model's card, and enqueue it as a job.
 
-    Raises `InvalidFields`, `UnknownModel` and `InvalidRequest` on what cannot be drawn, `Unavailable` on what cannot be
-    taken now.
+    Raises `InvalidFields`, `UnknownModel`, `InvalidRequest` and `PromptRefused` on what cannot be drawn, `Unavailable`
+    on what cannot be taken now.
     """
-    service = service_of(request)
+    service, caller = service_of(request), caller_of(request)
     settings = service.settings
+    await take_call(request)
     check_limits(body, settings, service.accepted)
+    await service.prompt_rules.check(body.prompt)
     card = choose_card(body.model, await service.queue.cards())
     wanted = complete(body, card, output_format)
     cost = cost_of(wanted, card)
     check_cost(cost, settings)
+    priority = Priority(body.priority)
+    check_caller(caller, priority=priority, cost=cost)
     when_left: WhenLeft = "continue"
     if body.mode == "wait" and body.on_disconnect == "cancel":
         when_left = "cancel" if idempotency_key is None else "cancel_later"
-    job = Job(id=new_job_id(), request=wanted, priority=Priority(body.priority), cost=cost)
+    job = Job(id=new_job_id(), request=wanted, priority=priority, cost=cost, tenant=caller.tenant)
     enqueued = await service.queue.enqueue(
         job,
         deadline_s=body.deadline_s,
         idempotency_key=idempotency_key,
-        body_hash=fingerprint(body, output_format),
-        result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
+        body_hash=fingerprint(body, output_format, caller.tenant),
+        result_bytes=result_bytes_of(wanted, settings),
         checkpoint_bytes=checkpoint_bytes_of(wanted, card),
         caller=f"{request.client.host}:{request.client.port}" if request.client else "",
+        weight=caller.weight,
+        payer=caller.key_id,
+        max_cost=caller.max_cost,
         cancel_when_left=when_left == "cancel_later",
     )
     if enqueued.is_new:
         metrics.JOBS_ACCEPTED.labels(job.priority.value).inc()
         asked = {"prompt": body.prompt, "negative_prompt": body.negative_prompt} if settings.log_prompts else {}
-        log.info("job_accepted", job_id=job.id, model=card.id, priority=job.priority.value, cost=cost, **asked)
+        log.info(
+            "job_accepted",
+            job_id=job.id,
+            tenant=job.tenant,
+            model=card.id,
+            priority=job.priority.value,
+            cost=cost,
+            **asked,
+        )
     return Submitted(job, enqueued, when_left)
 
 

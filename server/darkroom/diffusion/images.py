@@ -8,6 +8,8 @@ re-makes exactly this picture, and is what `read_parameters` gives back.
 | PNG    | tEXt, or iTXt when not Latin-1      | iTXt                  |
 | JPEG   | EXIF UserComment, if it fits 64 KiB | COM segments          |
 | WebP   | EXIF UserComment                    | EXIF ImageDescription |
+
+Beside them an XMP packet says in IPTC's words that a model made the picture.
 """
 
 from __future__ import annotations
@@ -33,15 +35,32 @@ _COMMENT_MARK = b"darkroom\0"
 _COMMENT_BYTES = 65533 - len(_COMMENT_MARK)
 _EXIF_BYTES = 65533
 
+# https://cv.iptc.org/newscodes/digitalsourcetype
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_PNG_XMP_KEY = "XML:com.adobe.xmp"
+_XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+    f"<Iptc4xmpExt:DigitalSourceType>{SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
+    '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+)
+
 
 def encode_image(
-    pixels: NDArray[np.uint8], request: GenerationRequest, index: int, *, model_hash: str, version: str
+    pixels: NDArray[np.uint8],
+    request: GenerationRequest,
+    index: int,
+    *,
+    model_hash: str,
+    version: str,
+    is_marked: bool = True,
 ) -> bytes:
     """Compress image `index` of a request in its `output_format`.
 
-    `pixels` `[H, W, 3]` uint8 RGB; `model_hash` is the model card's weights hash, `version` Darkroom's. PNG is lossless
-    at level 1, which takes a quarter of the default's time; JPEG and WebP have quality 95. Raises `ValueError` on
-    another shape, dtype or format.
+    `pixels` `[H, W, 3]` uint8 RGB; `model_hash` is the model card's weights hash, `version` Darkroom's; `is_marked`
+    adds the mark of its source. PNG is lossless at level 1, which takes a quarter of the default's time; JPEG and WebP
+    have quality 95. Raises `ValueError` on another shape, dtype or format.
     """
     output_format = request.output_format
     if output_format not in _FORMATS:
@@ -50,11 +69,14 @@ def encode_image(
         raise ValueError(f"expected uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
     text = infotext(request, index, model_hash=model_hash, version=version)
     record = _record(request, index, model_hash=model_hash, version=version)
+    xmp = _XMP.encode() if is_marked else b""
     image, out = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
     if output_format == "png":
         chunks = PngImagePlugin.PngInfo()
         chunks.add_text("parameters", text)
         chunks.add_itxt(_RECORD_KEY, record)
+        if is_marked:
+            chunks.add_itxt(_PNG_XMP_KEY, _XMP)
         image.save(out, "PNG", compress_level=1, pnginfo=chunks)
     elif output_format == "jpeg":
         exif = _exif(text)
@@ -66,9 +88,10 @@ def encode_image(
             subsampling=0,
             exif=exif if len(exif) <= _EXIF_BYTES else b"",
             extra=_comment_segments(record.encode()),
+            xmp=xmp,
         )
     else:
-        image.save(out, "WEBP", quality=95, method=0, exif=_exif(text, record))
+        image.save(out, "WEBP", quality=95, method=0, exif=_exif(text, record), xmp=xmp)
     return out.getvalue()
 
 

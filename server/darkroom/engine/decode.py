@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darkroom import __version__, metrics
-from darkroom.diffusion.images import encode_image
+from darkroom import metrics
+from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory
@@ -79,11 +79,13 @@ class Decoder:
         pulse: Pulse,
         max_batch: int,
         encode_threads: int,
+        finish: Finisher,
         has_few_sizes: bool = False,
     ) -> None:
         self._on_developed = on_developed
         self._pulse = pulse
         self._max_batch = max_batch
+        self._finish = finish
         self._has_few_sizes = has_few_sizes
         self._waiting: queue.SimpleQueue[Exposed | Trial | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode", initializer=_yield_to_others)
@@ -203,12 +205,8 @@ class Decoder:
             outcome = JobError("the picture came out as NaN or infinity", code="non_finite")
         else:
             try:
-                outcome = encode_image(
-                    pixels,
-                    row.active.job.request,
-                    row.index,
-                    model_hash=row.model.card.weights_hash,
-                    version=__version__,
+                outcome = self._finish(
+                    pixels, row.active.job.request, row.index, model_hash=row.model.card.weights_hash
                 )
             except Exception as error:
                 outcome = error

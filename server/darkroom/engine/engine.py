@@ -20,6 +20,7 @@ import torch
 
 from darkroom import metrics
 from darkroom.config import Settings
+from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batch import Batch, Tick, checkpoint_of
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
@@ -118,6 +119,7 @@ class Engine:
             pulse=self.pulse,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
+            finish=Finisher(settings),
             has_few_sizes=self._device.tries_decoding,
         )
         self._num_threads = settings.num_threads or len(os.sched_getaffinity(0))

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from darkroom import metrics, tracing
 from darkroom.errors import (
+    BudgetExceeded,
     DeadlineUnmet,
     IdempotencyMismatch,
     ImageNotFound,
@@ -27,6 +28,7 @@ from darkroom.errors import (
 )
 from darkroom.jobs import BatchView, Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
+from darkroom.queue.api_keys import KeyStore
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
@@ -60,6 +62,8 @@ LONGEST_PROMISE_MS = 600_000
 PROMISE_GRACE_MS = 5_000
 # Before any pace is known.
 UNKNOWN_WAIT_S = 5.0
+# Other workers, and other callers, may change much of a longer one.
+LONGEST_BUDGET_WAIT_S = 60.0
 # For how long a model without a worker still takes jobs: one that is started again finds them waiting.
 MODEL_GRACE_S = 60.0
 
@@ -82,6 +86,7 @@ class ClientSide:
         self._max_tenant_jobs = max(1, int(tenant_queue_share * max_queue_jobs))
         self._result_ttl_s = result_ttl_s
         self._memory = MemoryGauge(connection)
+        self.api_keys = KeyStore(connection)
         self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
         self._batches: list[BatchView] = []
@@ -105,6 +110,8 @@ class ClientSide:
         weight: float = 1.0,
         max_waiting: int | None = None,
         cancel_when_left: bool = False,
+        payer: str = "",
+        max_cost: int | None = None,
     ) -> Enqueued:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
@@ -119,7 +126,8 @@ class ClientSide:
 
         Jobs of `job.tenant` (no colon in its name) and those of others that wait share the workers by `weight`, which
         may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
-        share of the queue, or all of it where there are no tenants.
+        share of the queue, or all of it where there are no tenants. Until the job ends its cost counts against the
+        budget of `payer`, which may hold `max_cost` at most.
 
         With `cancel_when_left` the job is cancelled when for `disconnect_grace_s` nobody calls `stay`; from the moment
         on at which somebody comes back for it in another way, it is not.
@@ -129,8 +137,8 @@ class ClientSide:
         Where durability is `replicated` and too few replicas have the job in time, it is not accepted: without an
         `idempotency_key` it is taken back, with one it waits for the call to be repeated, and may be run meanwhile.
 
-        Raises `QueueFull`, `TenantQueueFull`, `StorageFull`, `DeadlineUnmet`, `InvalidRequest` for a deadline that an
-        empty queue would not meet either, `IdempotencyMismatch`, `NotReplicated`, `QueueUnavailable`.
+        Raises `BudgetExceeded`, `QueueFull`, `TenantQueueFull`, `StorageFull`, `DeadlineUnmet`, `InvalidRequest` for a
+        deadline that an empty queue would not meet either, `IdempotencyMismatch`, `NotReplicated`, `QueueUnavailable`.
         """
         if max_waiting is None and job.tenant != DEFAULT_TENANT:
             max_waiting = self._max_tenant_jobs
@@ -147,7 +155,7 @@ class ClientSide:
                 # Checkpoints go before pictures come.
                 max(checkpoint_bytes, result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
                 "" if deadline_s is None else int(deadline_s * 1000),
-                "" if idempotency_key is None else digest(idempotency_key),
+                "" if idempotency_key is None else digest(idempotency_key, job.tenant),
                 body_hash,
                 self._max_queue_jobs,
                 memory.base_bytes,
@@ -161,10 +169,18 @@ class ClientSide:
                 weight,
                 "" if max_waiting is None else max_waiting,
                 int(cancel_when_left),
+                payer,
+                "" if max_cost is None else max_cost,
             )
             outcome: bytes = reply[0]
             if outcome == b"mismatch":
                 raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
+            if outcome == b"budget_exceeded":
+                wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else min(reply[2] / 1000, LONGEST_BUDGET_WAIT_S)
+                raise BudgetExceeded(
+                    f"this key's unfinished jobs cost {reply[1]}; {int(job.cost)} more is above its {max_cost}",
+                    retry_after_s=wait_s,
+                )
             if outcome == b"queue_full":
                 wait_s = UNKNOWN_WAIT_S if reply[2] == b"" else reply[2] / 1000
                 raise QueueFull(f"the queue is full: {reply[1]} jobs are waiting", retry_after_s=wait_s)
@@ -194,29 +210,31 @@ class ClientSide:
         metrics.NOT_REPLICATED.labels("job").inc()
         if is_taken_back:
             with contextlib.suppress(QueueUnavailable):
-                await self._connection.script("cancel", job_id)
+                await self._connection.script("cancel", job_id, "")
         error = NotReplicated("too few replicas have the job: it is not accepted yet", retry_after_s=2.0)
         error.job_id = job_id
         raise error
 
-    async def status(self, job_id: str, *, is_back: bool = False) -> JobStatus:
+    async def status(self, job_id: str, *, tenant: str | None = None, is_back: bool = False) -> JobStatus:
         """Look at a job; `is_back` for a client that has come for it, so that it is not abandoned.
 
-        Raises `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`.
+        Here and below, a job of another tenant than `tenant` is one that does not exist; None sees all. Raises
+        `JobNotFound`, `JobError` (bad_message) for a damaged record, `QueueUnavailable`.
         """
-        return _read_view(job_id, await self._connection.script("status", job_id, int(is_back)))
+        reply = await self._connection.script("status", job_id, int(is_back), tenant or "")
+        return _read_view(job_id, reply, tenant)
 
     async def stay(self, job_id: str) -> None:
         """Say that somebody waits for a job, or did until now."""
         await self._connection.script("stay", job_id)
 
-    async def cancel(self, job_id: str) -> JobStatus:
+    async def cancel(self, job_id: str, *, tenant: str | None = None) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.
 
         Returns the status after that; a running job is still `running` until its worker acknowledges. Raises as
         `status`.
         """
-        return _read_view(job_id, await self._connection.script("cancel", job_id))
+        return _read_view(job_id, await self._connection.script("cancel", job_id, tenant or ""), tenant)
 
     async def wait(self, job_id: str, timeout_s: float) -> JobStatus:
         """Wait until a job has ended, for `timeout_s` at most, and return its status then.
@@ -263,19 +281,30 @@ class ClientSide:
             raise ImageNotFound(f"the images of job {job_id} have expired")
         return found
 
-    async def image(self, job_id: str, index: int) -> bytes:
+    async def image(self, job_id: str, index: int, *, tenant: str | None = None) -> bytes:
         """One picture of a succeeded job. Raises as `images`."""
-        image: bytes | None = await self._connection.command("GET", self._connection.keys.image(job_id, index))
+        keys = self._connection.keys
+        image: bytes | None
+        if tenant is None:
+            image = await self._connection.command("GET", keys.image(job_id, index))
+        else:
+            image, payload = await self._connection.transaction(
+                ("GET", keys.image(job_id, index)), ("HGET", keys.job(job_id), "payload")
+            )
+            if payload is None or decode(payload, Job).tenant != tenant:
+                raise _not_found(job_id)
         if image is not None:
             return image
         result, _ = await self._succeeded(job_id, index)
         return await self._fetch(job_id, result, index)
 
-    async def image_url(self, job_id: str, index: int) -> str | None:
+    async def image_url(self, job_id: str, index: int, *, tenant: str | None = None) -> str | None:
         """Where to get one picture of a succeeded job without this service, for as long as it is kept; None if only
         `image` has it. Raises as `images`."""
         if self._results is None or not self._results.signs_urls:
             return None
+        if tenant is not None:
+            await self.status(job_id, tenant=tenant)
         result, left_s = await self._succeeded(job_id, index)
         return await self._results.signed_url(result, index, left_s) if result.location else None
 
@@ -298,7 +327,7 @@ class ClientSide:
             "HMGET", self._connection.keys.job(job_id), "state", "result", "finished_ms"
         )
         if state is None:
-            raise JobNotFound(f"there is no job {job_id}, or its record has expired")
+            raise _not_found(job_id)
         if not JobState(state.decode()).is_terminal:
             raise JobNotFinished(f"job {job_id} is still {state.decode()}")
         if not encoded:
@@ -392,11 +421,18 @@ class ClientSide:
         )
 
 
-def _read_view(job_id: str, reply: Any) -> JobStatus:
+def _read_view(job_id: str, reply: Any, tenant: str | None) -> JobStatus:
     record, position, eta_ms = reply
     if not record:
-        raise JobNotFound(f"there is no job {job_id}, or its record has expired")
-    return status_of(pairs(record), position, seconds_of(eta_ms))
+        raise _not_found(job_id)
+    status = status_of(pairs(record), position, seconds_of(eta_ms))
+    if tenant is not None and status.job.tenant != tenant:
+        raise _not_found(job_id)
+    return status
+
+
+def _not_found(job_id: str) -> JobNotFound:
+    return JobNotFound(f"there is no job {job_id}, or its record has expired")
 
 
 def _unmet(deadline_s: float, *, eta_s: float, least_s: float) -> DeadlineUnmet | InvalidRequest:

@@ -49,6 +49,7 @@ SCRIPTS = (
     "cards",
     "stats",
     "watch",
+    "take",
 )
 
 log = structlog.get_logger(__name__)

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from urllib.parse import quote
 import structlog
 
 from darkroom.config import Settings
-from darkroom.errors import ConfigError, QueueUnavailable
+from darkroom.errors import ConfigError
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +73,7 @@ class EmbeddedRedis:
     @property
     def url(self) -> str:
         """The address for `JobQueue.connect`; the same after each restart."""
-        return f"unix://{quote(str(self._socket_path))}"
+        return _url(self._socket_path)
 
     @property
     def server_pid(self) -> int:
@@ -192,15 +193,25 @@ class EmbeddedRedis:
             )
 
 
-def running_url(settings: Settings) -> str:
-    """The address of the private redis-server that another process runs on this data directory. Raises
-    `QueueUnavailable` when none does."""
-    path = _socket_path(settings.redis_dir.absolute())
-    if not _ping(path):
-        raise QueueUnavailable(
-            f"no Darkroom runs on {settings.data_dir}: start `darkroom up`, or name its --data-dir, or a --redis-url"
-        )
-    return f"unix://{quote(str(path))}"
+@contextmanager
+def redis_of(settings: Settings) -> Iterator[str]:
+    """The address of the queue that these settings name, for a command that is done soon. Where that is a private
+    redis-server and nobody runs it now, it runs for as long as the context lasts. Raises `ConfigError`."""
+    if settings.redis_url is not None:
+        yield settings.redis_url
+        return
+    directory = settings.redis_dir.absolute()
+    if (directory / "redis.pid").exists():
+        path = _socket_path(directory)
+        if _ping(path):
+            yield _url(path)
+            return
+    with EmbeddedRedis(settings) as redis:
+        yield redis.url
+
+
+def _url(socket_path: Path) -> str:
+    return f"unix://{quote(str(socket_path))}"
 
 
 def find_redis_server() -> str:

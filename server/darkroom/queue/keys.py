@@ -45,6 +45,10 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "looked_after": ("string", "there while somebody reaps, if anything is in `abandoned`", "2/3 lease_s"),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),
+    "api_keys": ("hash", "key id -> encoded ApiKey, with the hash of its secret", "none: until revoked"),
+    "api_keys_used": ("hash", "key id -> ms of its last use, to a minute", "none: until revoked"),
+    "rate": ("string", "rate:<key>: µs at which a rate-limited key has its whole burst again", "then"),
+    "budget": ("hash", "key id -> cost of its unfinished jobs", "none: a field goes when it holds nothing"),
     "models": ("set", "models that jobs were ever queued for", "none: bounded by the models served"),
     "backlog": ("hash", "model -> cost of its waiting jobs", "none: a field goes when nothing of its model waits"),
     "rates": ("hash", "model -> cost per second that one worker makes of it, as measured", "none: as served"),
@@ -126,10 +130,20 @@ class Keys:
     def workers(self) -> str:
         return f"{self.prefix}workers"
 
+    @property
+    def api_keys(self) -> str:
+        return f"{self.prefix}api_keys"
+
+    @property
+    def api_keys_used(self) -> str:
+        return f"{self.prefix}api_keys_used"
+
     def channel(self, name: str) -> str:
         return f"{self.prefix}{name}"
 
 
-def digest(idempotency_key: str) -> str:
-    """A client's key as it is stored: of fixed length, whatever was sent, and not readable in a dump."""
-    return hashlib.sha256(idempotency_key.encode("utf-8", "surrogatepass")).hexdigest()
+def digest(idempotency_key: str, tenant: str = "default") -> str:
+    """A client's key as it is stored: of fixed length, whatever was sent, and not readable in a dump. Tenants that
+    choose the same one do not meet."""
+    scope = "" if tenant == "default" else f"{tenant}\0"
+    return hashlib.sha256(f"{scope}{idempotency_key}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -7,11 +7,14 @@
 --     15 the caller's connection                  16 longest wait promised, in ms    17 ms a promise outlives its time
 --     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
 --     21 '1' to cancel the job when those that wait for it have left
+--     22 whose budget pays, '' for nobody's       23 most cost of its unfinished jobs, '' for no limit
 -- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
--- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>.
+-- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>,
+-- budget.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
--- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms
--- that it takes by itself}. Sent twice with one job id, the second call finds the first one's job and answers 'new' again.
+-- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'budget_exceeded', cost held, ms in which one worker
+-- makes what is too much or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms that it takes by itself}. Sent
+-- twice with one job id, the second call finds the first one's job and answers 'new' again.
 
 local id, model = ARGV[1], ARGV[3]
 local digest = ARGV[8]
@@ -41,6 +44,16 @@ if digest ~= '' then
       end
       return reply
     end
+  end
+end
+
+local payer, cost = ARGV[22], tonumber(ARGV[14])
+if ARGV[23] ~= '' then
+  local held = tonumber(redis.call('HGET', prefix .. 'budget', payer) or '0')
+  local excess = held + cost - tonumber(ARGV[23])
+  if excess > 0 then
+    local rate = tonumber(redis.call('HGET', prefix .. 'rates', model) or '0')
+    return { 'budget_exceeded', held, rate > 0 and math.ceil(1000 * excess / rate) or '' }
   end
 end
 
@@ -104,7 +117,7 @@ end
 
 local job = {
   state = 'queued', model = model, rank = tonumber(ARGV[4]), score = now_us - tonumber(ARGV[13]),
-  failures = 0, cost = tonumber(ARGV[14]), deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
+  failures = 0, cost = cost, deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
   rows = tonumber(ARGV[5]), tenant = tenant, weight = weight,
 }
 local ahead, eta_ms, least_ms = estimate(job, false)
@@ -115,6 +128,10 @@ redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', 
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
   'attempt', 0, 'failures', 0, 'idempotency', digest, 'cost', ARGV[14])
 if tenant ~= 'default' then redis.call('HSET', job_key(id), 'tenant', tenant, 'weight', ARGV[19]) end
+if payer ~= '' then
+  redis.call('HSET', job_key(id), 'payer', payer)
+  redis.call('HINCRBY', prefix .. 'budget', payer, ARGV[14])
+end
 if due_ms then
   redis.call('ZREM', own, connection)
   redis.call('ZREM', promises, caller .. ':' .. connection)

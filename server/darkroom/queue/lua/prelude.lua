@@ -44,7 +44,7 @@ local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
 local function load_job(id)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'model', 'rank', 'rows', 'score', 'attempt', 'failures',
     'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost',
-    'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step')
+    'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer')
   if fields.err then return nil end
   local job = {
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
@@ -53,7 +53,7 @@ local function load_job(id)
     cancel = fields[11] == '1', idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
     cost = tonumber(fields[15] or '') or 0, num_checkpoints = tonumber(fields[16] or '') or 0,
     tenant = fields[17] or 'default', weight = tonumber(fields[18] or '') or 1,
-    claimed_ms = tonumber(fields[19] or ''), from_step = tonumber(fields[20] or '') or 0,
+    claimed_ms = tonumber(fields[19] or ''), from_step = tonumber(fields[20] or '') or 0, payer = fields[21] or '',
   }
   if TERMINAL[job.state] then return job end
   if (job.state == 'queued' or job.state == 'running') and job.model and job.rank and job.rows and job.score
@@ -67,6 +67,9 @@ end
 local function is_owned(job, worker, attempt)
   return job ~= nil and job.state == 'running' and job.owner == worker and job.attempt == attempt
 end
+
+-- Is an unfinished job another tenant's? What has ended keeps no tenant here.
+local function is_others(job, tenant) return tenant ~= '' and job ~= nil and job.tenant ~= tenant end
 
 local function is_past_deadline(job) return job.deadline_ms ~= nil and job.deadline_ms <= now_ms end
 
@@ -168,19 +171,25 @@ local function leave_ready(id, job)
   if redis.call('EXISTS', unpack(keys)) == 0 then leave_share(job.tenant, job.model) end
 end
 
--- Give back what an ending job holds: its reservation, and its idempotency key, after a while.
-local function release(reserved, digest)
+-- Give back what an ending job holds: its reservation, its part of a budget, and its idempotency key, after a while.
+local function release(reserved, digest, payer, cost)
   -- Not -reserved, which for 0 is "-0" and no integer to Redis.
   redis.call('HINCRBY', counters, 'reserved_bytes', 0 - reserved)
   if digest ~= '' then redis.call('PEXPIRE', prefix .. 'idempotency:' .. digest, JOB_TTL_MS) end
+  if payer ~= '' and redis.call('HINCRBY', prefix .. 'budget', payer, 0 - cost) <= 0 then
+    redis.call('HDEL', prefix .. 'budget', payer)
+  end
 end
 
 -- The same for a damaged record, as far as it can be read.
 local function release_unreadable(id)
-  local fields = redis.pcall('HMGET', job_key(id), 'reserved', 'idempotency')
+  local fields = redis.pcall('HMGET', job_key(id), 'reserved', 'idempotency', 'payer', 'cost')
   if fields.err then return end
-  local reserved = tostring(fields[1])
-  release(reserved:match('^%d+$') and #reserved < 16 and tonumber(reserved) or 0, fields[2] or '')
+  local function whole(text)
+    text = tostring(text)
+    return text:match('^%d+$') and #text < 16 and tonumber(text) or 0
+  end
+  release(whole(fields[1]), fields[2] or '', fields[3] or '', whole(fields[4]))
 end
 
 -- Move a job into a terminal state: the only place where that happens. `job` is nil for an unreadable record, which is
@@ -191,7 +200,7 @@ local function finish(id, job, state, ...)
   if job then
     leave_ready(id, job)
     for index = 0, job.num_checkpoints - 1 do redis.call('UNLINK', checkpoint_key(id, index)) end
-    release(job.reserved, job.idempotency)
+    release(job.reserved, job.idempotency, job.payer, job.cost)
   else
     redis.call('ZREM', queued, id)
     release_unreadable(id)
@@ -201,7 +210,7 @@ local function finish(id, job, state, ...)
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
   redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
-    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step')
+    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)
