@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 GUIDES = [ROOT / "docs" / "operations.md", ROOT / "deploy" / "kubernetes" / "README.md"]
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", [*GUIDES, ROOT / "docs" / "durability.md"], ids=lambda path: path.name)
 def test_settings_and_metrics_exist(guide: Path) -> None:
     text = guide.read_text()
     assert set(re.findall(r"\bDARKROOM_\w+", text)) <= {f"DARKROOM_{name.upper()}" for name in Settings.model_fields}

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batcher import Choice
@@ -144,6 +145,52 @@ async def test_a_worker_tells_nothing_of_its_batch_while_nobody_looks_on(
         assert (await queue.wait(job.id, 20)).state is JobState.SUCCEEDED
         keys = queue._connection.keys
         assert await queue._connection.command("EXISTS", keys.batch(worker.id)) == 0
+
+
+async def all_keys(queue: JobQueue) -> dict[bytes, bytes]:
+    """All that the server knows of this queue."""
+    names: list[bytes] = await queue._connection.command("KEYS", f"{queue._connection.keys.prefix}*")
+    return dict(zip(names, await queue._connection.transaction(*(("DUMP", name) for name in names)), strict=True))
+
+
+async def replace_all(queue: JobQueue, older: dict[bytes, bytes]) -> None:
+    """Another server takes over that knows this and nothing later."""
+    names = await queue._connection.command("KEYS", f"{queue._connection.keys.prefix}*")
+    await queue._connection.transaction(
+        ("DEL", "none", *names), *(("RESTORE", name, 0, value) for name, value in older.items())
+    )
+
+
+@pytest.mark.parametrize("is_given_up", [False, True], ids=["at work", "given up"])
+async def test_a_claim_that_the_server_has_forgotten_is_drawn_once(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, is_given_up: bool
+) -> None:
+    """A new master that knows the job as waiting gives the worker the attempt that it holds already."""
+    settings = settings.model_copy(update={"lease_s": 0.9 if is_given_up else 15.0})
+    gate = threading.Event()
+
+    def gated_engine(*arguments: object, **keywords: object) -> Engine:
+        engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+        tick = engine._tick
+        engine._tick = lambda *rest: gate.wait(30) and tick(*rest)  # type: ignore[method-assign, assignment]
+        return engine
+
+    steps, lost = metrics.ROW_STEPS._value.get(), metrics.LEASES_LOST._value.get()
+    job = await enqueue(queue, job_for(model, ""))
+    older = await all_keys(queue)
+    async with serving(settings, queue, model, gated_engine):
+        await state_of(queue, job, JobState.RUNNING)
+        if is_given_up:
+            await replace_all(queue, {})
+            while metrics.LEASES_LOST._value.get() == lost:  # noqa: ASYNC110 - a metric has no event to give
+                await asyncio.sleep(0.02)
+        await replace_all(queue, older)
+        await state_of(queue, job, JobState.RUNNING)
+        gate.set()
+        status = await queue.wait(job.id, 30)
+    assert (status.state, status.job.attempt, status.job.failures) == (JobState.SUCCEEDED, 1 + is_given_up, 0)
+    # What was given up may have had a tick under way.
+    assert 0 <= metrics.ROW_STEPS._value.get() - steps - 4 <= is_given_up
 
 
 async def test_a_running_job_is_cancelled_within_a_moment_and_others_go_on(

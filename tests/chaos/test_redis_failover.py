@@ -60,7 +60,8 @@ async def test_a_promoted_replica_goes_on_with_what_it_has_and_the_rest_is_repor
 async def test_a_claim_that_the_new_master_never_heard_of_is_made_again_and_drawn_once(
     tiny_model: DiffusionModel, tmp_path: Path
 ) -> None:
-    """Regression: the worker was given the attempt that it held already, and drew the job twice side by side."""
+    """Regression: the worker was given the attempt that it held already, and drew the job twice side by side
+    (tests/test_worker.py looks at that more closely)."""
     with pair(tmp_path) as (master, replica):
         async with world(tiny_model, master, tmp_path) as all_:
             all_.gate.clear()

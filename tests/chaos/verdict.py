@@ -21,8 +21,9 @@ from darkroom.queue.keys import KEY_TABLE, Keys
 
 TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
 # Sets of waiting and running jobs, and what belongs to a running one: none of it may outlive the last job.
-_GONE_AT_REST = {"ready", "queued", "leases", "backlog", "checkpoint"}
-_NEVER_EXPIRES = {"counters", "models", "rates", "served", "cards", "dead"}
+_GONE_AT_REST = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if "empty when idle" in expiry}
+_GONE_AT_REST |= {"backlog", "checkpoint"}
+_NEVER_EXPIRES = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry.startswith("none")} - _GONE_AT_REST
 _MAX_EVENTS = 256
 _PAGE = 500
 

@@ -267,8 +267,7 @@ class Worker:
                     min_rank=min_rank,
                     held=self._held.values(),
                 )
-                # A server that has lost our claim (a failover, an old snapshot) gives the same attempt once more.
-                jobs = [job for job in jobs if not self._holds(job.id, job.attempt)]
+                jobs = [job for job in jobs if not await self._has_already(job)]
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
                     self._held[job.id] = job
@@ -282,6 +281,15 @@ class Worker:
             await self._pause(error)
             return 0
         return len(jobs)
+
+    async def _has_already(self, job: Job) -> bool:
+        """Whether this very attempt is here: a server that has lost our claim, by a failover or an old snapshot, gives
+        it once more. If we are at it, we go on; if we have given it up meanwhile, it goes back, for a new attempt."""
+        attempt = (job.id, job.attempt)
+        if attempt in self._lost:
+            await self._queue.hand_back(self.id, job)
+            return True
+        return self._holds(*attempt)
 
     async def _checkpoints(self, job: Job) -> dict[int, bytes]:
         """What an earlier attempt left; without it the job starts anew, which is only slower."""
