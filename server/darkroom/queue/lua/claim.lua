@@ -83,13 +83,19 @@ local function next_ready()
 end
 
 -- Before the job leaves its ready key.
+local began = {}
 local function charge(job)
-  local shares, debts = shares_key(job.model), debts_key(job.model)
-  local began = virtual_time_of(job.tenant, job.model)
-  redis.call('ZADD', debts, 'GT', began, '')
-  redis.call('ZADD', shares, 'XX', began + charge_of(job), job.tenant)
-  redis.call('ZREMRANGEBYSCORE', debts, '-inf', string.format('(%.17g', began))
-  redis.call('PEXPIRE', debts, DEBT_MS)
+  local charged = redis.call('ZADD', shares_key(job.model), 'XX', 'INCR', charge_of(job), job.tenant)
+  if charged then began[job.model] = math.max(began[job.model] or -math.huge, charged - charge_of(job)) end
+end
+
+local function pass_time()
+  for model, latest in pairs(began) do
+    local debts = debts_key(model)
+    redis.call('ZADD', debts, 'GT', latest, '')
+    redis.call('ZREMRANGEBYSCORE', debts, '-inf', string.format('(%.17g', latest))
+    redis.call('PEXPIRE', debts, DEBT_MS)
+  end
 end
 
 local next_job = next_ready
@@ -132,6 +138,7 @@ for _ = 1, max_jobs + 256 do
   end
 end
 
+pass_time()
 local left_waiting = 0
 for model in pairs(share) do
   local left = waiting_for(model)

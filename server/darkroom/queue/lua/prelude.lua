@@ -150,9 +150,11 @@ local function make_ready(id, job)
   redis.call('ZADD', queued, job.deadline_ms or '+inf', id)
   redis.call('HINCRBY', backlog, job.model, job.cost)
   if not is_suspect(job) then
-    redis.call('ZADD', shares_key(job.model), virtual_time_of(job.tenant, job.model), job.tenant)
+    if not redis.call('ZSCORE', shares_key(job.model), job.tenant) then
+      redis.call('ZADD', shares_key(job.model), virtual_time_of(job.tenant, job.model), job.tenant)
+      redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
+    end
     redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, job.cost)
-    redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
   end
   wake_worker(job.model)
 end
