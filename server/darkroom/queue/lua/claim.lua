@@ -11,7 +11,7 @@
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
 -- Writes ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
--- tenants:<model>, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
+-- tenants:<model>, running, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
 -- an image with a checkpoint}, or {'free_first'} to a worker that gets nothing until it holds nothing.
@@ -121,8 +121,9 @@ for _ = 1, max_jobs + 256 do
     if not is_suspect(job) then charge(job) end
     leave_ready(id, job)
     redis.call('ZADD', leases, now_ms + LEASE_MS, id)
+    local held = redis.call('HINCRBY', running, job.model, job.rows)
     redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1,
-      'claimed_ms', now_ms, 'from_step', job.step)
+      'claimed_ms', now_ms, 'from_step', job.step, 'alone', held == job.rows and '1' or '')
     redis.call('HSETNX', job_key(id), 'started_ms', now_ms)
     add_event(id, 'running', job.step, job.num_steps, JOB_TTL_MS)
     claimed[#claimed + 1] = id
