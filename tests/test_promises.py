@@ -150,8 +150,16 @@ async def test_the_events_of_a_running_job_tell_how_long_the_rest_takes(
     assert rest == [("progress", 0.5), ("failed", None)]
 
 
-async def test_a_job_is_with_its_worker_for_as_long_as_others_were(queue: JobQueue, redis: Any, keys: Keys) -> None:
-    """Jobs that share ticks take longer than their own cost would."""
+async def test_a_job_takes_longer_the_more_rows_share_its_ticks(queue: JobQueue) -> None:
+    await workers(queue, 2)
+    for images in (1, 2, 3):
+        await enqueue(queue, costing(100.0 * images, num_images=images))
+        await claim(queue)
+    assert (await queue.enqueue(costing(200, num_images=2), result_bytes=0)).eta_s == 2 + 3, "three are beside it"
+
+
+async def test_a_lone_job_takes_as_long_as_lone_jobs_took(queue: JobQueue, redis: Any, keys: Keys) -> None:
+    """A worker makes less than it could while its ticks are far from full."""
     await workers(queue, 1)
     for _ in range(100):
         await enqueue(queue, costing(100))
@@ -187,6 +195,20 @@ async def test_a_deadline_shorter_than_the_job_is_the_callers_mistake(queue: Job
     await workers(queue, 1)
     with pytest.raises(InvalidRequest, match=r"deadline_s: got 4\.0, expected at least 5\.0"):
         await enqueue(queue, costing(500), deadline_s=4.0)
+
+
+async def test_a_measurement_that_became_wrong_does_not_refuse_what_could_correct_it(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    await workers(queue, 1)
+    await redis.hset(f"{keys.prefix}spans", MODEL, 80)
+    tried = await queue.enqueue(costing(100), result_bytes=0, deadline_s=4)
+    assert tried.eta_s == 8
+    with pytest.raises(DeadlineUnmet):
+        await enqueue(queue, costing(100), deadline_s=4)
+    await claim(queue)
+    with pytest.raises(DeadlineUnmet):
+        await enqueue(queue, costing(100), deadline_s=4)
 
 
 async def test_no_deadline_is_refused_while_nobody_knows(queue: JobQueue) -> None:

@@ -1041,8 +1041,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     await queue.api_keys.take(api_key.id, Rate(count=1, period_s=60, burst=1))
     for index in range(3):
         await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True, payer=api_key.id)
-    done, poison = await claim(queue, max_jobs=2)
-    await succeed(queue, done)
+    await succeed(queue, await claim_one(queue))
+    poison = await claim_one(queue)
     running: list[Job] = []
     for _ in range(3):
         await lose_lease(redis, keys, poison)

@@ -11,7 +11,7 @@
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
 -- Writes ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
--- tenants:<model>, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
+-- tenants:<model>, running, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
 -- an image with a checkpoint}, or {'free_first'} to a worker that gets nothing until it holds nothing.
@@ -83,13 +83,19 @@ local function next_ready()
 end
 
 -- Before the job leaves its ready key.
+local began = {}
 local function charge(job)
-  local shares, debts = shares_key(job.model), debts_key(job.model)
-  local began = virtual_time_of(job.tenant, job.model)
-  redis.call('ZADD', debts, 'GT', began, '')
-  redis.call('ZADD', shares, 'XX', began + charge_of(job), job.tenant)
-  redis.call('ZREMRANGEBYSCORE', debts, '-inf', string.format('(%.17g', began))
-  redis.call('PEXPIRE', debts, DEBT_MS)
+  local charged = redis.call('ZADD', shares_key(job.model), 'XX', 'INCR', charge_of(job), job.tenant)
+  if charged then began[job.model] = math.max(began[job.model] or -math.huge, charged - charge_of(job)) end
+end
+
+local function pass_time()
+  for model, latest in pairs(began) do
+    local debts = debts_key(model)
+    redis.call('ZADD', debts, 'GT', latest, '')
+    redis.call('ZREMRANGEBYSCORE', debts, '-inf', string.format('(%.17g', latest))
+    redis.call('PEXPIRE', debts, DEBT_MS)
+  end
 end
 
 local next_job = next_ready
@@ -115,8 +121,9 @@ for _ = 1, max_jobs + 256 do
     if not is_suspect(job) then charge(job) end
     leave_ready(id, job)
     redis.call('ZADD', leases, now_ms + LEASE_MS, id)
+    local held = redis.call('HINCRBY', running, job.model, job.rows)
     redis.call('HSET', job_key(id), 'state', 'running', 'owner', worker, 'attempt', job.attempt + 1,
-      'claimed_ms', now_ms, 'from_step', job.step)
+      'claimed_ms', now_ms, 'from_step', job.step, 'alone', held == job.rows and '1' or '')
     redis.call('HSETNX', job_key(id), 'started_ms', now_ms)
     add_event(id, 'running', job.step, job.num_steps, JOB_TTL_MS)
     claimed[#claimed + 1] = id
@@ -132,6 +139,7 @@ for _ = 1, max_jobs + 256 do
   end
 end
 
+pass_time()
 local left_waiting = 0
 for model in pairs(share) do
   local left = waiting_for(model)

@@ -120,8 +120,10 @@ local job = {
   failures = 0, cost = cost, deadline_ms = ARGV[7] ~= '' and now_ms + tonumber(ARGV[7]) or nil,
   rows = tonumber(ARGV[5]), tenant = tenant, weight = weight,
 }
-local ahead, eta_ms, least_ms = estimate(job, false)
-if job.deadline_ms and eta_ms ~= '' and now_ms + eta_ms > job.deadline_ms then
+local ahead, eta_ms, least_ms, is_idle = estimate(job, false)
+-- Where nothing stands in its way it is tried, unless all that was measured says no: else a measurement that has become
+-- wrong would refuse all that could correct it.
+if job.deadline_ms and eta_ms ~= '' and now_ms + (is_idle and least_ms or eta_ms) > job.deadline_ms then
   return { 'deadline_unmet', eta_ms, math.ceil(least_ms) }
 end
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],

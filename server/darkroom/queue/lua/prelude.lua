@@ -13,7 +13,7 @@ local now_us = time[1] * 1000000 + time[2]
 local now_ms = math.floor(now_us / 1000)
 
 local leases, queued, counters = prefix .. 'leases', prefix .. 'queued', prefix .. 'counters'
-local backlog, abandoned = prefix .. 'backlog', prefix .. 'abandoned'
+local backlog, running, abandoned = prefix .. 'backlog', prefix .. 'running', prefix .. 'abandoned'
 
 local function job_key(id) return prefix .. 'job:' .. id end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
@@ -44,7 +44,7 @@ local function write_at_memory_limit() redis.call('DEL', prefix .. 'none') end
 local function load_job(id)
   local fields = redis.pcall('HMGET', job_key(id), 'state', 'model', 'rank', 'rows', 'score', 'attempt', 'failures',
     'reserved', 'deadline_ms', 'owner', 'cancel', 'idempotency', 'step', 'num_steps', 'cost',
-    'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer')
+    'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer', 'alone')
   if fields.err then return nil end
   local job = {
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
@@ -54,6 +54,7 @@ local function load_job(id)
     cost = tonumber(fields[15] or '') or 0, num_checkpoints = tonumber(fields[16] or '') or 0,
     tenant = fields[17] or 'default', weight = tonumber(fields[18] or '') or 1,
     claimed_ms = tonumber(fields[19] or ''), from_step = tonumber(fields[20] or '') or 0, payer = fields[21] or '',
+    is_alone = fields[22] == '1',
   }
   if TERMINAL[job.state] then return job end
   if (job.state == 'queued' or job.state == 'running') and job.model and job.rank and job.rows and job.score
@@ -150,9 +151,11 @@ local function make_ready(id, job)
   redis.call('ZADD', queued, job.deadline_ms or '+inf', id)
   redis.call('HINCRBY', backlog, job.model, job.cost)
   if not is_suspect(job) then
-    redis.call('ZADD', shares_key(job.model), virtual_time_of(job.tenant, job.model), job.tenant)
+    if not redis.call('ZSCORE', shares_key(job.model), job.tenant) then
+      redis.call('ZADD', shares_key(job.model), virtual_time_of(job.tenant, job.model), job.tenant)
+      redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
+    end
     redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, job.cost)
-    redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
   end
   wake_worker(job.model)
 end
@@ -169,6 +172,11 @@ local function leave_ready(id, job)
   local keys = {}
   for rank = 0, NUM_RANKS - 1 do keys[rank + 1] = ready_key(rank, job.model, job.tenant) end
   if redis.call('EXISTS', unpack(keys)) == 0 then leave_share(job.tenant, job.model) end
+end
+
+-- A job is not with a worker any more.
+local function leave_running(job)
+  if redis.call('HINCRBY', running, job.model, 0 - job.rows) <= 0 then redis.call('HDEL', running, job.model) end
 end
 
 -- Give back what an ending job holds: its reservation, its part of a budget, and its idempotency key, after a while.
@@ -198,6 +206,7 @@ local function finish(id, job, state, ...)
   redis.call('ZREM', leases, id)
   if not job or job.idempotency ~= '' then redis.call('ZREM', abandoned, id) end
   if job then
+    if job.state == 'running' then leave_running(job) end
     leave_ready(id, job)
     for index = 0, job.num_checkpoints - 1 do redis.call('UNLINK', checkpoint_key(id, index)) end
     release(job.reserved, job.idempotency, job.payer, job.cost)
@@ -210,7 +219,7 @@ local function finish(id, job, state, ...)
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
   redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
-    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer')
+    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer', 'alone')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)
@@ -236,6 +245,7 @@ end
 -- turn as it was before; the next claim charges it again. A suspect is not charged again.
 local function requeue(id, job)
   redis.call('ZREM', leases, id)
+  leave_running(job)
   -- The owner stays, so that a hand-back sent twice is recognised.
   redis.call('HSET', job_key(id), 'state', 'queued')
   add_event(id, 'queued', job.step, job.num_steps, JOB_TTL_MS)
@@ -272,17 +282,19 @@ local function note_served(model)
 end
 
 -- Milliseconds that a job takes once it is claimed, and the cost per millisecond of all live workers: nothing before one
--- has measured its rate or while none lives. A job is with its worker for as long as others lately were for their
--- evaluations and pixels, whatever shared their ticks, but no shorter than its cost takes. The third is the least it
--- would take with no other beside it, as far as that is known.
+-- has measured its rate or while none lives. It takes what its cost and that of the rows beside it take a worker, but no
+-- less than its evaluations were measured to take alone, when ticks are far from full. The third is the least it takes
+-- by itself, the fourth how many model rows workers hold of this model.
 local function pace_for(job)
   local rate = tonumber(redis.call('HGET', prefix .. 'rates', job.model) or '')
   local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. job.model, now_ms, '+inf')
   if not rate or rate <= 0 or workers == 0 then return nil end
-  local by_cost = 1000 * job.cost / rate
+  local held = tonumber(redis.call('HGET', running, job.model) or 0) - (job.state == 'running' and job.rows or 0)
   local span_ms = tonumber(redis.call('HGET', prefix .. 'spans', job.model) or '')
-  local as_others = span_ms and span_ms * job.cost / job.rows or by_cost
-  return math.max(by_cost, as_others), workers * rate / 1000, math.min(by_cost, as_others)
+  local by_cost = 1000 * job.cost / rate
+  local alone = span_ms and span_ms * job.cost / job.rows or by_cost
+  local crowded = by_cost * (1 + math.max(0, held) / workers / job.rows)
+  return math.max(crowded, alone), workers * rate / 1000, math.min(by_cost, alone), held
 end
 
 -- How many jobs of the same model stand before one that waits (`is_ready`) or that may come, and their cost. Its own
@@ -322,11 +334,11 @@ local function ahead_of(job, is_ready)
 end
 
 -- Position, and milliseconds until it will be done, of a job that waits or may come; with '' where nobody knows. Then the
--- least that it takes by itself.
+-- least that it takes by itself, and whether nothing at all stands in its way.
 local function estimate(job, is_ready)
   local ahead, cost = ahead_of(job, is_ready)
-  local own_ms, pace, least_ms = pace_for(job)
-  return ahead, pace and math.ceil(cost / pace + own_ms) or '', least_ms
+  local own_ms, pace, least_ms, held = pace_for(job)
+  return ahead, pace and math.ceil(cost / pace + own_ms) or '', least_ms, ahead == 0 and held == 0
 end
 
 -- Milliseconds until a running job will be done: by its own progress, once there is some, else by what others took.

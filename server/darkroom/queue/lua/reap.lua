@@ -4,7 +4,7 @@
 -- ARGV 1 most jobs of each kind to look at   2 most dead letters kept
 -- A lost lease is an unclean loss: the job's failures rise by one, and at MAX_FAILURES it fails as a dead letter.
 -- An abandoned job gives its idempotency key back: a client that does come back with it later gets a new job.
--- Writes abandoned, looked_after, idempotency:<digest>, and what lose(), finish() and ask_to_cancel() write.
+-- Writes running, abandoned, looked_after, idempotency:<digest>, and what lose(), finish() and ask_to_cancel() write.
 -- Returns five lists of ids (requeued, dead, cancelled, expired, abandoned) and the milliseconds until the next lease may
 -- run out, -1 when nothing is leased.
 
@@ -36,6 +36,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', queued, '-inf', now_ms, 'LIMIT',
   end
 end
 
+-- Damaged records could not say how many rows they had.
+if redis.call('EXISTS', leases) == 0 then redis.call('DEL', running) end
 if redis.call('EXISTS', abandoned) == 1 then
   local looked_after = prefix .. 'looked_after'
   if redis.call('EXISTS', looked_after) == 0 then

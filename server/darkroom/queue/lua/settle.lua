@@ -32,14 +32,13 @@ for index = 0, num_sent - 1 do
   stored = stored + #ARGV[9 + index]
 end
 if stored > 0 then redis.call('HINCRBY', counters, 'stored_bytes', stored) end
-if state == 'succeeded' then
-  job.step = job.num_steps
-  -- What one went on with was done before its claim.
-  if job.claimed_ms and job.from_step == 0 and job.cost > 0 then
-    local span_ms = (now_ms - job.claimed_ms) * job.rows / job.cost
-    local mean = tonumber(redis.call('HGET', prefix .. 'spans', job.model) or span_ms)
-    redis.call('HSET', prefix .. 'spans', job.model, string.format('%.9g', 0.9 * mean + 0.1 * span_ms))
-  end
-end
+if state == 'succeeded' then job.step = job.num_steps end
 finish(id, job, state, 'result', ARGV[5], 'error_code', ARGV[6], 'error_message', ARGV[7], 'step', job.step)
+-- How long a job takes that shares no ticks: of one that was alone when it came and when it went, and did all its steps.
+if state == 'succeeded' and job.is_alone and job.from_step == 0 and job.cost > 0
+  and redis.call('HEXISTS', running, job.model) == 0 then
+  local span_ms = (now_ms - job.claimed_ms) * job.rows / job.cost
+  local mean = tonumber(redis.call('HGET', prefix .. 'spans', job.model) or span_ms)
+  redis.call('HSET', prefix .. 'spans', job.model, string.format('%.9g', 0.9 * mean + 0.1 * span_ms))
+end
 return 1
