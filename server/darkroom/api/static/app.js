@@ -213,9 +213,9 @@ function show(print, picked = null) {
   const [image] = images;
   shown = image;
   say([
-    `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`,
+    `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`, print.request.init_image && `strength ${print.request.strength}`,
     `${image.width} × ${image.height}`, `${print.took.toFixed(2)} s`,
-  ].join(" · "));
+  ].filter(Boolean).join(" · "));
   $("download").download = `darkroom-${image.seed}.${image.format === "jpeg" ? "jpg" : image.format}`;
   $("use-start").hidden = !can?.startsFromPictures;
   $("print-actions").hidden = !strip.current();
