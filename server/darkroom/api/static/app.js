@@ -128,7 +128,7 @@ async function follow(id, request) {
   const waiting = setInterval(() => lookAtQueue(id), 2000);
   const pace = [];
   try {
-    for await (const { kind, data } of events(`/jobs/${id}/events`, controller.signal, () => say("The connection broke off; trying again…"))) {
+    for await (const { kind, data } of events(`/jobs/${id}/events?previews=linear`, controller.signal, () => say("The connection broke off; trying again…"))) {
       if (kind === "running") {
         clearInterval(waiting);
         say("In the developer");
@@ -138,7 +138,7 @@ async function follow(id, request) {
         tray.progress(data.num_steps ? data.step / data.num_steps : 0, data.step, data.num_steps);
         say(["In the developer", remaining(pace, data.num_steps)].filter(Boolean).join(" · "));
       } else if (kind === "preview") {
-        tray.preview(data.index ?? 0, data.image ?? data.base64, data.media_type ?? "image/png");
+        tray.preview(data.index, data.image);
       } else if (TERMINAL.includes(kind)) {
         break;
       }
