@@ -126,7 +126,6 @@ async function follow(id, request) {
   batch.own([id]);
   setBusy(true);
   const waiting = setInterval(() => lookAtQueue(id), 2000);
-  const pace = [];
   try {
     for await (const { kind, data } of events(`/jobs/${id}/events?previews=linear`, controller.signal, () => say("The connection broke off; trying again…"))) {
       if (kind === "running") {
@@ -134,9 +133,8 @@ async function follow(id, request) {
         say("In the developer");
       } else if (kind === "progress") {
         clearInterval(waiting);
-        pace.push([performance.now(), data.step]);
         tray.progress(data.num_steps ? data.step / data.num_steps : 0, data.step, data.num_steps);
-        say(["In the developer", remaining(pace, data.num_steps)].filter(Boolean).join(" · "));
+        say(data.eta_s === null ? "In the developer" : `In the developer · about ${seconds(data.eta_s)} left`);
       } else if (kind === "preview") {
         tray.preview(data.index, data.image);
       } else if (TERMINAL.includes(kind)) {
@@ -150,13 +148,6 @@ async function follow(id, request) {
     tray.end();
   }
   await finish(id, request);
-}
-
-// How long the rest takes at the pace of the last steps.
-function remaining(pace, steps) {
-  const [[since, from], [now, step]] = [pace.at(-6) || pace[0], pace.at(-1)];
-  if (step <= from) return "";
-  return `about ${seconds((now - since) / 1000 / (step - from) * (steps - step))} left`;
 }
 
 async function lookAtQueue(id) {
