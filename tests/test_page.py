@@ -304,7 +304,7 @@ async def test_a_failed_job_is_told_in_its_own_words(darkroom: Darkroom) -> None
     darkroom.worker.failure = Failure(code="non_finite", message="the picture came out as NaN or infinity")
     page = await darkroom.open()
     await develop(page, "a red fox")
-    await expect(page.get_by_role("alert")).to_contain_text("the picture came out as NaN or infinity")
+    await expect(page.get_by_role("alert")).to_contain_text("The picture came out as NaN or infinity.")
     await expect(page.locator("#go")).to_be_enabled()
 
 

@@ -33,13 +33,20 @@ function clearProblem() {
   form.clearErrors();
 }
 
+// The server's words for programs as a sentence, without what the title says already.
+function sentence({ title, message }) {
+  const rest = message.toLowerCase().startsWith(`${title.toLowerCase()}: `) ? message.slice(title.length + 2) : message;
+  return `${rest[0].toUpperCase()}${rest.slice(1)}${/[.!?]$/.test(rest) ? "" : "."}`;
+}
+
 function showProblem(problem, ...extra) {
   const unplaced = form.showErrors(problem.errors || []);
   const isPlaced = problem.errors?.length && !unplaced.length;
   say(isPlaced ? "Please look at the marked field." : "");
   if (isPlaced) return;
-  $("problem").replaceChildren(element("strong", { textContent: problem.title }), element("p", { textContent: problem.message }), ...extra);
+  $("problem").replaceChildren(element("strong", { textContent: problem.title }), element("p", { textContent: sentence(problem) }), ...extra);
   $("problem").hidden = false;
+  $("problem").scrollIntoView({ block: "nearest" });
 }
 
 // The server is full for now and says when to come back: count down to that, and come back then if asked to.
