@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
 from axe_playwright_python.async_playwright import Axe
 from darkroom.config import Settings
 from darkroom.diffusion.images import encode_image
+from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
 from darkroom.queue import JobQueue
 from PIL import Image
@@ -277,6 +279,60 @@ async def test_a_png_of_another_tool_brings_its_settings_back(darkroom: Darkroom
     await restored(page)
 
 
+TRICKY = [
+    'a "quoted", comma, colon: and \\ backslash',
+    "two lines\nSteps: many, but not a last line",
+    "(fox:1.3) BREAK [snow]",
+    "  blanks around  ",
+]
+
+
+async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    for prompt in TRICKY:
+        request = msgspec.structs.replace(
+            REQUEST, prompt=prompt, negative_prompt="a, b: c\nd", model='my "model", large'
+        )
+        read = await page.evaluate(
+            "async (text) => (await import('/static/png.js')).parseInfotext(text)",
+            infotext(request, 0, model_hash="0123456789abcdef", version="1"),
+        )
+        assert read == {
+            "prompt": prompt.strip(),
+            "negative_prompt": "a, b: c\nd",
+            "model": request.model,
+            "width": 128,
+            "height": 64,
+            "num_inference_steps": 9,
+            "guidance_scale": 4.5,
+            "seed": str(request.seed),
+            "sampler": "euler_a",
+            "sigma_schedule": "simple",
+        }
+
+
+async def test_a_png_that_is_cut_short_or_scrambled_breaks_nothing(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    content = encode_image(np.zeros((8, 8, 3), np.uint8), REQUEST, 0, model_hash="0123456789abcdef", version="1")
+    read = await page.evaluate(
+        """async (text) => {
+            const { settingsOf } = await import("/static/png.js");
+            const whole = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+            const read = [];
+            for (let at = 0; at < whole.length; at += 5) {
+                const scrambled = whole.slice();
+                scrambled[at] ^= 0xff;
+                read.push(typeof await settingsOf(new Blob([whole.slice(0, at)])));
+                read.push(typeof await settingsOf(new Blob([scrambled])));
+            }
+            return read;
+        }""",
+        base64.b64encode(content).decode(),
+    )
+    assert len(read) > 200
+    assert set(read) == {"object"}  # a request, or null
+
+
 async def test_a_picture_without_settings_is_said_to_have_none(darkroom: Darkroom, tmp_path: Path) -> None:
     page = await darkroom.open()
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
@@ -304,7 +360,7 @@ async def test_a_failed_job_is_told_in_its_own_words(darkroom: Darkroom) -> None
     darkroom.worker.failure = Failure(code="non_finite", message="the picture came out as NaN or infinity")
     page = await darkroom.open()
     await develop(page, "a red fox")
-    await expect(page.get_by_role("alert")).to_contain_text("the picture came out as NaN or infinity")
+    await expect(page.get_by_role("alert")).to_contain_text("The picture came out as NaN or infinity.")
     await expect(page.locator("#go")).to_be_enabled()
 
 

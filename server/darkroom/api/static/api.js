@@ -8,7 +8,7 @@ let isDeclined = false;
 
 export class Problem extends Error {
   constructor(status, document, retryAfterS) {
-    super(document.detail || document.title);
+    super(document.detail || "Nothing more is known.");
     Object.assign(this, { status, retryAfterS, title: document.title, code: document.code, errors: document.errors || [] });
   }
 }

@@ -33,13 +33,20 @@ function clearProblem() {
   form.clearErrors();
 }
 
+// The server's words for programs as a sentence, without what the title says already.
+function sentence({ title, message }) {
+  const rest = message.toLowerCase().startsWith(`${title.toLowerCase()}: `) ? message.slice(title.length + 2) : message;
+  return `${rest[0].toUpperCase()}${rest.slice(1)}${/[.!?]$/.test(rest) ? "" : "."}`;
+}
+
 function showProblem(problem, ...extra) {
   const unplaced = form.showErrors(problem.errors || []);
   const isPlaced = problem.errors?.length && !unplaced.length;
   say(isPlaced ? "Please look at the marked field." : "");
   if (isPlaced) return;
-  $("problem").replaceChildren(element("strong", { textContent: problem.title }), element("p", { textContent: problem.message }), ...extra);
+  $("problem").replaceChildren(element("strong", { textContent: problem.title }), element("p", { textContent: sentence(problem) }), ...extra);
   $("problem").hidden = false;
+  $("problem").scrollIntoView({ block: "nearest" });
 }
 
 // The server is full for now and says when to come back: count down to that, and come back then if asked to.
@@ -126,19 +133,17 @@ async function follow(id, request) {
   batch.own([id]);
   setBusy(true);
   const waiting = setInterval(() => lookAtQueue(id), 2000);
-  const pace = [];
   try {
-    for await (const { kind, data } of events(`/jobs/${id}/events`, controller.signal, () => say("The connection broke off; trying again…"))) {
+    for await (const { kind, data } of events(`/jobs/${id}/events?previews=linear`, controller.signal, () => say("The connection broke off; trying again…"))) {
       if (kind === "running") {
         clearInterval(waiting);
         say("In the developer");
       } else if (kind === "progress") {
         clearInterval(waiting);
-        pace.push([performance.now(), data.step]);
         tray.progress(data.num_steps ? data.step / data.num_steps : 0, data.step, data.num_steps);
-        say(["In the developer", remaining(pace, data.num_steps)].filter(Boolean).join(" · "));
+        say(data.eta_s === null ? "In the developer" : `In the developer · about ${seconds(data.eta_s)} left`);
       } else if (kind === "preview") {
-        tray.preview(data.index ?? 0, data.image ?? data.base64, data.media_type ?? "image/png");
+        tray.preview(data.index, data.image);
       } else if (TERMINAL.includes(kind)) {
         break;
       }
@@ -150,13 +155,6 @@ async function follow(id, request) {
     tray.end();
   }
   await finish(id, request);
-}
-
-// How long the rest takes at the pace of the last steps.
-function remaining(pace, steps) {
-  const [[since, from], [now, step]] = [pace.at(-6) || pace[0], pace.at(-1)];
-  if (step <= from) return "";
-  return `about ${seconds((now - since) / 1000 / (step - from) * (steps - step))} left`;
 }
 
 async function lookAtQueue(id) {
@@ -213,9 +211,9 @@ function show(print, picked = null) {
   const [image] = images;
   shown = image;
   say([
-    `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`,
+    `seed ${image.seed}`, `${print.steps} steps of ${samplerLabel(print.sampler)}`, `guidance ${print.guidance}`, print.request.init_image && `strength ${print.request.strength}`,
     `${image.width} × ${image.height}`, `${print.took.toFixed(2)} s`,
-  ].join(" · "));
+  ].filter(Boolean).join(" · "));
   $("download").download = `darkroom-${image.seed}.${image.format === "jpeg" ? "jpg" : image.format}`;
   $("use-start").hidden = !can?.startsFromPictures;
   $("print-actions").hidden = !strip.current();

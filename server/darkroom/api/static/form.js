@@ -66,7 +66,7 @@ function showCard(overwrite) {
   }
   $("sampler").replaceChildren(...chosen.samplers.map((name) => new Option(samplerLabel(name), name, name === chosen.sampler, name === chosen.sampler)));
   $("sigma_schedule").replaceChildren(new Option("the model’s own", ""), ...chosen.sigma_schedules.map((name) => new Option(name, name)));
-  $("examples").replaceChildren(...chosen.example_prompts.slice(0, 4).map((text) => element("button", {
+  $("examples").replaceChildren(...chosen.example_prompts.slice(0, 3).map((text) => element("button", {
     type: "button", textContent: text, onclick: () => { $("prompt").value = text; $("form").requestSubmit(); },
   })));
   settled();
@@ -110,6 +110,7 @@ export function showErrors(errors) {
   const first = placed.map((error) => $(error.field)).find(Boolean);
   if (first && $("settings").contains(first)) $("settings").open = true;
   first?.focus();
+  if (placed.length) $(`${placed[0].field}-error`).scrollIntoView({ block: "nearest" });
   return errors.filter((error) => !placed.includes(error));
 }
 

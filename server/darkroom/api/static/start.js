@@ -6,7 +6,7 @@ const FILM = "rgba(232, 52, 28, 0.62)";
 // Below this a picture travels without loss.
 const LOSSLESS_PX = 384 * 384;
 let picture = null;
-let strokes = []; // in parts of the canvas, so that they fit every size: {size, erase, points} or {fill}
+let strokes = []; // in parts of the canvas, so that they fit every size: {size, erase, points}, {fill} or {film}
 let canMask = false;
 
 function canvas(width, height) {
@@ -31,6 +31,10 @@ function drawMask(target, colour) {
   for (const stroke of strokes) {
     context.globalCompositeOperation = stroke.erase ? "destination-out" : "source-over";
     context.fillStyle = context.strokeStyle = "#fff";
+    if (stroke.film) {
+      context.drawImage(stroke.film, 0, 0, width, height);
+      continue;
+    }
     if (stroke.fill) {
       const [x, y, w, h] = PARTS[stroke.fill];
       context.fillRect(x * width, y * height, w * width, h * height);
@@ -106,11 +110,26 @@ export function fields() {
   return made;
 }
 
-// Take up the picture of an earlier request. Its mask is pixels by now and is not painted again.
+const blobOf = (dataUrl) => new Blob([Uint8Array.from(atob(dataUrl.split(",").pop()), (letter) => letter.charCodeAt(0))]);
+
+// Take up the picture of an earlier request, and its mask as one stroke.
 export async function restore(wanted) {
-  if (!wanted.init_image) return clear();
-  const bytes = Uint8Array.from(atob(wanted.init_image.split(",").pop()), (letter) => letter.charCodeAt(0));
-  await set(new Blob([bytes]));
+  if (!wanted.init_image) {
+    clear();
+    return;
+  }
+  await set(blobOf(wanted.init_image));
+  if (!wanted.mask_image) return;
+  const mask = await createImageBitmap(blobOf(wanted.mask_image));
+  const film = canvas(mask.width, mask.height);
+  const context = film.getContext("2d");
+  context.drawImage(mask, 0, 0);
+  const pixels = context.getImageData(0, 0, film.width, film.height);
+  // White is masked: it becomes what the film covers.
+  for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at];
+  context.putImageData(pixels, 0, 0);
+  strokes = [{ film }];
+  show();
 }
 
 function drawEasel() {

@@ -50,6 +50,8 @@ function lay(index, source, alt) {
   const image = element("img", { alt, src: source });
   const earlier = [...sheet.children];
   image.addEventListener("load", () => {
+    // Enlarged so far, a small draft would show its pixels.
+    image.style.setProperty("--blur", `${0.6 * Math.max(0, image.width / image.naturalWidth - 1)}px`);
     image.classList.add("up");
     setTimeout(() => earlier.forEach((one) => one.remove()), isMotionReduced() ? 0 : 700);
   });
@@ -82,8 +84,8 @@ export function progress(done, step, steps) {
   $("timer-steps").textContent = `of ${steps}`;
 }
 
-export function preview(index, base64, mediaType) {
-  lay(index, `data:${mediaType};base64,${base64}`, "The picture so far")?.classList.add("draft");
+export function preview(index, base64) {
+  lay(index, `data:image/jpeg;base64,${base64}`, "The picture so far")?.classList.add("draft");
 }
 
 // The light goes on; nothing more will change.
