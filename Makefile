@@ -8,7 +8,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean \
+.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean chaos test-chaos \
 	loadtest loadtest-peers loadtest-compare
 
 $(BIN)/python:
@@ -54,6 +54,15 @@ typecheck: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# So many random kills under load, from one seed. `test-chaos` runs the cases that `make test` leaves out.
+KILLS ?= 1000
+SEED ?= 1
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --kills $(KILLS) --seed $(SEED)
+
+test-chaos: $(VENV)/.dev
+	$(BIN)/pytest -m chaos tests/chaos
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu

@@ -452,7 +452,10 @@ class Campaign:
         say(f"jobs: {ends}; {self.num_resumed} of those that succeeded had more than one worker")
         say(f"pictures: {self.num_compared} compared with undisturbed ones, bit for bit")
         retries = ", ".join(f"{number} {name}" for name, number in self.book.retries.most_common())
-        say(f"requests: {self.book.num_requests}, {len(self.book.failed)} failed; tried again: {retries or 'none'}")
+        say(
+            f"requests: {self.book.num_requests}, {len(self.book.failed)} failed, {self.book.num_refused} refused for "
+            f"their deadline; tried again: {retries or 'none'}"
+        )
         for line in [*self.book.failed[:10], *(f"WRONG {line}" for line in verdict.wrong[:40])]:
             say(f"  {line}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from darkroom.queue.keys import KEY_TABLE
 
 from tests.chaos.load import Book, Client, make_bodies
 from tests.chaos.stack import Stack
@@ -22,7 +23,8 @@ SAMPLE_S = 2.0
 WARM_UP = 0.2
 NUM_CLIENTS = 3
 # Keys that say which models there are and who serves them; a worker alone has them too.
-_STANDING = {"counters", "models", "rates", "served", "cards", "workers", "worker", "serving", "pace"}
+_STANDING = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry.startswith("none") and "idle" not in expiry}
+_STANDING |= {"workers", "worker", "serving", "pace", "debts"}
 
 
 def slope_with_interval(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

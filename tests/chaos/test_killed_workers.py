@@ -194,19 +194,6 @@ async def test_a_worker_told_to_end_before_it_is_ready_ends_and_has_taken_nothin
     assert (verdict := await stack.verdict([job_id])), verdict.wrong
 
 
-@pytest.mark.parametrize("shim", [shims.one_hour_ahead, shims.one_hour_behind])
-async def test_clocks_an_hour_off_change_no_deadline_and_no_lease(stack: Stack, shim: object) -> None:
-    api = await stack.start("api-0", prepare=shim)  # type: ignore[arg-type]
-    await stack.start("worker-0", prepare=shim)  # type: ignore[arg-type]
-    async with stack.client(api) as client:
-        kept = await submit(client, deadline_s=30)
-        missed = await submit(client, num_inference_steps=200, num_images_per_prompt=4, deadline_s=0.3)
-    assert (await ended(stack.queue, kept)).state is JobState.SUCCEEDED
-    assert (await ended(stack.queue, missed)).state is JobState.EXPIRED
-    assert (await stack.queue.status(kept)).job.attempt == 1
-    assert (verdict := await stack.verdict([kept, missed])), verdict.wrong
-
-
 async def test_a_full_log_volume_stops_no_work(stack: Stack) -> None:
     """Both write to a device that is always full."""
     async with stack.client(await stack.start("api-1")) as client:

@@ -20,9 +20,10 @@ from darkroom.queue import JobQueue
 from darkroom.queue.keys import KEY_TABLE, Keys
 
 TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
-# Sets of waiting and running jobs, and what belongs to a running one: none of it may outlive the last job.
-_GONE_AT_REST = {"ready", "queued", "leases", "backlog", "checkpoint"}
-_NEVER_EXPIRES = {"counters", "models", "rates", "served", "cards", "dead"}
+# Who may not outlive the last job, and who need not ever go, as the table of keys says itself.
+_GONE_AT_REST = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry == "none: empty when idle"}
+_GONE_AT_REST |= {"backlog", "checkpoint"}
+_NEVER_EXPIRES = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry.startswith("none")}
 _MAX_EVENTS = 256
 _PAGE = 500
 

@@ -1,0 +1,81 @@
+"""Very many jobs, and the randomised campaign in small."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import pytest
+from darkroom.queue import JobQueue
+
+from tests.chaos.__main__ import SETTINGS
+from tests.chaos.campaign import Campaign
+from tests.chaos.soak import slope_with_interval
+from tests.chaos.stack import Stack
+from tests.chaos.verdict import come_to_rest, judge
+from tests.support.instant_worker import InstantWorker, card
+from tests.support.jobs import make_job
+
+
+async def herd(stack: Stack, num_jobs: int, num_workers: int) -> None:
+    """All jobs wait when all workers start at once."""
+    jobs = [make_job(model=card().id) for _ in range(num_jobs)]
+    room = asyncio.Semaphore(24)
+
+    async def enqueue(job: object) -> None:
+        async with room:
+            await stack.queue.enqueue(job, result_bytes=1000)  # type: ignore[arg-type]
+
+    await asyncio.gather(*map(enqueue, jobs))
+    assert (await stack.queue.stats()).waiting == num_jobs
+    async with contextlib.AsyncExitStack() as workers:
+        for number in range(num_workers):
+            queue = await JobQueue.connect(stack.settings, stack.redis.url)
+            workers.push_async_callback(queue.close)
+            await workers.enter_async_context(InstantWorker(queue, worker_id=f"instant-{number}").running())
+        await come_to_rest(stack.queue, 300)
+    verdict = await judge(stack.queue, stack.settings, [job.id for job in jobs])
+    assert verdict, verdict.wrong
+    assert verdict.states == {"succeeded": num_jobs}
+
+
+@pytest.mark.parametrize("num_jobs", [500, pytest.param(10_000, marks=(pytest.mark.chaos, pytest.mark.timeout(600)))])
+async def test_a_herd_of_workers_that_finds_a_mountain_of_jobs_does_each_once(
+    chaos_model: Path, tmp_path: Path, num_jobs: int
+) -> None:
+    async with Stack(tmp_path, chaos_model, max_queue_jobs=20_000) as stack:
+        await herd(stack, num_jobs, 8)
+
+
+@pytest.mark.timeout(300)
+async def test_ten_random_kills_lose_and_double_nothing(chaos_model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    async with Stack(tmp_path, chaos_model, max_failures=20, **SETTINGS) as stack:
+        campaign = Campaign(stack, 7, say=said.append)
+        verdict, line = await campaign.kills(10)
+    assert verdict, said
+    assert not campaign.book.failed, said
+    assert line.startswith("lost 0 doubled 0 of ")
+    assert campaign.num_compared > 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+async def test_rolling_restarts_fail_no_request_and_repeat_no_step(chaos_model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    async with Stack(tmp_path, chaos_model, **SETTINGS) as stack:
+        campaign = Campaign(stack, 7, num_workers=2, say=said.append)
+        verdict, line = await campaign.restarts(3)
+    assert verdict, said
+    assert line.startswith("0 of "), said
+    assert line.endswith(" 0 steps repeated"), said
+
+
+def test_the_interval_of_a_slope_knows_a_leak_from_a_wobble() -> None:
+    seconds = [2.0 * n for n in range(200)]
+    wobble = [float((n * 7919) % 101) for n in range(200)]
+    slope, half = slope_with_interval(seconds, wobble)
+    assert abs(slope) < half
+    slope, half = slope_with_interval(seconds, [value + at for at, value in zip(seconds, wobble, strict=True)])
+    assert 0.9 < slope - half < slope + half < 1.1
