@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 # How long a client tries before its request counts as failed.
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 # Ends that a waiting client learns as an error with one of these codes.
 END_OF_CODE = {"cancelled": "cancelled", "expired": "expired", "dead_letter": "failed"}
 STYLES = {"wait": 4, "poll": 4, "events": 2, "cancel": 2, "deadline": 2, "leave": 1}
@@ -126,7 +126,7 @@ class Client:
         """The job's id, and its end if the reply tells it."""
         reply = await self._call("POST", "/generate", json=body, headers={"Idempotency-Key": key})
         told = reply.json()
-        if told.get("code") == "deadline_unmet":
+        if told.get("code") == "deadline_unmet" or any(e["field"] == "deadline_s" for e in told.get("errors", ())):
             raise Refused
         job_id = told.get("job_id")
         if job_id is None:
