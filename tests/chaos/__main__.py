@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 
+from benchmarks.record import Figure, record
 from tests.chaos import soak
 from tests.chaos.campaign import CHECKPOINT_S, LEASE_S, ROWS, Campaign
 from tests.chaos.stack import Stack
@@ -26,11 +27,18 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _record(figures: list[Figure], options: argparse.Namespace) -> None:
+    if options.record:
+        record(figures)
+
+
 async def run(directory: Path, options: argparse.Namespace) -> tuple[bool, str]:
     """Whether all is well, and the line that says so."""
     if options.soak_minutes:
         async with Stack(directory, **SETTINGS, **soak.SETTINGS) as stack:
-            return await soak.soak(stack, options.soak_minutes, options.seed, _say)
+            is_well, line, figures = await soak.soak(stack, options.soak_minutes, options.seed, _say)
+            _record(figures, options)
+            return is_well, line
     if options.rolling_restarts:
         async with Stack(directory, **SETTINGS) as stack:
             campaign = Campaign(stack, options.seed, num_workers=2, say=_say)
@@ -40,6 +48,7 @@ async def run(directory: Path, options: argparse.Namespace) -> tuple[bool, str]:
         async with Stack(directory, max_failures=20, **SETTINGS) as stack:
             campaign = Campaign(stack, options.seed, say=_say)
             verdict, line = await campaign.kills(options.kills)
+    _record(campaign.figures, options)
     return bool(verdict) and not campaign.book.failed, line
 
 
@@ -58,6 +67,7 @@ def main() -> int:
     kind.add_argument("--rolling-restarts", type=int, default=0, help="restart all processes in turn, so many times")
     kind.add_argument("--soak-minutes", type=float, default=0.0, help="load without accidents")
     parser.add_argument("--seed", type=int, default=1, help="of everything that is random (default: 1)")
+    parser.add_argument("--record", action="store_true", help="append the figures to benchmarks/results.csv")
     options = parser.parse_args()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))

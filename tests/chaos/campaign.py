@@ -19,6 +19,7 @@ from darkroom.errors import QueueUnavailable
 from darkroom.jobs import Job, decode
 from darkroom.queue.keys import Keys
 
+from benchmarks.record import Figure
 from tests.chaos.load import Book, Client, make_bodies
 from tests.chaos.stack import Member, Stack
 from tests.chaos.verdict import Record, Verdict, read_records, server_ms, wait_until
@@ -29,7 +30,7 @@ LEASE_S, CHECKPOINT_S, ROWS = 2.0, 0.3, 4
 PERIOD_S = 1.0
 PAUSE_S = 0.4
 # Redis answers, a supervisor starts processes again, and a client's last request ends.
-REST_S = 150.0
+REST_S = 240.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Campaign:
         self.hits: list[Hit] = []
         self.drained: list[Hit] = []
         self.drains_s: list[float] = []
+        self.figures: list[Figure] = []
         self._up_since: dict[str, int] = {}
         self._up_spans: list[tuple[int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -93,6 +95,12 @@ class Campaign:
         self._tell_cost(self._figures(records))
         self._say(f"{self.num_kills} kills in {took_s / 60:.1f} minutes: {60 * self.num_kills / took_s:.0f} a minute")
         self._tell(verdict)
+        detail = f"seed {self._seed}, {verdict.accepted} jobs, {self.faults.total() - self.num_kills} other faults"
+        self.figures += [
+            Figure(f"chaos, {self.num_kills} kills, jobs lost", len(verdict.lost), "jobs", detail=detail),
+            Figure(f"chaos, {self.num_kills} kills, jobs doubled", len(verdict.doubled), "jobs", detail=detail),
+            Figure(f"chaos, {self.num_kills} kills, failed requests", len(self.book.failed), "requests", detail=detail),
+        ]
         return verdict, verdict.line(self.num_kills)
 
     async def restarts(self, num_restarts: int) -> tuple[Verdict, str]:
@@ -114,6 +122,12 @@ class Campaign:
             f"{len(self.drained)} jobs handed back, {repeated} steps repeated"
         )
         self._tell(verdict)
+        name = f"{num_restarts} rolling restarts under load"
+        self.figures += [
+            Figure(f"{name}, failed requests", len(self.book.failed), f"of {self.book.num_requests}"),
+            Figure(f"{name}, steps repeated", repeated, "steps", detail=f"{len(self.drained)} jobs handed back"),
+            Figure(f"{name}, longest drain", max(self.drains_s), "s"),
+        ]
         return verdict, (
             f"{len(self.book.failed)} of {self.book.num_requests} requests failed in {num_restarts} rolling restarts, "
             f"{verdict.line(0).removesuffix(' (0 kills)')}, {repeated} steps repeated"
@@ -423,6 +437,7 @@ class Campaign:
     def _figures(self, records: dict[str, Record]) -> Figures:
         figures = Figures()
         running = [span for record in records.values() for span in _running_spans(record)]
+        suspects = [span for record in records.values() if (span := _suspected(record)) is not None]
         spans = self._up_spans + [(since, 1 << 62) for since in self._up_since.values()]
         for hit in self.hits:
             record = records.get(hit.job_id)
@@ -438,8 +453,9 @@ class Campaign:
                 continue  # it was cancelled or expired meanwhile
             used = sum(rows for begin, end, rows in running if begin <= requeued[0] < end)
             capacity = ROWS * sum(begin <= requeued[0] < end for begin, end in spans)
-            if used >= capacity or hit.failures >= 1:
-                # With a second failure it is a suspect, and waits for a worker that has nothing else.
+            # After two losses a job is a suspect: it waits for a worker that has nothing, and keeps that one's rows.
+            is_beside_suspects = any(begin <= requeued[0] < end for begin, end in suspects)
+            if used >= capacity or hit.failures >= 1 or is_beside_suspects:
                 figures.num_crowded += 1
             else:
                 figures.reclaimed_s.append((claims[hit.attempt] - hit.at_ms) / 1000)
@@ -452,19 +468,29 @@ class Campaign:
         say(f"jobs: {ends}; {self.num_resumed} of those that succeeded had more than one worker")
         say(f"pictures: {self.num_compared} compared with undisturbed ones, bit for bit")
         retries = ", ".join(f"{number} {name}" for name, number in self.book.retries.most_common())
-        say(f"requests: {self.book.num_requests}, {len(self.book.failed)} failed; tried again: {retries or 'none'}")
+        say(
+            f"requests: {self.book.num_requests}, {len(self.book.failed)} failed, {self.book.num_refused} refused for "
+            f"their deadline; tried again: {retries or 'none'}"
+        )
         for line in [*self.book.failed[:10], *(f"WRONG {line}" for line in verdict.wrong[:40])]:
             say(f"  {line}")
 
     def _tell_cost(self, figures: Figures) -> None:
         if figures.reclaimed_s:
+            detail = f"lease {LEASE_S:g} s, {len(figures.reclaimed_s)} jobs"
+            for share in (0.5, 0.99):
+                value = quantile(figures.reclaimed_s, share)
+                name = f"killed worker, its job claimed again with rows free, p{100 * share:g}"
+                self.figures.append(Figure(name, value, "s", detail=detail))
             self._say(
                 f"claimed again after a kill: p50 {statistics.median(figures.reclaimed_s):.2f} s, "
                 f"p99 {quantile(figures.reclaimed_s, 0.99):.2f} s, most {max(figures.reclaimed_s):.2f} s of "
-                f"{len(figures.reclaimed_s)} jobs with rows free ({figures.num_crowded} had to wait for rows or were "
-                f"suspects); lease + 2 s is {LEASE_S + 2:.1f} s"
+                f"{len(figures.reclaimed_s)} jobs with rows free ({figures.num_crowded} more had to wait for rows, or "
+                f"suspects were about); lease + 2 s is {LEASE_S + 2:.1f} s"
             )
         if figures.repeated_s:
+            value, detail = quantile(figures.repeated_s, 0.99), f"checkpoint each {CHECKPOINT_S} s"
+            self.figures.append(Figure("killed worker, work of a job done again, p99", value, "s", detail=detail))
             self._say(
                 f"work done again after a kill: p50 {statistics.median(figures.repeated_s):.2f} s, "
                 f"p99 {quantile(figures.repeated_s, 0.99):.2f} s, most {max(figures.repeated_steps)} steps as "
@@ -488,6 +514,12 @@ def _running_spans(record: Record) -> list[tuple[int, int, int]]:
             spans.append((begun, at, rows))
             begun = None
     return spans
+
+
+def _suspected(record: Record) -> tuple[int, int] | None:
+    """From when to when the job may have been a suspect: from the second time it was queued again to its end."""
+    queued = [at for at, kind, _ in record.events if kind == "queued"]
+    return (queued[2], record.events[-1][0]) if len(queued) > 2 else None
 
 
 def _last_at(record: Record, claimed_ms: int, hit: Hit) -> int:

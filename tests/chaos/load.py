@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 # How long a client tries before its request counts as failed.
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
 # Ends that a waiting client learns as an error with one of these codes.
 END_OF_CODE = {"cancelled": "cancelled", "expired": "expired", "dead_letter": "failed"}
 STYLES = {"wait": 4, "poll": 4, "events": 2, "cancel": 2, "deadline": 2, "leave": 1}
@@ -46,6 +46,7 @@ class Book:
     failed: list[str] = field(default_factory=list)
     retries: Counter[str] = field(default_factory=Counter)
     num_requests: int = 0
+    num_refused: int = 0
 
     @property
     def job_ids(self) -> set[str]:
@@ -59,6 +60,10 @@ class Book:
 
 class Failed(Exception):
     """A request that got no answer, or a wrong one."""
+
+
+class Refused(Exception):
+    """A request whose deadline, as the server said, cannot be met."""
 
 
 class Client:
@@ -112,6 +117,8 @@ class Client:
                 reply = await self._call("GET", f"/jobs/{job_id}/images/0")
                 if reply.status_code != 200:
                     raise Failed(f"picture: {reply.status_code} {reply.text[:200]}")
+        except Refused:
+            self._book.num_refused += 1
         except Failed as error:
             self._book.failed.append(f"{key} ({style}): {error}")
 
@@ -119,6 +126,8 @@ class Client:
         """The job's id, and its end if the reply tells it."""
         reply = await self._call("POST", "/generate", json=body, headers={"Idempotency-Key": key})
         told = reply.json()
+        if told.get("code") == "deadline_unmet" or any(e["field"] == "deadline_s" for e in told.get("errors", ())):
+            raise Refused
         job_id = told.get("job_id")
         if job_id is None:
             raise Failed(f"{reply.status_code} {reply.text[:300]}")
@@ -185,9 +194,9 @@ class Client:
                 self._book.retries[last] += 1
                 await asyncio.sleep(0.05)
                 continue
-            if reply.status_code not in (429, 503):
+            last = str(reply.json().get("code")) if reply.status_code in (429, 503) else ""
+            if last in ("", "deadline_unmet"):
                 return reply
-            last = str(reply.json().get("code"))
             self._book.retries[last] += 1
             # Another server will answer where one drains.
             wait_s = 0.0 if last == "draining" else float(reply.headers.get("retry-after", 1))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.record import Figure
 from tests.chaos.load import Book, Client, make_bodies
 from tests.chaos.stack import Stack
-from tests.chaos.verdict import TERMINAL, come_to_rest, read_keys, wait_until
+from tests.chaos.verdict import GONE_AT_REST, NEVER_EXPIRES, TERMINAL, come_to_rest, read_keys, wait_until
 
 # So that what has ended is gone within a run.
 SETTINGS: dict[str, Any] = {"result_ttl_s": 30, "job_ttl_s": 60}
@@ -22,7 +23,7 @@ SAMPLE_S = 2.0
 WARM_UP = 0.2
 NUM_CLIENTS = 3
 # Keys that say which models there are and who serves them; a worker alone has them too.
-_STANDING = {"counters", "models", "rates", "served", "cards", "workers", "worker", "serving", "pace"}
+_STANDING = NEVER_EXPIRES - GONE_AT_REST | {"workers", "worker", "serving", "pace", "debts"}
 
 
 def slope_with_interval(seconds: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -47,8 +48,9 @@ def rss_bytes(pid: int) -> int:
     return 1024 * int(line.split()[1])
 
 
-async def soak(stack: Stack, minutes: float, seed: int, say: Callable[[str], None]) -> tuple[bool, str]:
+async def soak(stack: Stack, minutes: float, seed: int, say: Callable[[str], None]) -> tuple[bool, str, list[Figure]]:
     """Load one API and one worker, started as users start them, and watch their memory and Redis' keys."""
+    figures: list[Figure] = []
     members = [await stack.start(name, is_fresh=True) for name in ("api-0", "worker-0")]
     book, stop = Book(), asyncio.Event()
     urls = [members[0].url]
@@ -81,9 +83,12 @@ async def soak(stack: Stack, minutes: float, seed: int, say: Callable[[str], Non
         slope, half = slope_with_interval([at for at, _ in steady], [sizes[index] for _, sizes in steady])
         is_flat = slope - half <= 0
         is_well &= is_flat
+        per_hour, half_per_hour = slope * 3600 / 2**20, half * 3600 / 2**20
+        detail = f"{minutes:g} minutes, ± {half_per_hour:.3g} (95 %), {book.num_requests} requests"
+        figures.append(Figure(f"soak, RSS slope of the {member.kind}", per_hour, "MiB/h", detail=detail))
         say(
             f"{member.kind}: RSS {steady[0][1][index] / 2**20:.1f} to {steady[-1][1][index] / 2**20:.1f} MiB, "
-            f"{slope * 3600 / 2**20:+.2f} ± {half * 3600 / 2**20:.2f} MiB an hour (95 %), which "
+            f"{per_hour:+.2f} ± {half_per_hour:.2f} MiB an hour (95 %), which "
             f"{'includes zero or falls' if is_flat else 'DOES NOT include zero'}"
         )
     left: list[str] = []
@@ -103,7 +108,9 @@ async def soak(stack: Stack, minutes: float, seed: int, say: Callable[[str], Non
     if counters["accepted"] != sum(counters[state] for state in TERMINAL):
         is_well = False
         say(f"WRONG the counters do not add up: {counters}")
-    return is_well, (
+    figures.append(Figure("soak, keys left in Redis after their time", len(left), "keys"))
+    line = (
         f"{minutes:g} minutes, {book.num_requests} requests, {len(book.failed)} failed, {len(left)} keys left, "
-        f"memory {'flat' if is_well else 'or more NOT as it should be'}"
+        f"{'memory flat' if is_well else 'NOT all as it should be'}"
     )
+    return is_well, line, figures

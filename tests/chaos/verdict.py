@@ -20,10 +20,10 @@ from darkroom.queue import JobQueue
 from darkroom.queue.keys import KEY_TABLE, Keys
 
 TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
-# Sets of waiting and running jobs, and what belongs to a running one: none of it may outlive the last job.
-_GONE_AT_REST = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if "empty when idle" in expiry}
-_GONE_AT_REST |= {"backlog", "checkpoint"}
-_NEVER_EXPIRES = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry.startswith("none")} - _GONE_AT_REST
+# Who may not outlive the last job, and who need not ever go, as the table of keys says itself.
+GONE_AT_REST = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if "empty when idle" in expiry}
+GONE_AT_REST |= {"backlog", "checkpoint"}
+NEVER_EXPIRES = {kind for kind, (_, _, expiry) in KEY_TABLE.items() if expiry.startswith("none")} - GONE_AT_REST
 _MAX_EVENTS = 256
 _PAGE = 500
 
@@ -188,9 +188,9 @@ def _judge_keys(verdict: Verdict, settings: Settings, left: dict[str, int], reco
         kind, _, rest = name.partition(":")
         if kind not in KEY_TABLE:
             verdict.wrong.append(f"key {name} is in no table")
-        elif kind in _GONE_AT_REST:
+        elif kind in GONE_AT_REST:
             verdict.wrong.append(f"key {name} is left behind")
-        elif kind not in _NEVER_EXPIRES and ms < 0:
+        elif kind not in NEVER_EXPIRES and ms < 0:
             verdict.wrong.append(f"key {name} never expires")
         elif ms > longest_ms.get(kind, float("inf")):
             verdict.wrong.append(f"key {name} expires in {ms} ms only")
