@@ -346,7 +346,15 @@ async def internal(world: World) -> httpx.Response:
 
 
 # What a worker may end a job with.
-JOB_CODES = ("job_failed", "bad_message", "dead_letter", "non_finite", "out_of_memory", "storage_unavailable")
+JOB_CODES = (
+    "job_failed",
+    "bad_message",
+    "dead_letter",
+    "prompt_too_long",
+    "non_finite",
+    "out_of_memory",
+    "storage_unavailable",
+)
 
 CASES: dict[str, Callable[[World], Awaitable[httpx.Response]]] = {
     "malformed_json": malformed_json,
