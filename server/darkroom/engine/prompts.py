@@ -6,6 +6,7 @@ different requests share a call. On a CPU, where a copy costs less than a detour
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ class PromptCache:
         *,
         batch_alone: bool,
         num_in_use: int | None = None,
-        max_chunks: int = 1,
+        max_chunks: int | None = None,
     ) -> None:
         self._model = model
-        self._max_chunks = max_chunks
+        self._max_chunks = sys.maxsize if max_chunks is None else max_chunks
         self._max_bytes = max_bytes
         self._batch_alone = batch_alone
         self._used: dict[Prompt, EncodedPrompt] = {}
@@ -86,7 +87,7 @@ class PromptCache:
             slot_bytes = max(1, shape[0] * shape[1] * model.dtype.itemsize)
             num_slots = num_in_use + max_bytes // slot_bytes
             # So that a job's two prompts always find room.
-            self._max_chunks = min(max_chunks, num_slots // 2)
+            self._max_chunks = min(self._max_chunks, num_slots // 2)
             self.store = torch.zeros((num_slots, *shape), dtype=model.dtype, device=model.device)
             self._free = list(range(num_slots))[::-1]
 
