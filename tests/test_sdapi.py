@@ -192,6 +192,30 @@ async def test_errors_outside_of_any_route_have_their_form_too(client: httpx.Asy
     assert "type" in (await client.get("/nowhere")).json()
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"prompt": "a", "something": "\\ud800"}',
+        b'{"prompt": "a\\ud800"}',
+        b'{"prompt": "a", "script_args": ' + b"[" * 2000 + b"]" * 2000 + b"}",
+        b'{"prompt": "a", "force_task_id": "\\udc00"}',
+        b'{"prompt": "a", "override_settings": {"x": "\\udc00"}}',
+    ],
+    ids=["unknown field", "prompt", "depth", "task", "override"],
+)
+async def test_what_could_not_be_sent_back_is_refused(client: httpx.AsyncClient, body: bytes) -> None:
+    reply = await client.post("/sdapi/v1/txt2img", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code in (400, 422)
+    assert set(reply.json()) == {"error", "detail", "body", "errors"}
+
+
+async def test_numbers_of_any_size_in_unknown_fields_do_no_harm(client: httpx.AsyncClient) -> None:
+    body = b'{"prompt": "a", "x": 1e999, "y": ' + b"9" * 40 + b', "z": NaN}'
+    reply = await client.post("/sdapi/v1/txt2img", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200
+    assert reply.json()["parameters"]["y"] == int("9" * 40)
+
+
 async def test_a_job_that_fails_says_why(client: httpx.AsyncClient, worker: InstantWorker) -> None:
     worker.failure = Failure(code="out_of_memory", message="the device ran out of memory")
     reply = await client.post("/sdapi/v1/txt2img", json=FOX)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +17,6 @@ from darkroom.api.sdapi.callers import card_of, choose, options_of, unfinished
 from darkroom.api.sdapi.names import sha256_of, title_of
 from darkroom.api.sdapi.shapes import Options, Progress, documented_here, parse_lenient
 from darkroom.api.service import service_of
-from darkroom.jobs import JobStatus
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
@@ -88,14 +86,7 @@ async def progress(request: Request) -> Response:
         "sampling_step": status.step,
         "sampling_steps": status.num_steps or status.job.request.num_inference_steps,
     }
-    return _json(Progress(progress=done, eta_relative=_eta_s(status, done), state=state))
-
-
-def _eta_s(status: JobStatus, done: float) -> float:
-    """Seconds left at the pace so far; 0 while there is none, as there."""
-    if not done or status.started_at_ms is None:
-        return 0.0
-    return max(0.0, time.time() - status.started_at_ms / 1000) * (1 - done) / done
+    return _json(Progress(progress=done, eta_relative=status.eta_s or 0.0, state=state))
 
 
 async def _stop(request: Request) -> None:

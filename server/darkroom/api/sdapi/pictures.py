@@ -37,9 +37,9 @@ _CLIENT_LEFT = 499
 
 PICTURE_ERRORS = documented_here(
     "malformed_json", "not_found", "unknown_model", "request_timeout", "body_too_large", "unsupported_media_type",
-    "invalid_request", "prompt_too_long", "rate_limited", "budget_exceeded", "queue_full", "internal", "job_failed",
-    "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable", "storage_unavailable",
-    "draining", "expired", "out_of_memory",
+    "invalid_request", "prompt_refused", "prompt_too_long", "rate_limited", "budget_exceeded", "queue_full",
+    "tenant_queue_full", "internal", "job_failed", "bad_message", "dead_letter", "non_finite", "storage_full",
+    "no_model", "queue_unavailable", "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
 )  # fmt: skip
 
 

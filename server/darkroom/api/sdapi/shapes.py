@@ -116,6 +116,11 @@ Body = TypeVar("Body", bound=BaseModel)
 def parse_lenient(kind: type[Body], fields: dict[str, Any]) -> Body:
     """Read what a client sends, in which null stands for nothing. Raises `InvalidFields` with each wrong field."""
     try:
+        # Much of it is sent back, and some of it kept.
+        msgspec.json.encode(fields)
+    except (UnicodeEncodeError, RecursionError):
+        raise InvalidRequest("body", describe(fields), "text that is valid Unicode, nested a few levels deep") from None
+    try:
         return kind.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         raise InvalidFields(
