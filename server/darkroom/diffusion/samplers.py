@@ -109,8 +109,8 @@ def compile_sampler(
 ) -> SamplerTable:
     """Compile a sampler for a checkpoint's noise schedule. Cached by (schedule object, other arguments).
 
-    The trajectory has the steps from `first_step` on of the `num_inference_steps`, at least one. Raises `InvalidRequest` on an unknown name, an invalid combination, or a step count that the schedule or the
-    sampler cannot take.
+    The trajectory has the steps from `first_step` (0 ≤ first_step < num_inference_steps) on. Raises `InvalidRequest` on
+    an unknown name, an invalid combination, or a step count that the schedule or the sampler cannot take.
     """
     check_sampling(sampler, sigma_schedule)
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
