@@ -1036,7 +1036,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     await queue.register("w1", [make_card()])
     await queue.heartbeat("w1", {MODEL: 100.0})
     for index in range(3):
-        await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True)
+        options: dict[str, Any] = {"cancel_when_left": True, "inputs": {"init_image": b"picture"}}
+        await enqueue(queue, costing(100.0), idempotency_key=str(index), **options)
     done, poison = await claim(queue, max_jobs=2)
     await succeed(queue, done)
     running: list[Job] = []

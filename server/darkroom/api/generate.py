@@ -114,7 +114,7 @@ async def generate(request: Request) -> Response:
     service = service_of(request)
     settings = service.settings
     service.refuse_if_draining()
-    fields = await read_json(request, settings.max_body_bytes)
+    fields = await read_json(request, settings.max_body_bytes, max_image_bytes=settings.max_image_bytes)
     body = parse_fields(GenerateRequest, fields, service.accepted)
     key = idempotency_key(request)
     wants_image, output_format = negotiate(request.headers.get("accept"), body.output_format)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import structlog
 from starlette.requests import HTTPConnection
 
+from darkroom.api.intake import Intake
 from darkroom.api.observe import observe_outage, observe_queue
 from darkroom.api.resolve import accepted_values
 from darkroom.config import Settings
@@ -28,6 +29,7 @@ class Service:
     def __init__(self, settings: Settings, queue: JobQueue | None) -> None:
         self.settings = settings
         self.accepted = accepted_values(settings)
+        self.intake = Intake(settings.max_image_pixels)
         self.is_draining = False
         self._num_waiting = 0
         self._idle = asyncio.Event()

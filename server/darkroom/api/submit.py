@@ -12,6 +12,7 @@ import structlog
 from starlette.requests import Request
 
 from darkroom import metrics
+from darkroom.api.intake import Pictures
 from darkroom.api.resolve import (
     check_cost,
     check_limits,
@@ -20,6 +21,7 @@ from darkroom.api.resolve import (
     complete,
     cost_of,
     fingerprint,
+    with_inputs,
 )
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.service import Service, service_of
@@ -45,18 +47,30 @@ class Submitted:
 
 
 async def submit(
-    request: Request, body: GenerateRequest, output_format: str, *, idempotency_key: str | None = None
+    request: Request,
+    body: GenerateRequest,
+    output_format: str,
+    *,
+    idempotency_key: str | None = None,
+    pictures: Pictures | None = None,
 ) -> Submitted:
     """Check `body` against the limits and the model's card, and enqueue it as a job.
 
-    Raises `InvalidFields`, `UnknownModel` and `InvalidRequest` on what cannot be drawn, `Unavailable` on what cannot be
-    taken now.
+    `pictures` are what it begins with where the caller has read them itself (`Service.intake`); without, the body's
+    own. Raises `InvalidFields`, `UnknownModel` and `InvalidRequest` on what cannot be drawn, `Unavailable` on what
+    cannot be taken now.
     """
     service = service_of(request)
     settings = service.settings
-    check_limits(body, settings, service.accepted)
+    check_limits(body, settings, service.accepted, has_init_image=pictures is not None)
     card = choose_card(body.model, await service.queue.cards())
-    wanted = complete(body, card, output_format)
+    if pictures is None and body.init_image is not None:
+        pictures = await service.intake.read(body.init_image, body.mask_image)
+    wanted = complete(body, card, output_format, pictures)
+    inputs: dict[str, bytes] = {}
+    if pictures is not None:
+        inputs = await service.intake.fit(pictures, wanted.width, wanted.height, body.resize_mode)
+        wanted = with_inputs(wanted, inputs)
     cost = cost_of(wanted, card)
     check_cost(cost, settings)
     when_left: WhenLeft = "continue"
@@ -67,7 +81,8 @@ async def submit(
         job,
         deadline_s=body.deadline_s,
         idempotency_key=idempotency_key,
-        body_hash=fingerprint(body, output_format),
+        body_hash=fingerprint(body, output_format, pictures),
+        inputs=inputs,
         result_bytes=wanted.width * wanted.height * 3 * wanted.num_images_per_prompt,
         checkpoint_bytes=checkpoint_bytes_of(wanted, card),
         caller=f"{request.client.host}:{request.client.port}" if request.client else "",
