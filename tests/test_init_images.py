@@ -14,12 +14,15 @@ from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.vae import VAE
 from darkroom.engine.engine import Cancelled, Engine, Failed, Saved, TickReport
-from darkroom.jobs import Job
+from darkroom.jobs import Failure, Job, JobState
+from darkroom.queue import JobQueue
 from PIL import Image
 
 from tests.support.engines import Outcome, job_for, run_jobs
+from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
 from tests.support.twin_device import TwinDevice
+from tests.test_worker import enqueue, serving, slow_engine
 
 REPRODUCIBLE = {"batching": "reproducible", "reproducible_rows": 6}
 STEPS = 6
@@ -214,3 +217,33 @@ def test_a_job_cancelled_while_its_image_is_encoded_costs_no_tick_and_others_go_
     assert isinstance(outcome.events["slow"], Cancelled)
     assert len(outcome.images("other")) == 1
     assert len(outcome.ticks) == 8
+
+
+async def test_a_drained_worker_hands_a_masked_picture_and_its_steps_to_the_next_one(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    settings = settings.model_copy(update={**REPRODUCIBLE, "num_threads": 1})
+    asked = masked(model, "one", num_inference_steps=60, sampler="euler_a", strength=0.5)
+    whole = run(model, [asked], settings)
+    change = Change()
+    async with serving(settings, queue, model, slow_engine):
+        job = await enqueue(queue, asked, inputs=inputs_for(asked))
+        async for event in queue.events(job.id):
+            if event.step >= 5:
+                break
+    ticks_before = change("ticks_total")
+    assert 5 <= ticks_before < 30
+    async with serving(settings, queue, model):
+        assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
+    assert await queue.images(job.id) == whole.images("one")
+    assert change("ticks_total") == 30
+    assert change("steps_saved_total") == ticks_before
+
+
+async def test_a_job_whose_picture_the_server_has_lost_fails_and_says_so(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    job = await enqueue(queue, anew(model, "one"))
+    async with serving(settings.model_copy(update={"num_threads": 1}), queue, model):
+        status = await queue.wait(job.id, 30)
+    assert status.failure == Failure(code="bad_message", message="the job's init_image is not stored any more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from darkroom.config import load_settings
-from darkroom.diffusion.loader import load_model
+from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.local import generate_images
 from numpy.typing import NDArray
 from PIL import Image
@@ -94,18 +95,25 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def picture_of_diffusers(
-    directory: Path, fields: dict[str, Any], image: Image.Image, mask_image: Image.Image | None
-) -> NDArray[np.int16]:
-    kind = "AutoPipelineForImage2Image" if mask_image is None else "AutoPipelineForInpainting"
+@functools.lru_cache(maxsize=1)
+def pipeline_of(directory: Path, kind: str) -> Any:
     pipeline = getattr(diffusers, kind).from_pretrained(directory, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     # diffusers 0.42 looks for the encoder's layers where transformers 4 kept them.
     if not hasattr(pipeline.text_encoder, "text_model"):
         layers = SimpleNamespace(final_layer_norm=pipeline.text_encoder.final_layer_norm)
         object.__setattr__(pipeline.text_encoder, "text_model", layers)
+    return pipeline
+
+
+def picture_of_diffusers(
+    directory: Path, fields: dict[str, Any], image: Image.Image, mask_image: Image.Image | None
+) -> NDArray[np.int16]:
+    kind = "AutoPipelineForImage2Image" if mask_image is None else "AutoPipelineForInpainting"
+    pipeline = pipeline_of(directory, kind)
     name, arguments = SCHEDULERS[fields["sampler"]]
-    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **arguments)
+    file = json.loads((directory / "scheduler" / "scheduler_config.json").read_text())
+    pipeline.scheduler = getattr(diffusers, name).from_config(file, **arguments)
     extra = {} if mask_image is None else {"mask_image": mask_image, **{n: fields[n] for n in ("width", "height")}}
     result = pipeline(
         fields["prompt"],
@@ -120,8 +128,13 @@ def picture_of_diffusers(
     return np.asarray(result).astype(np.int16)
 
 
+@functools.lru_cache(maxsize=1)
+def model_in(directory: Path) -> DiffusionModel:
+    return load_model(directory)
+
+
 def assert_equal_to_diffusers(directory: Path, fields: dict[str, Any], *, masked: bool) -> None:
-    model = load_model(directory)
+    model = model_in(directory)
     names = {"init_image": "a hash", **({"mask_image": "another"} if masked else {})}
     request = request_for(model, **fields, **names)
     image, mask_image = scene(request.width, request.height), mask(request.width, request.height)

@@ -26,7 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 ENOUGH_PX = 2048
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _STILL = "a still picture: PNG, JPEG or WebP"
-_ENCODED = "a picture in base64, or a data URL that begins with data:image/png;base64,"
+_ENCODED = "a picture in base64, by itself or in a data URL (data:image/png;base64,...)"
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]{0,20}:", re.IGNORECASE)
 
 # Pillow only warns of a picture that is a little too large for it, and opening one is where ours is refused.
