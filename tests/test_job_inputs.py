@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from darkroom.config import Settings
-from darkroom.errors import IdempotencyMismatch, QueueFull, QueueUnavailable
+from darkroom.errors import IdempotencyMismatch, JobError, QueueFull, QueueUnavailable
 from darkroom.jobs import Failure, Job, JobState
 from darkroom.queue import JobQueue
 from darkroom.queue.keys import Keys
@@ -105,6 +105,25 @@ async def test_a_dead_letter_keeps_them_as_long_as_its_record(
     assert await stored(redis, keys) == {f"input:{job.id}:{name}" for name in INPUTS}
     for name in INPUTS:
         assert 0 < await redis.pttl(keys.input(job.id, name)) <= settings.job_ttl_s * 1000
+    [letter] = await queue.dead_letters.all()
+    await queue.dead_letters.replay(letter)
+    [again] = await queue.claim("w1", [MODEL], 1, 8)
+    assert again.id != job.id
+    assert await queue.inputs(again) == INPUTS
+
+
+async def test_a_dead_letter_whose_pictures_are_gone_is_not_replayed(
+    queue: JobQueue, redis: Any, keys: Keys, settings: Settings
+) -> None:
+    job = await enqueue(queue, masked_job())
+    for _ in range(settings.max_failures):
+        await queue.claim("w1", [MODEL], 1, 8)
+        await lose(queue, redis, keys, job)
+    await redis.delete(keys.input(job.id, "mask_image"))
+    [letter] = await queue.dead_letters.all()
+    with pytest.raises(JobError, match="pictures that it begins with are not kept any more"):
+        await queue.dead_letters.replay(letter)
+    assert await queue.dead_letters.all() == [letter]
 
 
 async def test_a_job_that_is_not_taken_leaves_nothing(

@@ -179,7 +179,9 @@ PROMPT_CACHE = _worker.counter(
     "prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome"
 )
 OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks, decodes and encodes that found no memory.", "where")
-NON_FINITE = _worker.counter("non_finite_total", "Times that an image came out, or went in, as NaN or infinity.", "where")
+NON_FINITE = _worker.counter(
+    "non_finite_total", "Times that an image came out, or went in, as NaN or infinity.", "where"
+)
 NON_FINITE_RECOVERED = _worker.counter(
     "non_finite_recovered_total", "Images that came out as NaN or infinity, and in fp32 or once more did not.", "where"
 )

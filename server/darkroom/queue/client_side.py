@@ -225,6 +225,16 @@ class ClientSide:
         """Say that somebody waits for a job, or did until now."""
         await self._connection.script("stay", job_id)
 
+    async def inputs(self, job: Job) -> dict[str, bytes]:
+        """The pictures that a job begins with, by name; those that the server has lost are left out."""
+        names = job.request.input_names
+        if not names:
+            return {}
+        contents: list[bytes | None] = await self._connection.command(
+            "MGET", *(self._connection.keys.input(job.id, name) for name in names)
+        )
+        return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
+
     async def cancel(self, job_id: str) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.
 

@@ -205,16 +205,6 @@ class WorkerSide:
         states: list[bytes | None] = await self._connection.command("MGET", *keys)
         return {index: state for index, state in enumerate(states) if state is not None}
 
-    async def inputs(self, job: Job) -> dict[str, bytes]:
-        """The pictures that a claimed job begins with, by name; those that the server has lost are left out."""
-        names = job.request.input_names
-        if not names:
-            return {}
-        contents: list[bytes | None] = await self._connection.command(
-            "MGET", *(self._connection.keys.input(job.id, name) for name in names)
-        )
-        return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
-
     async def check_result_store(self) -> None:
         """See that pictures can be written. Raises `ConfigError` when the result store refuses them."""
         if self._results is not None:
