@@ -46,7 +46,7 @@ ONLY_IN: dict[str, set[str]] = {
     "xformers": {"darkroom_kernels"},
     "transformers": {"diffusion"},
     "safetensors": {"diffusion"},
-    "PIL": {"diffusion"},
+    "PIL": {"diffusion", "api"},
     "fastapi": {"api"},
     "starlette": {"api"},
     "uvicorn": {"api"},
