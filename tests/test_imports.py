@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "up": {"queue", "supervisor", *SHARED},
     "generate": {"api", "engine", "worker", *SHARED},
     "keys": {"queue", *SHARED},
-    "cli": {"api", "worker", "supervisor", "up", "generate", "keys", "darkroom_kernels", *SHARED},
+    "cli": {"api", "queue", "worker", "supervisor", "up", "generate", "keys", "darkroom_kernels", *SHARED},
     "__main__": {"cli"},
     "__init__": set(),
 }
