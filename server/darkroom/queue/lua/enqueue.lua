@@ -8,7 +8,7 @@
 --     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
 --     21 '1' to cancel the job when those that wait for it have left
 --     22 whose budget pays, '' for nobody's       23 most cost of its unfinished jobs, '' for no limit
--- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
+-- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<length>:<tenant>:<rank>:<model>, queued, backlog,
 -- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>,
 -- budget.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
