@@ -130,7 +130,7 @@ class ClientSide:
         `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
         told the same time again.
 
-        Jobs of `job.tenant` (no colon in its name) and those of others that wait share the workers by `weight`, which
+        Jobs of `job.tenant` and those of others that wait share the workers by `weight`, which
         may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
         share of the queue, or all of it where there are no tenants. Until the job ends its cost counts against the
         budget of `payer`, which may hold `max_cost` at most.
@@ -176,7 +176,7 @@ class ClientSide:
                 caller,
                 LONGEST_PROMISE_MS,
                 PROMISE_GRACE_MS,
-                job.tenant,
+                job.tenant or DEFAULT_TENANT,
                 weight,
                 "" if max_waiting is None else max_waiting,
                 int(cancel_when_left),

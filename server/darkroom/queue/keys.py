@@ -25,7 +25,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "ready_of": (
         "zset",
-        "ready_of:<tenant>:<rank>:<model>: the same of a tenant other than the default one",
+        "ready_of:<length>:<tenant>:<rank>:<model>: the same of a tenant other than the default one",
         "none: empty when idle",
     ),
     "shares": ("zset", "shares:<model>: tenants with waiting jobs by virtual time", "none: empty when idle"),

@@ -10,7 +10,7 @@
 -- A suspect (two workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
--- Writes ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
+-- Writes ready:<rank>:<model>, ready_of:<length>:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
 -- tenants:<model>, running, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of

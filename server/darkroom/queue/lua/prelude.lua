@@ -24,7 +24,10 @@ local function tenants_key(model) return prefix .. 'tenants:' .. model end
 
 -- Without a tenant, or of the one that a server without API keys has, the waiting jobs lie where they always lay.
 local function ready_key(rank, model, tenant)
-  if tenant and tenant ~= 'default' then return prefix .. 'ready_of:' .. tenant .. ':' .. rank .. ':' .. model end
+  -- With its length before it, a name may hold colons.
+  if tenant and tenant ~= 'default' then
+    return prefix .. 'ready_of:' .. #tenant .. ':' .. tenant .. ':' .. rank .. ':' .. model
+  end
   return prefix .. 'ready:' .. rank .. ':' .. model
 end
 
