@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -232,7 +233,7 @@ async def drop(page: Page, content: bytes, media_type: str = "image/png") -> Non
 
 
 REQUEST = GenerationRequest(
-    prompt="two foxes,\nünder Wasser",
+    prompt="two (foxes:1.2),\nünder Wasser",
     negative_prompt="snow",
     model="test-world",
     width=128,
@@ -242,6 +243,7 @@ REQUEST = GenerationRequest(
     seed=2**63 - 2,
     sampler="euler_a",
     sigma_schedule="simple",
+    prompt_syntax="weighted",
 )
 
 
@@ -259,6 +261,7 @@ async def restored(page: Page) -> None:
         "sigma_schedule": "simple",
     }.items():
         await expect(page.locator(f"#{name}")).to_have_value(value)
+    await expect(page.locator("#weighted")).to_be_checked()
 
 
 async def test_a_dropped_png_brings_its_settings_back(darkroom: Darkroom) -> None:
@@ -290,9 +293,14 @@ TRICKY = [
 
 async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Darkroom) -> None:
     page = await darkroom.open()
-    for prompt in TRICKY:
+    for prompt, syntax in itertools.product(TRICKY, ["plain", "weighted"]):
         request = msgspec.structs.replace(
-            REQUEST, prompt=prompt, negative_prompt="a, b: c\nd", model='my "model", large'
+            REQUEST,
+            prompt=prompt,
+            prompt_syntax=syntax,
+            negative_prompt="a, b: c\nd",
+            model='my "model", large',
+            clip_skip=1,
         )
         read = await page.evaluate(
             "async (text) => (await import('/static/png.js')).parseInfotext(text)",
@@ -309,6 +317,9 @@ async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Da
             "seed": str(request.seed),
             "sampler": "euler_a",
             "sigma_schedule": "simple",
+            "clip_skip": 1,
+            # Without brackets there is nothing to read.
+            **({"prompt_syntax": "weighted"} if syntax == "weighted" and "(" in prompt else {}),
         }
 
 
