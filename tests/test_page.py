@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from darkroom.config import Settings
 from darkroom.diffusion.images import encode_image
 from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
-from darkroom.queue import JobQueue
+from darkroom.queue import JobQueue, new_key
 from PIL import Image
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 
@@ -45,7 +46,7 @@ class Darkroom:
     contexts: list[BrowserContext] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
-    async def open(self, **options: object) -> Page:
+    async def open(self, *, is_locked: bool = False, **options: object) -> Page:
         """The page in a browser that has never seen it. Whatever it complains about fails the test."""
         context = await self.browser.new_context(**{"reduced_motion": "reduce", **DESKTOP, **options})
         context.set_default_timeout(30_000)
@@ -54,7 +55,8 @@ class Darkroom:
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         await page.goto(f"http://127.0.0.1:{self.site.port}/")
-        await expect(page.locator("#examples button").first).to_be_attached()
+        if not is_locked:
+            await expect(page.locator("#examples button").first).to_be_attached()
         return page
 
     def _heard(self, message: ConsoleMessage) -> None:
@@ -231,7 +233,7 @@ async def drop(page: Page, content: bytes, media_type: str = "image/png") -> Non
 
 
 REQUEST = GenerationRequest(
-    prompt="two foxes,\nünder Wasser",
+    prompt="two (foxes:1.2),\nünder Wasser",
     negative_prompt="snow",
     model="test-world",
     width=128,
@@ -241,6 +243,7 @@ REQUEST = GenerationRequest(
     seed=2**63 - 2,
     sampler="euler_a",
     sigma_schedule="simple",
+    prompt_syntax="weighted",
 )
 
 
@@ -258,6 +261,7 @@ async def restored(page: Page) -> None:
         "sigma_schedule": "simple",
     }.items():
         await expect(page.locator(f"#{name}")).to_have_value(value)
+    await expect(page.locator("#weighted")).to_be_checked()
 
 
 async def test_a_dropped_png_brings_its_settings_back(darkroom: Darkroom) -> None:
@@ -289,9 +293,14 @@ TRICKY = [
 
 async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Darkroom) -> None:
     page = await darkroom.open()
-    for prompt in TRICKY:
+    for prompt, syntax in itertools.product(TRICKY, ["plain", "weighted"]):
         request = msgspec.structs.replace(
-            REQUEST, prompt=prompt, negative_prompt="a, b: c\nd", model='my "model", large'
+            REQUEST,
+            prompt=prompt,
+            prompt_syntax=syntax,
+            negative_prompt="a, b: c\nd",
+            model='my "model", large',
+            clip_skip=1,
         )
         read = await page.evaluate(
             "async (text) => (await import('/static/png.js')).parseInfotext(text)",
@@ -308,6 +317,9 @@ async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Da
             "seed": str(request.seed),
             "sampler": "euler_a",
             "sigma_schedule": "simple",
+            "clip_skip": 1,
+            # Without brackets there is nothing to read.
+            **({"prompt_syntax": "weighted"} if syntax == "weighted" and "(" in prompt else {}),
         }
 
 
@@ -383,6 +395,39 @@ async def test_a_full_queue_counts_down_and_is_tried_again_by_itself(
         async with worker.running():
             await printed(page, 4)
         await expect(page.get_by_role("alert")).to_be_hidden()
+        await darkroom.contexts[0].close()
+        assert darkroom.complaints == []
+    await queue.close()
+
+
+async def test_a_darkroom_with_a_lock_asks_for_a_key_and_remembers_it_for_the_visit(
+    browser: Browser, redis_url: str, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path, redis_url=redis_url, shard="test-page-keys", auth="keys")
+    queue = await JobQueue.connect(settings, redis_url)
+    key, token = new_key(name="ann", tenant="ann", scopes=["generate"])
+    await queue.api_keys.add(key)
+    async with InstantWorker(queue).running() as worker, served(settings, queue) as site:
+        darkroom = Darkroom(browser, site, worker, queue)
+        page = await darkroom.open(is_locked=True)
+        dialog = page.get_by_role("dialog")
+        await expect(dialog).to_contain_text("This darkroom has a lock")
+        assert (await Axe().run(page)).violations_count == 0
+        await dialog.get_by_role("button", name="Not now").click()
+        # Nothing asks again by itself; what a person asks for does.
+        await expect(page.locator("#health")).to_have_text("Locked")
+        await expect(dialog).to_be_hidden()
+        await develop(page, "a red fox", seed=6)
+        await page.fill("#key-input", "dk_of_another")
+        await page.click("#key-use")
+        await expect(dialog).to_contain_text("That key does not fit")
+        await page.fill("#key-input", token)
+        await page.click("#key-use")
+        await printed(page, 6)
+        await page.reload()
+        await expect(page.locator("#examples button").first).to_be_attached()
+        await expect(dialog).to_be_hidden()
+        assert await page.evaluate("localStorage.length") == 0
         await darkroom.contexts[0].close()
         assert darkroom.complaints == []
     await queue.close()
