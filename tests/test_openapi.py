@@ -42,6 +42,7 @@ def test_every_route_has_examples_and_its_errors(document: dict[str, Any]) -> No
         "get /jobs/{job_id}",
         "delete /jobs/{job_id}",
         "get /jobs/{job_id}/images/{index}",
+        "get /jobs/{job_id}/previews/{index}",
         "get /jobs/{job_id}/events",
         "get /batch",
         "get /health/live",
