@@ -26,10 +26,10 @@ from torch import Tensor
 from darkroom import metrics
 from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
+from darkroom.diffusion.previews import PreviewMap, encode_preview, fit_previews
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory, to_host
 from darkroom.engine.events import Preview
-from darkroom.engine.previews import PreviewMap, encode_preview, fit_previews
 from darkroom.engine.pulse import Pulse
 from darkroom.engine.row import ActiveJob, Interval, Row
 from darkroom.engine.start import EncodedInputs, encode_inputs
