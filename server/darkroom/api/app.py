@@ -119,7 +119,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     replies += [shapes.Pictures, shapes.Progress, shapes.WebUIError]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
     _, requests = models_json_schema(
-        [(kind, "validation") for kind in (schema.GenerateRequest, shapes.TextToImage, lists.PngInfo)],
+        [
+            (kind, "validation")
+            for kind in (schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo)
+        ],
         ref_template="#/components/schemas/{model}",
     )
     document["components"] = {
