@@ -15,11 +15,11 @@ import pytest
 import torch
 from darkroom.config import Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
+from darkroom.diffusion.previews import MAX_PX, encode_preview, fit_previews
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.decode import decode_latents
 from darkroom.engine.engine import Engine
 from darkroom.engine.events import Preview, TickReport
-from darkroom.engine.previews import MAX_PX, encode_preview, fit_previews
 from darkroom.jobs import JobState, Previews
 from darkroom.queue import JobQueue
 from darkroom.queue import events as queue_events

@@ -25,10 +25,10 @@ from torch import Tensor
 from darkroom import metrics
 from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
+from darkroom.diffusion.previews import PreviewMap, encode_preview, fit_previews
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory
 from darkroom.engine.events import Preview
-from darkroom.engine.previews import PreviewMap, encode_preview, fit_previews
 from darkroom.engine.pulse import Pulse
 from darkroom.engine.row import Interval, Row
 from darkroom.engine.threads import use_cpu_threads
