@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -352,6 +354,81 @@ async def test_a_picture_without_settings_is_said_to_have_none(darkroom: Darkroo
         await page.click("#restore")
     await (await chooser.value).set_files(tmp_path / "plain.png")
     await expect(page.get_by_role("alert")).to_contain_text("This picture carries no settings")
+
+
+async def start_from(page: Page, picture: Image.Image, tmp_path: Path) -> None:
+    picture.save(tmp_path / "start.png")
+    async with page.expect_file_chooser() as chooser:
+        await page.click("#start-choose")
+    await (await chooser.value).set_files(tmp_path / "start.png")
+    await expect(page.locator("#start-set")).to_be_visible()
+
+
+async def sent_by(page: Page, *, click: str) -> dict[str, Any]:
+    async with page.expect_request("**/generate") as asked:
+        await page.click(click)
+    body: dict[str, Any] = (await asked.value).post_data_json
+    return body
+
+
+def opened(data_url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2])))
+
+
+async def test_a_picture_to_start_from_is_cut_to_size_and_sent_with_its_strength(
+    darkroom: Darkroom, tmp_path: Path
+) -> None:
+    page = await darkroom.open()
+    await start_from(page, Image.new("RGB", (300, 100), (200, 40, 10)), tmp_path)
+    await page.fill("#strength", "0.35")
+    await page.fill("#prompt", "a red fox")
+    await page.fill("#seed", "5")
+    sent = await sent_by(page, click="#go")
+    assert sent["strength"] == 0.35
+    assert "mask_image" not in sent
+    assert opened(sent["init_image"]).size == (64, 64)
+    assert opened(sent["init_image"]).convert("RGB").getpixel((32, 32)) == (200, 40, 10)
+    await printed(page, 5)
+    await page.click("#start-clear")
+    assert "init_image" not in await sent_by(page, click="#go")
+    await page.click("#strip .frame:nth-child(2) button")
+    again = await sent_by(page, click="#again")
+    assert (again["init_image"], again["strength"]) == (sent["init_image"], 0.35)
+
+
+async def test_a_mask_is_painted_undone_and_filled_without_a_brush(darkroom: Darkroom, tmp_path: Path) -> None:
+    page = await darkroom.open()
+    await start_from(page, Image.new("RGB", (64, 64), "gray"), tmp_path)
+    await page.fill("#prompt", "a red fox")
+    await page.click("#mask-open")
+    assert (await Axe().run(page)).violations_count == 0
+    await page.select_option("#mask-fill", "left")
+    box = await page.locator("#mask-canvas").bounding_box()
+    assert box is not None
+    for part in (0.85, 0.6):
+        await page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] * 0.1)
+        await page.mouse.down()
+        await page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] * 0.9, steps=3)
+        await page.mouse.up()
+    await page.click("#mask-undo")
+    await page.click("#mask-done")
+    mask = opened((await sent_by(page, click="#go"))["mask_image"]).convert("L")
+    row = [mask.getpixel((x, 32)) for x in (10, 30, 38, 54, 62)]
+    assert row == [255, 255, 0, 255, 0]
+    await expect(page.locator("#print-actions")).to_be_visible()
+    await page.click("#use")
+    await expect(page.locator("#mask-open")).to_have_text("Change the mask")
+    again = opened((await sent_by(page, click="#go"))["mask_image"]).convert("L")
+    assert [again.getpixel((x, 32)) for x in (10, 30, 38, 54, 62)] == row
+
+
+async def test_a_dropped_picture_without_settings_is_what_the_next_one_starts_from(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(content, "JPEG")
+    await drop(page, content.getvalue(), "image/jpeg")
+    await expect(page.locator("#start-set")).to_be_visible()
+    await expect(page.locator("#status")).to_have_text("The next picture starts from this one.")
 
 
 async def test_a_wrong_field_is_said_beside_the_field(darkroom: Darkroom) -> None:
