@@ -234,7 +234,7 @@ class Worker:
                 # nothing there is no backlog, and only a new job matters.
                 wake = wake or asyncio.create_task(self._wait_for_work())
                 signs = [wake]
-                if self._held and self._queue.must_be_free_first(self.id):
+                if self._queue.must_be_free_first(self.id):
                     idle = asyncio.create_task(self._idle.wait())
                     signs.append(idle)
                 await asyncio.wait(
