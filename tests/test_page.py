@@ -17,9 +17,11 @@ import msgspec
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 from axe_playwright_python.async_playwright import Axe
-from darkroom.config import Settings
+from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.images import encode_image
+from darkroom.diffusion.loader import load_model
 from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
 from darkroom.queue import JobQueue, new_key
@@ -28,6 +30,7 @@ from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, 
 
 from tests.support.http import Served, served
 from tests.support.instant_worker import InstantWorker, colour
+from tests.test_worker import serving
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,7 +46,7 @@ class Darkroom:
 
     browser: Browser
     site: Served
-    worker: InstantWorker
+    worker: InstantWorker | None
     queue: JobQueue
     contexts: list[BrowserContext] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
@@ -157,6 +160,61 @@ async def test_everything_can_be_done_by_keyboard(darkroom: Darkroom) -> None:
     await page.keyboard.press("Enter")
     await expect(page.locator("#strip .frame")).to_have_count(0)
     await expect(page.locator("#prompt")).to_be_focused()
+
+
+def draft(shade: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, shade, shade)).save(content, "JPEG")
+    return content.getvalue()
+
+
+async def test_the_picture_comes_up_draft_by_draft(darkroom: Darkroom) -> None:
+    darkroom.worker.gate.clear()
+    page = await darkroom.open()
+    async with page.expect_response("**/generate") as answered:
+        await develop(page, "a red fox", seed=3)
+    job_id = (await (await answered.value).json())["job_id"]
+    await expect(page.locator("#timer-step")).to_have_text("1")
+    for step, shade in ((2, 40), (3, 200)):
+        await darkroom.queue.show(darkroom.worker.worker_id, {(job_id, 1, 0): (step, draft(shade))})
+        data = base64.b64encode(draft(shade)).decode()
+        await expect(page.locator("#tray img").last).to_have_attribute("src", f"data:image/jpeg;base64,{data}")
+    darkroom.worker.gate.set()
+    await printed(page, 3)
+    await expect(page.locator("#tray img.draft")).to_have_count(0)
+
+
+async def test_a_real_picture_is_watched_from_noise_to_print(browser: Browser, redis_url: str, tmp_path: Path) -> None:
+    """Nothing stands in for anything here: the page, the server, the queue, a worker and the built-in model."""
+    settings = Settings(
+        data_dir=tmp_path, redis_url=redis_url, shard="test-page-real", num_threads=1, preview_interval_s=0.05
+    )
+    queue = await JobQueue.connect(settings, redis_url)
+    threads = torch.get_num_threads()
+    model = load_model(BUILTIN_MODEL)
+    async with serving(settings, queue, model), served(settings, queue) as site:
+        darkroom = Darkroom(browser, site, None, queue)
+        page = await darkroom.open(is_locked=True)
+        await expect(page.locator("#examples button").first).to_be_attached()
+        await page.evaluate(
+            """() => {
+                window.laid = [];
+                const watch = new MutationObserver((changes) => {
+                    for (const { addedNodes } of changes) for (const one of addedNodes) if (one.src) laid.push(one.src);
+                });
+                watch.observe(document.getElementById("prints"), { childList: true, subtree: true });
+            }"""
+        )
+        await develop(page, "a duck on a beach", seed=8, num_inference_steps=80)
+        await expect(page.locator("#status")).to_contain_text("seed 8 · 80 steps of DPM++ 2M")
+        *drafts, last = await page.evaluate("laid")
+        assert len(set(drafts)) >= 2
+        assert all(one.startswith("data:image/jpeg;base64,") for one in drafts)
+        assert last.startswith("blob:")
+        await darkroom.contexts[0].close()
+        assert darkroom.complaints == []
+    torch.set_num_threads(threads)
+    await queue.close()
 
 
 async def test_a_picture_under_way_can_be_called_off(darkroom: Darkroom) -> None:

@@ -44,18 +44,21 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, chromium_sandbox=False)
         context = browser.new_context(
-            viewport={"width": 1360, "height": 850}, color_scheme=options.scheme, reduced_motion="reduce"
+            viewport={"width": 1440, "height": 900}, color_scheme=options.scheme, reduced_motion="reduce"
         )
         page = context.new_page()
         page.goto(options.url)
         expect(page.locator("#examples button").first).to_be_visible()
         for prompt, seed in PRINTS.items():
             develop(page, prompt, seed)
-        # Others are in the bath as well, each as far as it happens to be.
-        for index in range(OTHERS):
-            request = {"prompt": "a fish under water", "num_inference_steps": 200 - 18 * index, "mode": "async"}
-            httpx.post(f"{options.url}/generate", json=request).raise_for_status()
         develop(page, "a duck on a beach", 8)
+        # Then others are in the bath, each another part of its way when the first of them is done.
+        for index in range(OTHERS):
+            request = {"prompt": "a fish under water", "num_inference_steps": 60 + 15 * index, "mode": "async"}
+            httpx.post(f"{options.url}/generate", json=request).raise_for_status()
+        rows = page.locator("#batch-rows i")
+        expect(rows).to_have_count(OTHERS, timeout=60_000)
+        expect(rows).to_have_count(OTHERS - 1, timeout=60_000)
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         browser.close()
     picture.save(options.output, quality=88, method=6)
