@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from darkroom.config import Settings, load_settings
-from darkroom.diffusion.emphasis import MAX_WEIGHT, Chunk, Piece, chunked, emphasise, parse
+from darkroom.diffusion.emphasis import Chunk, chunked, emphasise
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.engine import Failed
 from darkroom.engine.prompts import Prompt, PromptCache
 from darkroom.errors import JobError
+from darkroom.weighted import MAX_WEIGHT, Piece, parse, text_of
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -86,7 +87,7 @@ BRACKETED = st.lists(st.sampled_from(["(", ")", "[", "]", "\\", ":", ":1.3)", ":
 def test_any_string_is_a_prompt_of_finite_weights(prompt: str) -> None:
     pieces = parse(prompt)
     assert all(math.isfinite(piece.weight) and abs(piece.weight) <= MAX_WEIGHT for piece in pieces)
-    assert all(piece.text is None or piece.text for piece in pieces if "BREAK" not in prompt)
+    assert all(piece.text is None or piece.text for piece in pieces)
     assert sum(len(piece.text or "") for piece in pieces) <= len(prompt)
     neighbours = itertools.pairwise(pieces)
     assert not any(a.weight == b.weight and a.text is not None and b.text is not None for a, b in neighbours)
@@ -116,6 +117,10 @@ def test_thousands_of_brackets_take_no_time_and_weigh_no_more_than_the_limit() -
     pieces = parse("(a" * 16000)
     assert (pieces[0].weight, pieces[-1].weight) == (1.1, MAX_WEIGHT)
     assert parse("[" * 20000 + "b" + "]" * 20000)[0].weight == pytest.approx(0)
+
+
+def test_what_a_prompt_says_has_no_brackets() -> None:
+    assert text_of(r"(ga)[[n]](dalf:1.3) BREAK \(grey\) BREAK") == "gandalf (grey) "
 
 
 def words(texts: list[str]) -> list[list[int]]:

@@ -1052,10 +1052,9 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
         await queue.reap()
         running += [job for job in await claim(queue) if job.id != poison.id]
     await queue.keep_checkpoints("w1", {(job.id, job.attempt, 0): b"state" for job in running})
+    await queue.show("w1", {(job.id, job.attempt, 0): (1, b"preview") for job in running})
     await queue.batches()
     await queue.tell_batch("w1", BatchView(rows=[], max_model_rows=8))
-
-    await queue.show("w1", {(job.id, job.attempt, 0): (1, b"preview") for job in running})
 
     assert set(CHANNEL_TABLE) == {"ended", "progress", "cancel", "look"}
     written = {key.decode() for key in set(await redis.keys("*")) - before}

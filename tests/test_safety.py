@@ -372,6 +372,15 @@ async def test_a_prompt_with_a_word_of_the_list_is_refused(
     assert (await queue.stats()).counters["accepted"] == 0
 
 
+async def test_brackets_of_a_prompt_with_weights_hide_no_word(
+    settings: Settings, queue: JobQueue, tmp_path: Path
+) -> None:
+    rules = with_rules(settings, tmp_path, RULES)
+    for prompt in ("an (o)[w](l:1.3)", r"a \owl", "red BREAK kite"):
+        reply = await ask(rules, queue, prompt=prompt, prompt_syntax="weighted")
+        assert (reply.status_code, reply.json()["code"]) == (422, "prompt_refused"), prompt
+
+
 @pytest.mark.parametrize("prompt", ["a bowl of owlish soup", "a red fox and a kite", "a bald eagle2", "birds"])
 async def test_a_prompt_with_a_word_like_it_is_not(
     settings: Settings, queue: JobQueue, tmp_path: Path, prompt: str

@@ -363,6 +363,22 @@ async def test_progress_is_of_the_callers_own_jobs(client: httpx.AsyncClient, wo
     assert (await client.get("/sdapi/v1/progress")).json() == idle
 
 
+async def test_progress_shows_what_the_picture_looks_like_to_those_who_watch(
+    client: httpx.AsyncClient, worker: InstantWorker, queue: JobQueue
+) -> None:
+    worker.gate.clear()
+    call = asyncio.ensure_future(client.post("/sdapi/v1/txt2img", json=FOX))
+    await worker.started.wait()
+    first = (await client.get("/sdapi/v1/progress?skip_current_image=false")).json()
+    assert first["current_image"] is None
+    await queue.show(worker.worker_id, {(first["state"]["job"], 1, 0): (1, b"a small JPEG")})
+    assert base64.b64decode((await client.get("/sdapi/v1/progress")).json()["current_image"]) == b"a small JPEG"
+    skipped = (await client.get("/sdapi/v1/progress?skip_current_image=true")).json()
+    assert skipped["current_image"] is None
+    worker.gate.set()
+    await call
+
+
 @pytest.mark.parametrize("path", ["interrupt", "skip"])
 async def test_each_caller_stops_its_own_jobs_alone(
     client: httpx.AsyncClient, worker: InstantWorker, path: str

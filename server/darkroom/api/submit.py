@@ -30,6 +30,7 @@ from darkroom.api.service import Service, service_of
 from darkroom.errors import HTTP_STATUS, JobError, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Job, JobState, JobStatus, Priority, Result, new_job_id
 from darkroom.queue import Enqueued
+from darkroom.weighted import text_of
 
 log = structlog.get_logger("darkroom.api")
 
@@ -66,7 +67,7 @@ async def submit(
     settings = service.settings
     await take_call(request)
     check_limits(body, settings, service.accepted, has_init_image=pictures is not None)
-    await service.prompt_rules.check(body.prompt)
+    await service.prompt_rules.check(text_of(body.prompt) if body.prompt_syntax == "weighted" else body.prompt)
     card = choose_card(body.model, await service.queue.cards())
     if pictures is None and body.init_image is not None:
         pictures = await service.intake.read(body.init_image, body.mask_image)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.diffusion.config import positive_int
-from darkroom.diffusion.emphasis import Chunk, chunked, emphasise, parse
+from darkroom.diffusion.emphasis import Chunk, chunked, emphasise
 from darkroom.errors import InvalidRequest, ModelError
+from darkroom.weighted import parse
 
 MAX_LAYERS = 256
 
@@ -181,8 +182,8 @@ class TextEncoders:
     ) -> list[TextEmbedding]:
         """Embed prompts, each on its own.
 
-        They are cut at `max_tokens`, or with `weighted` read as `emphasis` says, and then as long as they need to be:
-        L is a multiple of `max_tokens`, and what is pooled comes from the first chunk.
+        They are cut at `max_tokens`. With `weighted` they are read as `darkroom.weighted` says, and as long as they
+        need to be: L is a multiple of `max_tokens`, and what is pooled comes from the first chunk.
 
         `clip_skip` leaves out that many layers at the end. `negative=True` says that these are negative prompts, which
         are zeroed when empty if the checkpoint asks for it, and as in diffusers are never skipped; weighted ones are,

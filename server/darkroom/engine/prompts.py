@@ -23,7 +23,7 @@ from darkroom.errors import JobError
 @dataclass(frozen=True)
 class Prompt:
     """What identifies an encoded prompt. `is_negative` matters to models that zero an empty negative prompt;
-    `is_weighted` ones are read as `darkroom.diffusion.emphasis` says and may be several chunks long."""
+    `is_weighted` ones are read as `darkroom.weighted` says and may be several chunks long."""
 
     text: str
     clip_skip: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ from darkroom.api.sdapi.callers import card_of, choose, options_of, unfinished
 from darkroom.api.sdapi.names import sha256_of, title_of
 from darkroom.api.sdapi.shapes import Options, Progress, documented_here, parse_lenient
 from darkroom.api.service import service_of
+from darkroom.errors import ImageNotFound, JobNotFound
 
 log = structlog.get_logger("darkroom.api")
 router = APIRouter()
@@ -26,6 +28,13 @@ _TASK = {
     "in": "query",
     "required": False,
     "description": "Only of the caller's jobs with this `force_task_id`.",
+    "schema": {"type": "string"},
+}
+_SKIP_IMAGE = {
+    "name": "skip_current_image",
+    "in": "query",
+    "required": False,
+    "description": "Without it, and from the second call on, `current_image` is what the job's first image looks like.",
     "schema": {"type": "string"},
 }
 _ERRORS = documented_here("queue_unavailable", "internal")
@@ -62,7 +71,7 @@ _IDLE = Progress(
     description="Of the job that runs, else of the one that has waited longest; idle is 0 with `job_count` 0. With "
     "keys on a caller is a tenant, else an address.",
     response_class=Response,
-    openapi_extra={"parameters": [_TASK]},
+    openapi_extra={"parameters": [_TASK, _SKIP_IMAGE]},
     responses={
         200: {
             "description": "Of the caller's own jobs.",
@@ -86,7 +95,12 @@ async def progress(request: Request) -> Response:
         "sampling_step": status.step,
         "sampling_steps": status.num_steps or status.job.request.num_inference_steps,
     }
-    return _json(Progress(progress=done, eta_relative=status.eta_s or 0.0, state=state))
+    image = None
+    if request.query_params.get("skip_current_image", "").lower() not in ("true", "1"):
+        # To ask is to watch: there is one from the next step on.
+        with contextlib.suppress(ImageNotFound, JobNotFound):
+            image = await service_of(request).queue.preview(status.job.id, 0)
+    return _json(Progress(progress=done, eta_relative=status.eta_s or 0.0, state=state, current_image=image))
 
 
 async def _stop(request: Request) -> None:

@@ -114,7 +114,7 @@ class ImageToImage(TextToImage):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """Of the caller's own jobs; `current_image` is the newest preview, base64."""
+    """Of the caller's own jobs; `current_image` is a preview of the first image, a JPEG in base64."""
 
     progress: float
     eta_relative: float
