@@ -23,8 +23,8 @@ from darkroom.worker.worker import Worker
 
 from benchmarks.concurrent import mixed_requests
 
-# What happens beside a job from its acceptance to its end.
-Beside = Callable[[JobQueue, Job], Awaitable[Any]]
+# What happens beside a job from its acceptance to its end, given the address of the server.
+Beside = Callable[[str, Job], Awaitable[Any]]
 
 
 async def images_per_s(
@@ -44,7 +44,7 @@ async def images_per_s(
             await queue.enqueue(job, result_bytes=1 << 20)
             waiting.append(queue.wait(job.id, 600))
             if beside is not None:
-                waiting.append(beside(queue, job))
+                waiting.append(beside(url, job))
         ends = await asyncio.gather(*waiting)
         took_s = time.perf_counter() - began_s
         assert all(end.state is JobState.SUCCEEDED for end in ends if end is not None)

@@ -157,6 +157,40 @@ def test_previews_keep_to_their_interval_in_seconds_and_in_steps(
     assert steps_with(preview_interval_s=0.02, preview_steps=4) == [2, 6]
 
 
+def test_with_many_watchers_every_image_has_a_first_preview_and_the_others_keep_to_their_share(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def note(decoder: Any, row: Any, _latents: object, step: int) -> None:
+        decoder.preview_cost_s = 0.004
+        asked.append((step, row.seed))
+
+    monkeypatch.setattr("darkroom.engine.decode.Decoder.show", note)
+    now_s = 0.0
+
+    def after_tick(engine: Engine, _: TickReport, ticks: int) -> None:
+        nonlocal now_s
+        now_s += 0.1
+        for seed in range(8):
+            engine.show(str(seed), 0, "linear")
+
+    jobs = [job_for(model, str(seed), seed=seed, guidance_scale=1.0, num_inference_steps=42) for seed in range(8)]
+    run_jobs(
+        model,
+        jobs,
+        load_settings(num_threads=1, encode_threads=1, preview_interval_s=0.02),
+        on_tick=after_tick,
+        on_preview=lambda _: None,
+        clock=lambda: now_s,
+    )
+    assert {seed for step, seed in asked if step == 2} == set(range(8)), "nobody waits for the first"
+    # 40 ticks of 0.1 s, of which a hundredth makes ten previews of 4 ms; and the burst at the start.
+    later = [seed for step, seed in asked if step > 2]
+    assert 8 <= len(later) <= 16
+    assert len(set(later)) == 8, "all have their turn"
+
+
 def test_a_preview_through_the_autoencoder_is_what_it_makes_of_the_denoised_latents(model: DiffusionModel) -> None:
     change, states = Change(), dict[int, Checkpoint]()
     _, shown = run_watched(

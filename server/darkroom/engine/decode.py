@@ -41,7 +41,9 @@ from darkroom.errors import JobError
 ENCODE_NICENESS = 5
 NEVER = Interval(0.0, 0.0)
 # The part of its time that the decoding thread may give to previews.
-PREVIEW_SHARE = 0.1
+PREVIEW_SHARE = 0.02
+# What a linear preview costs in all, its way to Redis included, over the CPU time that it takes to make.
+WHOLE_COST = 3.0
 
 log = structlog.get_logger("darkroom.engine")
 
@@ -137,6 +139,8 @@ class Decoder:
         self._glimpses: dict[int, Glimpse] = {}
         self._glimpses_lock = threading.Lock()
         self._decode_preview_after_s = 0.0
+        # CPU seconds that a linear preview costs, lately.
+        self.preview_cost_s = 0.0
         self._pulse = pulse
         self._max_batch = max_batch
         self._finish = finish
@@ -324,9 +328,12 @@ class Decoder:
         active = glimpse.row.active
         if preview_map is None or active.is_over or active.previews == "off":
             return
+        began_s = time.thread_time()
         with torch.inference_mode():
             pixels = preview_map.draw(glimpse.latents)
         self._send_preview(glimpse, pixels, "linear")
+        cost_s = WHOLE_COST * (time.thread_time() - began_s)
+        self.preview_cost_s += 0.1 * (cost_s - self.preview_cost_s) if self.preview_cost_s else cost_s
 
     def _send_preview(self, glimpse: Glimpse, pixels: NDArray[np.uint8], kind: str) -> None:
         row = glimpse.row

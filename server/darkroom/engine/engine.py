@@ -42,6 +42,9 @@ from darkroom.errors import DeviceLost, JobError
 from darkroom.jobs import BatchRow, BatchView, Job, Previews
 
 MAX_DECODE_BATCH = 8
+# The part of one core's time that previews may take, however many watch, and how much of it may be saved up.
+PREVIEW_SHARE = 0.01
+PREVIEW_BURST_S = 0.02
 
 log = structlog.get_logger("darkroom.engine")
 
@@ -136,6 +139,7 @@ class Engine:
         self._lanes: dict[BatchKey, Lane] = {}
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
+        self._preview_allowance_s, self._preview_asked_s = PREVIEW_BURST_S, 0.0
         self._in_flight: deque[_InFlight] = deque()
         self._ticking: tuple[Row, ...] = ()
         self._last_done_s = 0.0
@@ -343,11 +347,13 @@ class Engine:
         return self._on_saved is not None and is_due
 
     def _to_show(self, rows: Sequence[Row], now_s: float) -> list[Row]:
-        """Rows that somebody watches and whose next preview is due; a last evaluation is followed by the picture."""
+        """Rows that somebody watches and whose next preview is due; a last evaluation is followed by the picture. A
+        first preview is made at once; those after it, longest not shown first, only while previews keep to their share.
+        """
         if self._on_preview is None:
             return []
         every_s, every_steps = self._settings.preview_interval_s, self._settings.preview_steps
-        return [
+        due = [
             row
             for row in rows
             if row.active.previews != "off"
@@ -356,6 +362,17 @@ class Engine:
             and (row.shown_step == 0 or row.step_index + 1 - row.shown_step >= every_steps)
             and row.step_index + 1 < row.table.num_evaluations
         ]
+        if not due:
+            return []
+        saved_s = PREVIEW_SHARE * (now_s - self._preview_asked_s)
+        self._preview_allowance_s = min(PREVIEW_BURST_S, self._preview_allowance_s + saved_s)
+        self._preview_asked_s = now_s
+        shown = []
+        for row in sorted(due, key=lambda row: row.shown_s):
+            if row.shown_step == 0 or self._preview_allowance_s >= 0:
+                self._preview_allowance_s -= self._decoder.preview_cost_s
+                shown.append(row)
+        return shown
 
     def _save(self, row: Row, checkpoint: Checkpoint) -> None:
         row.saved = checkpoint
