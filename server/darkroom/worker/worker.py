@@ -34,8 +34,8 @@ from darkroom.worker.observe import Rates, observe_end, observe_state, observe_t
 log = structlog.get_logger("darkroom.worker")
 
 WAKE_TIMEOUT_S = 2.0
-# A drain must fit into what a supervisor grants. So long after its beginning it no longer waits for a claim under way, the
-# tick under way, results under way, and jobs being handed back.
+# A drain must fit into what a supervisor grants. So long after its beginning it waits no more for a claim under way,
+# the tick under way, results under way, and jobs being handed back.
 CLAIM_STOP_S = 0.4
 ENGINE_STOP_S = 1.1
 PUBLISH_STOP_S = 1.6
