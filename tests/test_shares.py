@@ -266,6 +266,31 @@ async def test_the_queue_is_seen_whole_whoever_its_jobs_are_of(queue: JobQueue) 
     assert len(await claim(queue, 9)) == 3, "half of what all have waiting"
 
 
+async def test_a_look_at_a_job_costs_the_server_no_more_the_more_tenants_wait(queue: JobQueue, redis: Any) -> None:
+    """It asked for four things of each; at five hundred that took the server several milliseconds for each look, and as
+    many for each new job."""
+
+    async def num_commands(tenant: str) -> tuple[int, int]:
+        await redis.config_resetstat()
+        job = await enqueue(queue, job_of(tenant))
+        to_enqueue = await redis.info("commandstats")
+        await redis.config_resetstat()
+        await queue.status(job.id)
+        to_look = await redis.info("commandstats")
+        return calls(to_enqueue), calls(to_look)
+
+    def calls(stats: dict[str, Any]) -> int:
+        return sum(command["calls"] for command in stats.values())
+
+    for index in range(4):
+        await enqueue(queue, job_of(f"t{index}"))
+    few = await num_commands("a")
+    for index in range(100):
+        await enqueue(queue, job_of(f"u{index}"))
+    many = await num_commands("b")
+    assert all(more - less < 10 for less, more in zip(few, many, strict=True))
+
+
 async def test_a_tenant_that_has_nothing_waiting_leaves_nothing_behind(queue: JobQueue, redis: Any, keys: Keys) -> None:
     for index in range(30):
         job = await enqueue(queue, job_of(f"t{index}"))

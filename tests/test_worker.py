@@ -27,6 +27,7 @@ from darkroom.worker import worker as worker_module
 from darkroom.worker.worker import Worker
 
 from tests.support.engines import job_for, request_for
+from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
 
 REPRODUCIBLE = {"batching": "reproducible", "reproducible_rows": 4, "num_threads": 1, "encode_threads": 1}
@@ -283,7 +284,7 @@ async def test_a_worker_that_has_become_free_looks_at_once_for_what_it_was_not_g
     monkeypatch.setattr(worker_module, "WAKE_TIMEOUT_S", 60.0)
     # Full with one job, so that a test may lose jobs while it runs.
     settings = settings.model_copy(update={"reproducible_rows": 2, "lease_s": 60.0})
-    first = await enqueue(queue, job_for(model, "", num_inference_steps=40))
+    first = await enqueue(queue, job_for(model, "", num_inference_steps=100))
     if holds_first == "a suspect":
         await lose_twice(queue, model, first)
     async with serving(settings, queue, model, slow_engine) as worker:
@@ -345,6 +346,7 @@ async def test_a_job_that_breaks_every_engine_ends_as_a_dead_letter(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     """It is handed back at once, and counted."""
+    change = Change()
     job = await enqueue(queue, job_for(model, ""))
     for failures in range(1, settings.max_failures + 1):
         worker = Worker(settings, queue, functools.partial(broken_engine, {model.id: model}, settings))
@@ -354,6 +356,7 @@ async def test_a_job_that_breaks_every_engine_ends_as_a_dead_letter(
     status = await queue.status(job.id)
     assert (status.state, status.failure and status.failure.code) == (JobState.FAILED, "dead_letter")
     assert (await queue.stats()).dead_letters == 1
+    assert change("dead_letters_total") == 1
 
 
 async def test_a_worker_that_loses_its_device_hands_back_all_jobs_and_counts_those_under_way(

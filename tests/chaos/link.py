@@ -1,4 +1,5 @@
-"""The way of one process to Redis: a TCP proxy that breaks as it is told, and counts what it has broken."""
+"""The way of one process to Redis: a TCP proxy that breaks as it is told, counts what it has broken, and can lead
+elsewhere, as the address of a service does after a failover."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,10 +29,11 @@ class Trap:
 
 
 class Link:
-    """Listens on a loopback port and connects each call to a unix socket."""
+    """Listens on a loopback port and connects each call to `target`, a unix socket or an address; those that are open
+    stay where they lead."""
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
+    def __init__(self, target: Path | tuple[str, int]) -> None:
+        self.target = target
         self._server: asyncio.Server | None = None
         self._flows = asyncio.Event()
         self._flows.set()
@@ -48,6 +51,14 @@ class Link:
 
     async def open(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Link]:
+        await self.open()
+        try:
+            yield self
+        finally:
+            await self.close()
 
     @property
     def url(self) -> str:
@@ -103,7 +114,10 @@ class Link:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            server_reader, server_writer = await asyncio.open_unix_connection(str(self._target))
+            if isinstance(self.target, Path):
+                server_reader, server_writer = await asyncio.open_unix_connection(str(self.target))
+            else:
+                server_reader, server_writer = await asyncio.open_connection(*self.target)
         except OSError:
             # Redis is away: a caller at its own address would be refused.
             self._abort(writer)

@@ -1,4 +1,4 @@
-"""An API and a worker, each on a wire of its own to a real redis-server that a test may do anything to."""
+"""An API and a worker, each on a link of its own to a real redis-server that a test may do anything to."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from darkroom.queue import JobQueue
 from darkroom.worker.main import _connect
 from darkroom.worker.worker import Worker
 
+from tests.chaos.link import Link
 from tests.chaos.verdict import Verdict, come_to_rest, judge
-from tests.chaos.wire import Wire
 from tests.support.http import served
 from tests.support.redis_servers import RedisServer
 
@@ -40,12 +40,12 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class World:
-    """`look` is a way to the server that no wire breaks; it goes where `server` is."""
+    """`look` is a way to the server that no link breaks; it goes where `server` is."""
 
     settings: Settings
     server: RedisServer
-    api: Wire
-    worker: Wire
+    api: Link
+    worker: Link
     client: httpx.AsyncClient
     look: JobQueue
     gate: threading.Event
@@ -140,8 +140,8 @@ async def world(
         engine._tick = gated  # type: ignore[method-assign, assignment]
         return engine
 
-    async def work(wire: Wire, drain: asyncio.Event) -> None:
-        queue = await _connect(settings, wire.url)
+    async def work(link: Link, drain: asyncio.Event) -> None:
+        queue = await _connect(settings, link.url)
         worker = Worker(settings, queue, functools.partial(gated_engine, {model.id: model}, settings))
         running = asyncio.create_task(worker.run())
         await asyncio.wait([running, asyncio.create_task(drain.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -150,13 +150,13 @@ async def world(
         await queue.close()
 
     async with contextlib.AsyncExitStack() as stack:
-        api_wire = await stack.enter_async_context(Wire(server.address).listening())
-        worker_wire = await stack.enter_async_context(Wire(server.address).listening())
+        api_link = await stack.enter_async_context(Link(server.address).opened())
+        worker_link = await stack.enter_async_context(Link(server.address).opened())
         drain = asyncio.Event()
-        workers = [asyncio.create_task(work(worker_wire, drain)) for _ in range(num_workers)]
-        api = await stack.enter_async_context(served(settings.model_copy(update={"redis_url": api_wire.url})))
+        workers = [asyncio.create_task(work(worker_link, drain)) for _ in range(num_workers)]
+        api = await stack.enter_async_context(served(settings.model_copy(update={"redis_url": api_link.url})))
         look = await JobQueue.connect(settings, server.url)
-        all_ = World(settings, server, api_wire, worker_wire, api.client, look, gate)
+        all_ = World(settings, server, api_link, worker_link, api.client, look, gate)
 
         try:
             await soon(all_.is_ready)

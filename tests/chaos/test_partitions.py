@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import time
 from collections.abc import Callable
 
 import pytest
@@ -84,3 +86,45 @@ async def test_an_api_cut_off_answers_503_and_waits_are_answered_when_the_link_i
         later = await submit(client)
         assert (await ended(stack.queue, later)).state is JobState.SUCCEEDED
     assert (verdict := await stack.verdict([job_id, later])), verdict.wrong
+
+
+@pytest.mark.parametrize("name", FAST)
+async def test_a_worker_told_to_end_while_its_link_is_broken_does_so_in_time(stack: Stack, name: str) -> None:
+    api = await stack.start("api-0")
+    lonely = await stack.start("worker-0")
+    async with stack.client(api) as client:
+        job_id = await submit(client, num_inference_steps=200)
+        await stepped(stack.queue, job_id, 10)
+        await break_until_proven(lonely, name)
+        told_s = time.monotonic()
+        lonely.child.signal(signal.SIGTERM)
+        assert await lonely.child.wait() == 0
+        assert time.monotonic() - told_s < 4, "a supervisor grants 2.5 s, and this machine may be busy"
+        await stack.start("worker-1")
+        assert (await ended(stack.queue, job_id)).state is JobState.SUCCEEDED
+    assert (verdict := await stack.verdict([job_id])), verdict.wrong
+
+
+@pytest.mark.parametrize("name", FAST)
+async def test_an_api_told_to_end_while_its_link_is_broken_tells_its_callers_and_does_so_in_time(
+    stack: Stack, name: str
+) -> None:
+    api = await stack.start("api-0")
+    await stack.start("worker-0")
+    async with stack.client(api) as client:
+        waiting = asyncio.ensure_future(
+            client.post(
+                "/generate", json={"prompt": "a cat", "num_inference_steps": 200}, headers={"Idempotency-Key": "1"}
+            )
+        )
+        accepted = await api.logged("job_accepted")
+        await break_until_proven(api, name)
+        told_s = time.monotonic()
+        api.child.signal(signal.SIGTERM)
+        reply = await waiting
+        assert (reply.status_code, reply.json()["code"]) == (503, "queue_unavailable")
+        assert reply.json()["job_id"] == accepted["job_id"]
+    assert await api.child.wait() == 0
+    assert time.monotonic() - told_s < 4, "a supervisor grants 1.7 s, and this machine may be busy"
+    assert (await ended(stack.queue, accepted["job_id"])).state in (JobState.SUCCEEDED, JobState.CANCELLED)
+    assert (verdict := await stack.verdict([accepted["job_id"]])), verdict.wrong

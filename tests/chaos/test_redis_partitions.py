@@ -10,14 +10,14 @@ import pytest
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.jobs import JobState
 
+from tests.chaos.link import Link
 from tests.chaos.redis_world import World, soon, world
-from tests.chaos.wire import Wire
 from tests.support.redis_servers import RedisServer
 
-BREAKS: dict[str, Callable[[Wire], None]] = {
-    "cut": Wire.cut,
-    "half-open": Wire.fall_silent,
-    "reset within a reply": lambda wire: wire.reset_after(200),
+BREAKS: dict[str, Callable[[Link], None]] = {
+    "cut": Link.cut,
+    "half-open": Link.fall_silent,
+    "reset within a reply": lambda link: link.reset_after(200),
 }
 broken = pytest.mark.parametrize("broken", BREAKS)
 
@@ -30,8 +30,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("darkroom.queue.worker_side.BLOCK_S", 0.2)
 
 
-def has_broken(wire: Wire) -> bool:
-    return wire.num_refused + wire.num_bytes_held + wire.num_reset > 0
+def has_broken(link: Link) -> bool:
+    return link.num_refused + link.num_bytes_held + link.num_reset > 0
 
 
 @broken

@@ -34,6 +34,8 @@ from darkroom.weighted import text_of
 
 log = structlog.get_logger("darkroom.api")
 
+# How long a server that ends waits for what it may tell its callers at last.
+_LAST_LOOK_S = 0.5
 
 # What becomes of a job whose waiting call breaks off: it is cancelled, at once or when nobody comes back in time, or it
 # goes on.
@@ -116,14 +118,13 @@ async def submit(
 async def answer(request: Request, job_id: str, timeout_s: float, when_left: WhenLeft = "cancel") -> JobStatus | None:
     """The job's status at its end, at the timeout or when this process drains.
 
-    None if the client left first; `when_left` says what becomes of its job then.
+    None if the client left first; `when_left` says what becomes of its job then. Raises `QueueUnavailable`.
     """
     service = service_of(request)
     async with _staying(service, job_id) if when_left == "cancel_later" else contextlib.nullcontext():
         status = await _wait_for_end(request, service, job_id, timeout_s)
     if status is not None and not status.state.is_terminal:
-        # From now on the client has the job's URL, and need not stay.
-        status = await service.queue.status(job_id, is_back=True)
+        status = await _last_look(service, job_id)
     if status is None:
         if when_left == "cancel":
             await service.queue.cancel(job_id)
@@ -183,10 +184,20 @@ async def _wait_for_end(request: Request, service: Service, job_id: str, timeout
             return ending.result()
         if leaving.done():
             return None
-        return await service.queue.status(job_id)
+        return await _last_look(service, job_id)
     finally:
         for task in (ending, leaving, draining):
             task.cancel()
+
+
+async def _last_look(service: Service, job_id: str) -> JobStatus:
+    """The status for a client that has the job's URL from now on, and need not stay. A process that ends does not wait
+    for a server that says nothing: its client gets the id with the error."""
+    try:
+        async with asyncio.timeout(_LAST_LOOK_S if service.handing_over.is_set() else None):
+            return await service.queue.status(job_id, is_back=True)
+    except TimeoutError as error:
+        raise QueueUnavailable("the queue does not answer in time") from error
 
 
 async def _client_leaves(request: Request) -> None:

@@ -29,7 +29,11 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
         "none: empty when idle",
     ),
     "shares": ("zset", "shares:<model>: tenants with waiting jobs by virtual time", "none: empty when idle"),
-    "tenants": ("hash", "tenants:<model>: cost:<tenant> and weight:<tenant> of their jobs", "none: empty when idle"),
+    "tenants": (
+        "hash",
+        "tenants:<model>: cost:<tenant>, jobs:<tenant> and weight:<tenant> of those that wait",
+        "none: empty when idle",
+    ),
     "debts": (
         "zset",
         "debts:<model>: tenants that have left ahead of the others; '' is the model's own virtual time",

@@ -34,10 +34,12 @@ from darkroom.worker.observe import Rates, observe_end, observe_state, observe_t
 log = structlog.get_logger("darkroom.worker")
 
 WAKE_TIMEOUT_S = 2.0
-# A drain must fit into what a supervisor grants: a claim under way, the tick under way, results under way.
+# A drain must fit into what a supervisor grants. So long after its beginning it waits no more for a claim under way,
+# the tick under way, results under way, and jobs being handed back.
 CLAIM_STOP_S = 0.4
-ENGINE_STOP_S = 0.7
-PUBLISH_STOP_S = 0.5
+ENGINE_STOP_S = 1.1
+PUBLISH_STOP_S = 1.6
+HAND_BACK_STOP_S = 2.2
 MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
@@ -170,8 +172,13 @@ class Worker:
         return ended
 
     async def _stop(self, tasks: list[asyncio.Task[Any]], engine: asyncio.Future[None]) -> None:
+        began_s = self._loop.time()
+
+        def left_s(stop_s: float) -> float:
+            return max(0.0, began_s + stop_s - self._loop.time())
+
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLAIM_STOP_S), self._claiming:
+            async with asyncio.timeout(left_s(CLAIM_STOP_S)), self._claiming:
                 pass
         # Again and again: a cancellation that meets a command's last byte may get lost in the client library.
         while tasks := [task for task in tasks if not task.done()]:
@@ -179,20 +186,25 @@ class Worker:
                 task.cancel()
             await asyncio.wait(tasks, timeout=CANCEL_AGAIN_S)
         self._engine.stop()
-        await asyncio.wait([engine], timeout=ENGINE_STOP_S)
+        await asyncio.wait([engine], timeout=left_s(ENGINE_STOP_S))
         # Callbacks that the engine's threads scheduled before they ended run now.
         await asyncio.sleep(0)
         if self._publishing:
-            await asyncio.wait(self._publishing, timeout=PUBLISH_STOP_S)
+            await asyncio.wait(self._publishing, timeout=left_s(PUBLISH_STOP_S))
         error = engine.exception() if engine.done() else None
         # Any job that was there may have broken the engine; a device is lost by what was under way.
         to_blame = error.job_ids if isinstance(error, DeviceLost) else set(self._held) if error else set()
         held = list(self._held.values())
-        with contextlib.suppress(QueueUnavailable):
-            await self._keep_checkpoints()
-            for job in held:
-                await self._queue.hand_back(self.id, job, is_failure=job.id in to_blame)
-            await self._queue.unregister(self.id)
+        try:
+            # A server that says nothing is not waited for: its leases run out.
+            async with asyncio.timeout(left_s(HAND_BACK_STOP_S)):
+                await self._keep_checkpoints()
+                await asyncio.gather(
+                    *(self._queue.hand_back(self.id, job, is_failure=job.id in to_blame) for job in held)
+                )
+                await self._queue.unregister(self.id)
+        except (QueueUnavailable, TimeoutError) as error:
+            log.warning("jobs_not_handed_back", worker=self.id, jobs=sorted(self._held), reason=str(error))
         for (job_id, _), trace in self._traces.items():
             trace.end("lost" if job_id in to_blame else "handed_back")
         log.info("worker_stopped", worker=self.id, handed_back=len(held), to_blame=len(to_blame))

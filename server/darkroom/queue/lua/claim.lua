@@ -40,12 +40,12 @@ end
 
 if holds == 'suspect' then return { 'free_first' } end
 
-local share, held_tenants, num_models = {}, {}, tonumber(ARGV[7])
+local waiting, share, held_tenants, num_models = {}, {}, {}, tonumber(ARGV[7])
 for i = 8, 7 + num_models do
   local model = ARGV[i]
   local workers = redis.call('ZCOUNT', prefix .. 'serving:' .. model, now_ms, '+inf')
-  local waiting = waiting_for(model) - redis.call('ZCARD', ready_key(SUSPECT_RANK, model))
-  share[model] = math.ceil(waiting / math.max(1, workers))
+  waiting[model] = waiting_for(model)
+  share[model] = math.ceil((waiting[model] - redis.call('ZCARD', ready_key(SUSPECT_RANK, model))) / math.max(1, workers))
 end
 for i = 8 + num_models, #ARGV do held_tenants[ARGV[i]] = true end
 local is_full = next(held_tenants) ~= nil
@@ -62,10 +62,17 @@ local function next_suspect()
   return first
 end
 
+local function first_tenant_of(model)
+  if not redis.call('ZSCORE', shares_key(model), 'default') then return 'default' end
+  return redis.call('ZRANGE', shares_key(model), 0, 0)[1]
+end
+
 local function next_ready()
   local first
   for model, left in pairs(share) do
-    for _, tenant in ipairs(left > 0 and tenants_of(model) or {}) do
+    -- Not all tenants by name: there may be hundreds, and it is nearly always the first one's turn.
+    local tenant = left > 0 and first_tenant_of(model)
+    while tenant do
       local has_jobs, least = false, is_full and not held_tenants[tenant] and 0 or min_rank
       for rank = 0, NUM_RANKS - 1 do
         local key = ready_key(rank, model, tenant)
@@ -77,6 +84,7 @@ local function next_ready()
       end
       if has_jobs then break end
       leave_share(tenant, model)
+      tenant = redis.call('ZRANGE', shares_key(model), 0, 0)[1]
     end
   end
   return first
@@ -137,14 +145,14 @@ for _ = 1, max_jobs + 256 do
     end
     redis.call('ZREM', first.key, id)
   end
+  waiting[first.model] = waiting[first.model] - 1
 end
 
 pass_time()
 local left_waiting = 0
-for model in pairs(share) do
-  local left = waiting_for(model)
-  left_waiting = left_waiting + left
-  if left == 0 then
+for model, left in pairs(waiting) do
+  left_waiting = left_waiting + math.max(0, left)
+  if left <= 0 then
     redis.call('DEL', prefix .. 'notify:' .. model)
     -- Nothing waits, so what damaged records have left of the sum goes with it.
     redis.call('HDEL', backlog, model)

@@ -163,7 +163,7 @@ local function leave_share(tenant, model)
     redis.call('PEXPIRE', debts_key(model), DEBT_MS)
   end
   redis.call('ZREM', shares_key(model), tenant)
-  redis.call('HDEL', tenants_key(model), 'cost:' .. tenant, 'weight:' .. tenant)
+  redis.call('HDEL', tenants_key(model), 'cost:' .. tenant, 'jobs:' .. tenant, 'weight:' .. tenant)
 end
 
 local function make_ready(id, job)
@@ -176,6 +176,7 @@ local function make_ready(id, job)
       redis.call('HSET', tenants_key(job.model), 'weight:' .. job.tenant, job.weight)
     end
     redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, job.cost)
+    redis.call('HINCRBY', tenants_key(job.model), 'jobs:' .. job.tenant, 1)
   end
   wake_worker(job.model)
 end
@@ -189,6 +190,7 @@ local function leave_ready(id, job)
   end
   if is_suspect(job) then return end
   redis.call('HINCRBY', tenants_key(job.model), 'cost:' .. job.tenant, 0 - job.cost)
+  redis.call('HINCRBY', tenants_key(job.model), 'jobs:' .. job.tenant, -1)
   local keys = {}
   for rank = 0, NUM_RANKS - 1 do keys[rank + 1] = ready_key(rank, job.model, job.tenant) end
   if redis.call('EXISTS', unpack(keys)) == 0 then leave_share(job.tenant, job.model) end
@@ -349,14 +351,16 @@ local function ahead_of(job, is_ready)
   local shares = redis.call('ZRANGE', shares_key(model), 0, -1, 'WITHSCORES')
   if #shares == 0 or (#shares == 2 and shares[1] == tenant) then return suspects + ahead, cost end
   local turn = virtual_time_of(tenant, model) + math.max(ahead, cost) / job.weight
+  -- In one call, whatever the number of tenants: this is asked with each new job, and each look at one that waits.
+  local fields, held = redis.call('HGETALL', tenants_key(model)), {}
+  for i = 1, #fields, 2 do held[fields[i]] = tonumber(fields[i + 1]) end
   for i = 1, #shares, 2 do
     local left = turn - shares[i + 1]
     if shares[i] ~= tenant and left >= 0 then
-      local held = redis.call('HMGET', tenants_key(model), 'cost:' .. shares[i], 'weight:' .. shares[i])
-      local waiting = waiting_of(shares[i], model)
-      local mean = (tonumber(held[1]) or 0) / math.max(1, waiting)
+      local waiting = held['jobs:' .. shares[i]] or 0
+      local mean = (held['cost:' .. shares[i]] or 0) / math.max(1, waiting)
       -- At equal times names decide, as they do in a sorted set.
-      local jobs = left * (tonumber(held[2]) or 1) / math.max(1, mean)
+      local jobs = left * (held['weight:' .. shares[i]] or 1) / math.max(1, mean)
       jobs = math.min(waiting, shares[i] < tenant and math.floor(jobs) + 1 or math.ceil(jobs))
       ahead, cost = ahead + jobs, cost + jobs * mean
     end

@@ -9,12 +9,11 @@ local models, held, oldest_us = {}, {}, nil
 for _, model in ipairs(redis.call('SMEMBERS', prefix .. 'models')) do
   local function look(key, head_start_us)
     local head = redis.call('ZRANGE', key, 0, 0, 'WITHSCORES')
-    if head[1] then
-      -- Suspects had the head starts of different classes.
-      local created_us = head_start_us and tonumber(head[2]) + head_start_us
-        or 1000 * (redis.call('HGET', job_key(head[1]), 'created_ms') or now_ms)
-      oldest_us = math.min(oldest_us or created_us, created_us)
-    end
+    if not head[1] then return 0 end
+    -- Suspects had the head starts of different classes.
+    local created_us = head_start_us and tonumber(head[2]) + head_start_us
+      or 1000 * (redis.call('HGET', job_key(head[1]), 'created_ms') or now_ms)
+    oldest_us = math.min(oldest_us or created_us, created_us)
     return redis.call('ZCARD', key)
   end
   local depth = look(ready_key(SUSPECT_RANK, model))
