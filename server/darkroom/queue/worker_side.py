@@ -254,9 +254,7 @@ class WorkerSide:
         """Put a job back at its old place, if this attempt still owns it. `is_failure` counts it as a lost worker does:
         the job may be what took the device away."""
         counted = int(is_failure)
-        handed = await self._connection.script(
-            "hand_back", job.id, worker_id, job.attempt, counted, _MAX_DEAD_LETTERS
-        )
+        handed = await self._connection.script("hand_back", job.id, worker_id, job.attempt, counted, _MAX_DEAD_LETTERS)
         metrics.DEAD_LETTERS.inc(handed == 2)
         return bool(handed)
 
