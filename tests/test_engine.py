@@ -362,7 +362,7 @@ def test_an_encoding_that_fails_half_way_leaves_the_store_as_it_was(
         cache.store = store
     assert calls == 2
     assert (cache._used, sorted(cache._free)) == ({}, [0, 1, 2])
-    assert len({encoded.slot for encoded in cache.encode(prompts).values()}) == 3
+    assert len({encoded.slots for encoded in cache.encode(prompts).values()}) == 3
 
 
 def test_only_the_ticks_have_several_cpu_threads(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,15 @@ import random
 import re
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from darkroom.diffusion.images import encode_image, read_parameters
-from darkroom.infotext import infotext
+from darkroom.infotext import infotext, parse
 from darkroom.jobs import GenerationRequest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 
 FORMATS = ("png", "jpeg", "webp")
@@ -133,6 +137,64 @@ def test_a_value_with_separators_is_quoted_so_that_the_common_parser_gives_it_ba
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last_line))
     assert json.loads(pairs["Model"]) == model
     assert pairs["Version"] == "darkroom 1"
+
+
+def test_brackets_that_are_text_are_told_to_tools_that_would_weigh_them() -> None:
+    assert ", Emphasis: None, " in infotext(make_request("a (red) fox"), 0, model_hash="", version="1")
+    weighted = make_request("a (red) fox", prompt_syntax="weighted")
+    assert "Emphasis" not in infotext(weighted, 0, model_hash="", version="1")
+
+
+def test_what_another_tool_wrote_is_read() -> None:
+    text = (
+        "a (fox:1.2), red\nat dawn\nNegative prompt: [blurry]\nbad\n"
+        'Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 965400086, Size: 512x768, Lora hashes: "a: 1, b: \\"2\\"", '
+        "Version: v1.9.4"
+    )
+    found = parse(text)
+    assert (found.prompt, found.negative_prompt) == ("a (fox:1.2), red\nat dawn", "[blurry]\nbad")
+    assert found.values == {
+        "Steps": "20",
+        "Sampler": "DPM++ 2M",
+        "CFG scale": "7",
+        "Seed": "965400086",
+        "Size": "512x768",
+        "Lora hashes": 'a: 1, b: "2"',
+        "Version": "v1.9.4",
+    }
+
+
+def test_a_text_without_values_is_a_prompt() -> None:
+    assert parse("a fox: red, and\nblue: yes").prompt == "a fox: red, and\nblue: yes"
+    assert parse("") == parse(" \n ")
+
+
+LINE = st.text(st.characters(blacklist_categories=["Cs", "Cc", "Zl", "Zp"])).map(str.strip)
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(LINE, LINE, st.text(st.characters(blacklist_categories=["Cs"])), st.integers(0, 2**40))
+def test_a_written_text_is_read_as_it_was_meant(prompt: str, negative_prompt: str, model: str, seed: int) -> None:
+    hypothesis.assume(not prompt.startswith("Negative prompt:"))
+    request = make_request(prompt, negative_prompt=negative_prompt, model=model.replace("\0", ""), seed=seed)
+    found = parse(infotext(request, 2, model_hash="sha256:0123456789abcdef", version="1.2.3"))
+    assert (found.prompt, found.negative_prompt) == (prompt, negative_prompt)
+    assert found.values["Seed"] == str(seed + 2)
+    assert found.values["Model"].strip() == request.model.strip()
+    assert found.values["Size"] == "24x16"
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from([*'a:,"\\ \n', "Steps: 20", '"x": "']), max_size=60).map("".join)))
+def test_any_text_is_read(text: str) -> None:
+    found = parse(text)
+    assert len(found.prompt) + len(found.negative_prompt) <= len(text)
+    assert all(isinstance(value, str) for value in found.values.values())
+
+
+def test_a_long_text_is_read_at_once() -> None:
+    for text in ("a" * 1_000_000, "a:" * 200_000, ('x: "' * 100_000), " " * 1_000_000 + ":"):
+        parse(text)
 
 
 @pytest.mark.parametrize(("prompt", "chunk"), [("café", b"tEXt"), ("🦊", b"iTXt")])

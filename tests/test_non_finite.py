@@ -77,6 +77,16 @@ def test_an_image_that_was_nan_once_is_drawn_again_and_nobody_sees_it(
     assert change("rows_joined_total") == change("rows_left_total") == 3
 
 
+def test_an_image_of_a_prompt_of_several_chunks_is_drawn_again_too(
+    model: DiffusionModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = jobs_of(model, prompt="a (cat:1.2) BREAK on a mat", prompt_syntax="weighted")
+    undisturbed = run_jobs(model, jobs, settings)
+    spoil(model, monkeypatch, lambda call: call == 3)
+    outcome = run_jobs(model, jobs, settings, device=TwinDevice(has_graphs=False))
+    assert [outcome.images(job.id) for job in jobs] == [undisturbed.images(job.id) for job in jobs]
+
+
 def test_it_goes_on_from_the_last_state_that_was_saved(
     model: DiffusionModel, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

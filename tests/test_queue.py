@@ -1039,6 +1039,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     await queue.api_keys.add(api_key)
     assert await queue.api_keys.find(token) == api_key
     await queue.api_keys.take(api_key.id, Rate(count=1, period_s=60, burst=1))
+    await queue.callers.begin("ann", "0" * 26, "first")
+    await queue.callers.choose("ann", {"model": MODEL})
     for index in range(3):
         await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True, payer=api_key.id)
     await succeed(queue, await claim_one(queue))

@@ -315,7 +315,7 @@ def test_texts_that_come_and_go_leave_the_store_as_they_found_it(model: Diffusio
     (cache,) = seen[0]._prompts.values()
     assert cache.store is not None
     assert cache._used == {}
-    assert sorted([*cache._free, *(entry.slot for entry in cache._idle.values() if entry.slot is not None)]) == list(
+    assert sorted([*cache._free, *(slot for entry in cache._idle.values() for slot in entry.slots)]) == list(
         range(len(cache.store))
     )
     assert seen[0]._lanes[next(iter(seen[0]._lanes))].pool.num_used == 0

@@ -90,6 +90,12 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="Largest request body read.")
     max_prompt_chars: int = Field(8000, ge=1, le=32000, description="Longest prompt or negative prompt.")
+    max_prompt_chunks: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="Longest prompt or negative prompt with weights, in chunks of 75 tokens; raising it costs memory.",
+    )
     max_num_inference_steps: int = Field(200, ge=1, le=1000, description="Most steps one request may ask for.")
     max_num_images: int = Field(16, ge=1, le=64, description="Most images one request may ask for.")
     max_job_cost: float = Field(

@@ -229,6 +229,7 @@ HTTP_STATUS: dict[str, int] = {
     "job_failed": 500,
     "bad_message": 500,
     "dead_letter": 500,
+    "prompt_too_long": 422,
     "non_finite": 500,
     "out_of_memory": 507,
     "cancelled": 409,

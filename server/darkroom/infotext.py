@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 
 from darkroom.jobs import GenerationRequest
 
@@ -48,7 +49,7 @@ def infotext(request: GenerationRequest, index: int, *, model_hash: str, version
 
     `model_hash` is the model card's weights hash, `version` Darkroom's. Lone surrogates become U+FFFD and NULs are left
     out, because the chunks this text goes into cannot hold them. `Clip skip` counts as those tools do: 1 leaves no
-    layer out.
+    layer out; `Emphasis: None` tells them that brackets are text.
     """
     values: dict[str, object] = {
         "Steps": request.num_inference_steps,
@@ -62,9 +63,68 @@ def infotext(request: GenerationRequest, index: int, *, model_hash: str, version
     }
     if request.clip_skip:
         values["Clip skip"] = request.clip_skip + 1
+    if request.prompt_syntax == "plain" and re.search(r"[()\[\]]", request.prompt + request.negative_prompt):
+        values["Emphasis"] = "None"
     values["Version"] = f"darkroom {version}"
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in values.items()))
     return without_surrogates("\n".join(lines)).replace("\0", "")
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """What a picture's `parameters` say: its prompts, and the other values by the names those tools use."""
+
+    prompt: str
+    negative_prompt: str
+    values: dict[str, str]
+
+
+_NEGATIVE = "Negative prompt:"
+_NAME = re.compile(r"\w[\w /-]+")
+# Fewer values than this on the last line, and it is part of the prompt.
+_FEWEST_VALUES = 3
+
+
+def parse(text: str) -> Infotext:
+    """Read what `infotext` or another tool wrote. Any string at all is read; one without values is a prompt."""
+    lines = [line.strip() for line in text.strip().split("\n")]
+    values = _values(lines[-1])
+    if len(values) < _FEWEST_VALUES:
+        values = {}
+    else:
+        lines.pop()
+    first = next((index for index, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
+    negative = [lines[first].removeprefix(_NEGATIVE).strip(), *lines[first + 1 :]] if first < len(lines) else []
+    return Infotext("\n".join(lines[:first]), "\n".join(negative), values)
+
+
+def _values(line: str) -> dict[str, str]:
+    """`Key: value` pairs between commas. A value in quotes may hold commas, and quotes after a backslash."""
+    values: dict[str, str] = {}
+    position = 0
+    while (colon := line.find(":", position)) >= 0:
+        name = line[position:colon].rpartition(",")[2].strip()
+        begin = colon + 1
+        while line[begin : begin + 1] == " ":
+            begin += 1
+        value, end = _quoted_value(line, begin)
+        comma = line.find(",", end)
+        comma = len(line) if comma < 0 else comma
+        if _NAME.fullmatch(name):
+            values[name] = line[begin:comma].strip() if value is None else value
+        position = comma + 1
+    return values
+
+
+def _quoted_value(line: str, begin: int) -> tuple[str | None, int]:
+    """The value in quotes that begins here, and where it ends; None when there is none."""
+    if line[begin : begin + 1] == '"':
+        try:
+            value, end = json.JSONDecoder().raw_decode(line, begin)
+        except json.JSONDecodeError:
+            return None, begin
+        return str(value), end
+    return None, begin

@@ -49,7 +49,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What to draw, with every default already filled in from the model's card.
 
     `width`, `height` in pixels; image `i` of `num_images_per_prompt` uses seed `seed + i`; `guidance_scale` at or below
-    1 turns guidance off; `clip_skip` counts text-encoder layers left out at the end.
+    1 turns guidance off; `clip_skip` counts text-encoder layers left out at the end; `prompt_syntax` is `plain`, or
+    `weighted` for prompts with weights and of any length.
     """
 
     prompt: str
@@ -64,6 +65,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     negative_prompt: str = ""
     num_images_per_prompt: int = 1
     clip_skip: int = 0
+    prompt_syntax: str = "plain"
     output_format: str = "png"
 
     @property

@@ -9,16 +9,18 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom import __version__, metrics, tracing
-from darkroom.api import batch, generate, health, jobs, page, schema
+from darkroom.api import batch, generate, health, jobs, page, problems, schema
 from darkroom.api.auth import Guard
 from darkroom.api.observe import Observe
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
+from darkroom.api.sdapi import control, lists, pictures, shapes
 from darkroom.api.service import Service
 from darkroom.config import Settings
 from darkroom.errors import DarkroomError
@@ -63,7 +65,8 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
         },
     )
     app.state.service = Service(settings, queue)
-    for surface in (generate, jobs, batch, health, page):
+    problems.SHAPES[shapes.PREFIX] = shapes.error_body
+    for surface in (generate, jobs, batch, health, page, pictures, control, lists):
         app.include_router(surface.router)
     if settings.metrics_public:
         app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)
@@ -113,10 +116,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         summary="Prompts in, pictures out.",
     )
     replies = [schema.Generated, schema.Accepted, schema.JobView, schema.Models, schema.Ready, schema.Live, Problem]
+    replies += [shapes.Pictures, shapes.Progress, shapes.WebUIError]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
-    request = schema.GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    _, requests = models_json_schema(
+        [(kind, "validation") for kind in (schema.GenerateRequest, shapes.TextToImage, lists.PngInfo)],
+        ref_template="#/components/schemas/{model}",
+    )
     document["components"] = {
-        "schemas": {"GenerateRequest": request, **components},
+        "schemas": {**requests["$defs"], **components},
         "securitySchemes": {
             "key": {"type": "http", "scheme": "bearer", "description": "Where the server asks for it."}
         },

@@ -106,8 +106,8 @@ _IMAGE_HEADERS = {
             "malformed_json", "unknown_model", "not_acceptable", "request_timeout", "cancelled", "body_too_large",
             "unsupported_media_type", "invalid_request", "prompt_refused", "idempotency_mismatch", "rate_limited",
             "budget_exceeded", "queue_full", "tenant_queue_full", "deadline_unmet", "internal", "job_failed",
-            "bad_message", "dead_letter", "non_finite", "storage_full", "no_model", "queue_unavailable",
-            "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
+            "bad_message", "dead_letter", "prompt_too_long", "non_finite", "storage_full", "no_model",
+            "queue_unavailable", "not_replicated", "storage_unavailable", "draining", "expired", "out_of_memory",
         ),
     },
 )  # fmt: skip

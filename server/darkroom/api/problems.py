@@ -55,6 +55,7 @@ TITLES: dict[str, str] = {
     "job_failed": "The job failed",
     "bad_message": "A stored message could not be read",
     "dead_letter": "The job was given up after repeated failures",
+    "prompt_too_long": "A prompt with weights has too many tokens",
     "non_finite": "The picture came out as numbers that are not finite",
     "out_of_memory": "The device ran out of memory",
     "cancelled": "The job was cancelled",
@@ -181,4 +182,5 @@ _EXAMPLE_DETAILS = {
     "deadline_unmet": "deadline_s: got 2.0, expected at least 14.2",
     "queue_unavailable": "Redis cannot be reached",
     "not_replicated": "the job was written, but 1 of 2 replicas has it: ask again with the same Idempotency-Key",
+    "prompt_too_long": "prompt: got 9 chunks of 75 tokens, expected at most 8",
 }

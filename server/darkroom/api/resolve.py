@@ -6,11 +6,18 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from darkroom.api.body import Missing, describe
 from darkroom.api.problems import InvalidFields
-from darkroom.api.schema import MAX_DEADLINE_S, MAX_GUIDANCE_SCALE, MAX_SEED, OUTPUT_FORMATS, GenerateRequest
+from darkroom.api.schema import (
+    MAX_DEADLINE_S,
+    MAX_GUIDANCE_SCALE,
+    MAX_SEED,
+    OUTPUT_FORMATS,
+    GenerateRequest,
+    PromptSyntax,
+)
 from darkroom.config import Settings
 from darkroom.errors import InvalidRequest, NoModel, UnknownModel
 from darkroom.jobs import GenerationRequest, ModelCard
@@ -37,6 +44,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
         "sampler": f"one of {', '.join(SAMPLERS)}",
         "sigma_schedule": f"one of {', '.join(SIGMA_SCHEDULES)}",
         "clip_skip": "an integer from 0 up",
+        "prompt_syntax": f"one of {', '.join(get_args(PromptSyntax))}",
         "output_format": f"one of {', '.join(OUTPUT_FORMATS)}",
         "priority": "one of low, normal, high",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
@@ -134,6 +142,7 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
         sampler=sampler,
         sigma_schedule=sigma_schedule,
         clip_skip=body.clip_skip,
+        prompt_syntax=body.prompt_syntax,
         output_format=output_format,
     )
 

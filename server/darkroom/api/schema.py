@@ -18,6 +18,7 @@ from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, JobStatus
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+PromptSyntax = Literal["plain", "weighted"]
 OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE_SCALE = 50.0
@@ -61,6 +62,11 @@ class GenerateRequest(BaseModel):
         None, description="Spacing of the noise levels; `simple` is the checkpoint's own.", examples=["karras"]
     )
     clip_skip: int = Field(0, ge=0, description="Text-encoder layers left out at the end.")
+    prompt_syntax: PromptSyntax = Field(
+        "plain",
+        description="`plain` takes prompts as they are and cuts them at 77 tokens; `weighted` reads `(word:1.3)`, "
+        "`(word)`, `[word]` and `BREAK` as AUTOMATIC1111 does, and prompts of any length by chunks of 75 tokens.",
+    )
     output_format: OutputFormat | None = Field(None, description="Left out: what `Accept` asks for, else png.")
     priority: Literal["low", "normal", "high"] = Field("normal", description="A head start in the queue.")
     deadline_s: float | None = Field(
@@ -115,6 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sampler: str
     sigma_schedule: str
     clip_skip: int
+    prompt_syntax: str
     seed: int
     seeds: Annotated[list[int], Meta(description="One for each image.")]
     timings: Annotated[Timings, Meta(description="Seconds in the queue, in the text encoder, denoising, decoding.")]
@@ -234,6 +241,7 @@ def manifest_of(status: JobStatus, result: Result) -> Manifest:
         sampler=request.sampler,
         sigma_schedule=request.sigma_schedule,
         clip_skip=request.clip_skip,
+        prompt_syntax=request.prompt_syntax,
         seed=request.seed,
         seeds=[image.seed for image in result.images],
         timings=result.timings,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from darkroom.diffusion.config import positive_int
+from darkroom.diffusion.emphasis import Chunk, chunked, emphasise, parse
 from darkroom.errors import InvalidRequest, ModelError
 
 MAX_LAYERS = 256
@@ -102,10 +103,11 @@ class TextEncoder:
                 f"the tokenizer knows {len(tokenizer)} tokens and the text encoder embeds only {config.vocab_size}"
             )
 
-    def __call__(self, prompts: Sequence[str], *, all_layers: bool) -> tuple[Any, Any]:
-        """Run prompts, cut or padded to `max_tokens`. Returns the encoder's output and, with a projection, the pooled
-        embeddings `[B, P]`, else None.
-        """
+        self._comma = tokenizer.get_vocab().get(",</w>")
+        self._chunks = functools.lru_cache(1024)(self._cut)
+
+    def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask `[B, max_tokens]` of prompts, cut or padded to that."""
         tokens = self.tokenizer(
             [clean_text(prompt) for prompt in prompts],
             padding="max_length",
@@ -113,9 +115,38 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         )
+        return tokens.input_ids, tokens.attention_mask
+
+    def chunks(self, prompt: str) -> tuple[Chunk, ...]:
+        """A prompt with weights, in chunks of `max_tokens` less the start and the end."""
+        return self._chunks(prompt)
+
+    def _cut(self, prompt: str) -> tuple[Chunk, ...]:
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+            return ids
+
+        return tuple(chunked(parse(clean_text(prompt)), tokenize, self.max_tokens - 2, self._comma))
+
+    def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, attention mask and weights `[B, max_tokens]` of chunks, each with its start, end and padding."""
+        ids = torch.full((len(chunks), self.max_tokens), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        weights = torch.ones(ids.shape)
+        for row, chunk in enumerate(chunks):
+            end = len(chunk.tokens) + 1
+            line = [self.tokenizer.bos_token_id, *chunk.tokens, self.tokenizer.eos_token_id]
+            ids[row, : end + 1] = torch.tensor(line)
+            mask[row, : end + 1] = 1
+            weights[row, 1:end] = torch.tensor(chunk.weights)
+        return ids, mask, weights
+
+    def __call__(self, tokens: Tensor, mask: Tensor, *, all_layers: bool) -> tuple[Any, Any]:
+        """Run tokens `[B, max_tokens]`. Returns the encoder's output and, with a projection, the pooled embeddings
+        `[B, P]`, else None."""
         device = self.body.final_layer_norm.weight.device
-        mask = _upload(tokens.attention_mask, device) if self.uses_attention_mask else None
-        output = self.model(_upload(tokens.input_ids, device), attention_mask=mask, output_hidden_states=all_layers)
+        seen = _upload(mask, device) if self.uses_attention_mask else None
+        output = self.model(_upload(tokens, device), attention_mask=seen, output_hidden_states=all_layers)
         return output, getattr(output, "text_embeds", None)
 
 
@@ -140,36 +171,68 @@ class TextEncoders:
         """Most layers that `clip_skip` may leave out; one always remains."""
         return max(0, min(encoder.num_layers for encoder in self.encoders) - (2 if self.is_sdxl else 1))
 
+    def num_chunks(self, prompt: str) -> int:
+        """How many times `max_tokens` the embedding of a prompt with weights is long."""
+        return max(len(encoder.chunks(prompt)) for encoder in self.encoders)
+
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str], clip_skip: int = 0, *, negative: bool = False) -> list[TextEmbedding]:
-        """Embed prompts, each on its own; longer ones are cut at `max_tokens`.
+    def encode(
+        self, prompts: Sequence[str], clip_skip: int = 0, *, negative: bool = False, weighted: bool = False
+    ) -> list[TextEmbedding]:
+        """Embed prompts, each on its own.
+
+        They are cut at `max_tokens`, or with `weighted` read as `emphasis` says, and then as long as they need to be:
+        L is a multiple of `max_tokens`, and what is pooled comes from the first chunk.
 
         `clip_skip` leaves out that many layers at the end. `negative=True` says that these are negative prompts, which
-        as in diffusers are never skipped, and zeroed when empty if the checkpoint asks for it. Raises `InvalidRequest`
-        on a `clip_skip` out of range.
+        are zeroed when empty if the checkpoint asks for it, and as in diffusers are never skipped; weighted ones are,
+        as in AUTOMATIC1111. Raises `InvalidRequest` on a `clip_skip` out of range.
         """
         if not 0 <= clip_skip <= self.max_clip_skip:
             raise InvalidRequest("clip_skip", clip_skip, f"0 to {self.max_clip_skip}")
         if not prompts:
             return []
-        if negative:
+        if negative and not weighted:
             clip_skip = 0
+        counts = [self.num_chunks(prompt) if weighted else 1 for prompt in prompts]
         parts, pooled = [], None
         for encoder in self.encoders:
-            output, pooled = encoder(prompts, all_layers=self.is_sdxl or clip_skip > 0)
-            if self.is_sdxl:
-                # SDXL was trained on the last layer but one, without the final norm.
-                parts.append(output.hidden_states[-(clip_skip + 2)])
-            elif clip_skip:
-                parts.append(encoder.body.final_layer_norm(output.hidden_states[-(clip_skip + 1)]))
+            if weighted:
+                hidden, pooled = self._encode_weighted(encoder, prompts, counts, clip_skip)
             else:
-                parts.append(output.last_hidden_state)
+                hidden, pooled = self._run(encoder, *encoder.tokens(prompts), clip_skip)
+            parts.append(hidden)
         embeds = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        result = []
-        for index, prompt in enumerate(prompts):
-            embedding = TextEmbedding(embeds[index], None if pooled is None else pooled[index])
+        result, first = [], 0
+        for prompt, count in zip(prompts, counts, strict=True):
+            own = embeds[first : first + count].flatten(0, 1)
+            embedding = TextEmbedding(own, None if pooled is None else pooled[first])
             if negative and not prompt and self.zero_empty_negative:
-                zeros = None if pooled is None else torch.zeros_like(pooled[index])
-                embedding = TextEmbedding(torch.zeros_like(embeds[index]), zeros)
+                zeros = None if pooled is None else torch.zeros_like(pooled[first])
+                embedding = TextEmbedding(torch.zeros_like(own), zeros)
             result.append(embedding)
+            first += count
         return result
+
+    def _encode_weighted(
+        self, encoder: TextEncoder, prompts: Sequence[str], counts: Sequence[int], clip_skip: int
+    ) -> tuple[Tensor, Any]:
+        """The chunks of all prompts, `counts` of each: `[C, max_tokens, D]`, and what is pooled of them."""
+        chunks: list[Chunk] = []
+        for prompt, count in zip(prompts, counts, strict=True):
+            own = encoder.chunks(prompt)
+            chunks += [*own, *[Chunk()] * (count - len(own))]
+        tokens, mask, weights = encoder.tokens_of(chunks)
+        hidden, pooled = self._run(encoder, tokens, mask, clip_skip)
+        if any(chunk.is_weighted for chunk in chunks):
+            hidden = emphasise(hidden, _upload(weights, hidden.device))
+        return hidden, pooled
+
+    def _run(self, encoder: TextEncoder, tokens: Tensor, mask: Tensor, clip_skip: int) -> tuple[Tensor, Any]:
+        output, pooled = encoder(tokens, mask, all_layers=self.is_sdxl or clip_skip > 0)
+        if self.is_sdxl:
+            # SDXL was trained on the last layer but one, without the final norm.
+            return output.hidden_states[-(clip_skip + 2)], pooled
+        if clip_skip:
+            return encoder.body.final_layer_norm(output.hidden_states[-(clip_skip + 1)]), pooled
+        return output.last_hidden_state, pooled

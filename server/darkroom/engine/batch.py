@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from darkroom.engine.checkpoint import Checkpoint, history_at
@@ -58,15 +59,26 @@ class Batch:
 
         self._captured = lane.graphs.get(bucket)
         inputs = self._inputs = lane.inputs(num_rows, bucket) if self._captured is None else self._captured.inputs
-        store = lane.prompts.store
+        # Texts of several chunks are brought together for this batch.
+        store = lane.prompts.store if lane.key.text_chunks == 1 else None
         self._text_slots = None if store is None else inputs.text_slots
-        self._text_kv = torch.stack([c.encoded.text_kv for c in self._conditionings]) if store is None else store
+        self._text_lengths: Tensor | None = None
+        if store is None:
+            texts = [conditioning.encoded.text_kv for conditioning in self._conditionings]
+            if lane.key.text_chunks > 1:
+                lengths = torch.tensor([len(text) for text in texts], dtype=torch.int32)
+                self._text_lengths = lane.device.upload(lengths)
+                longest = lane.key.text_chunks * lane.model.text.max_tokens
+                texts = [F.pad(text, (0, 0, 0, longest - len(text))) for text in texts]
+            self._text_kv = torch.stack(texts)
+        else:
+            self._text_kv = store
         self._fixed = inputs.pack(
             [_held(row.slot) for row in rows],
             range(num_rows),
             rows_uncond,
             self._row_of,
-            [0 if store is None else _held(c.encoded.slot) for c in self._conditionings],
+            [0 if store is None else c.encoded.slots[0] for c in self._conditionings],
             [row.guidance_scale for row in rows],
         )
 
@@ -87,7 +99,8 @@ class Batch:
         ]
         torch.stack(lines, out=inputs.time_projection)
         if captured is None:
-            lane.compute(inputs, inputs.noise if noisy_rows else None, self._text_kv, self._text_slots)
+            noise = inputs.noise if noisy_rows else None
+            lane.compute(inputs, noise, self._text_kv, self._text_slots, self._text_lengths)
         else:
             captured.replay()
         inputs.fetch(frame)

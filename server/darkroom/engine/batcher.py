@@ -16,13 +16,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What must be equal for rows to share one UNet call. `height`, `width` in latent pixels; `is_wide` rows overflowed
+    """What must be equal for rows to share one UNet call. `height`, `width` in latent pixels; `text_chunks` is the
+    length of the longer of a row's texts, as often as the text encoder takes it in one go; `is_wide` rows overflowed
     once and are begun again in fp32.
     """
 
     model: str
     height: int
     width: int
+    text_chunks: int = 1
     adapters: tuple[str, ...] = ()
     is_wide: bool = False
 

@@ -111,6 +111,7 @@ class Engine:
                 settings.prompt_cache_bytes,
                 batch_alone=self._is_reproducible,
                 num_in_use=self._max_resident + 2 if self._device.has_stores else None,
+                max_chunks=settings.max_prompt_chunks,
             )
             for id_, model in self.models.items()
         }

@@ -107,17 +107,18 @@ class Joiner:
         return encoded
 
 
-def key_of(model: DiffusionModel, width: int, height: int) -> BatchKey:
-    """The batch key of pictures of `width` × `height` pixels."""
-    return BatchKey(model.id, height // model.vae_scale_factor, width // model.vae_scale_factor)
+def key_of(model: DiffusionModel, width: int, height: int, text_chunks: int = 1) -> BatchKey:
+    """The batch key of pictures of `width` × `height` pixels whose longer text has `text_chunks`."""
+    return BatchKey(model.id, height // model.vae_scale_factor, width // model.vae_scale_factor, text_chunks)
 
 
 def prompts_of(model: DiffusionModel, job: Job) -> list[Prompt]:
     """The prompt, and with guidance the negative prompt, of a job."""
     request = job.request
-    prompts = [Prompt(request.prompt, request.clip_skip, False)]
+    is_weighted = request.prompt_syntax == "weighted"
+    prompts = [Prompt(request.prompt, request.clip_skip, False, is_weighted)]
     if uses_negative_prompt(model, job):
-        prompts.append(Prompt(request.negative_prompt, request.clip_skip, True))
+        prompts.append(Prompt(request.negative_prompt, request.clip_skip, True, is_weighted))
     return prompts
 
 
@@ -139,7 +140,7 @@ def make_rows(
     for prompt in prompts[1:]:
         lines.append(lines[0] if prompt.pooled is None else time_lines(device, model, request, table, prompt))
     conditionings = tuple(map(Conditioning, prompts, lines))
-    key = key_of(model, request.width, request.height)
+    key = key_of(model, request.width, request.height, max(len(prompt.chunks) for prompt in prompts))
     shape = (model.latent_channels, key.height, key.width)
     rows = []
     for index in range(request.num_images_per_prompt):

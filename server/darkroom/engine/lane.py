@@ -80,15 +80,22 @@ class Lane:
         )
         return TickInputs(self.device, num_rows, num_model_rows, time_projection, self.ring)
 
-    def compute(self, inputs: TickInputs, noise: Tensor | None, text_kv: Tensor, text_slots: Tensor | None) -> None:
+    def compute(
+        self,
+        inputs: TickInputs,
+        noise: Tensor | None,
+        text_kv: Tensor,
+        text_slots: Tensor | None,
+        text_lengths: Tensor | None = None,
+    ) -> None:
         """The tick itself: advance the rows of `inputs`, whose texts are `text_kv` `[S, L, text_kv_width]` by slot,
-        or one for each model row where there are no slots.
+        or one for each model row where there are no slots; `text_lengths` `[B]` int32 are theirs where they are padded.
         """
         model, pool = self.model, self.pool
         scaled = scale_input(
             pool.latents, inputs.coefficients, inputs.slots, inputs.row_of, model.dtype, implementation=model.kernels
         )
-        texts = (text_kv, None) if text_slots is None else (text_kv, None, text_slots)
+        texts = (text_kv, text_lengths) if text_slots is None else (text_kv, text_lengths, text_slots)
         step_(
             pool.latents,
             pool.previous,

@@ -29,6 +29,7 @@ from darkroom.errors import (
 from darkroom.jobs import BatchView, Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
 from darkroom.queue.api_keys import KeyStore
+from darkroom.queue.callers import Callers
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
@@ -87,6 +88,7 @@ class ClientSide:
         self._result_ttl_s = result_ttl_s
         self._memory = MemoryGauge(connection)
         self.api_keys = KeyStore(connection)
+        self.callers = Callers(connection)
         self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
         self._batches: list[BatchView] = []

@@ -58,6 +58,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "promises": ("zset", "places promised to refused callers by the ms from which on", "longest promise"),
     "promise": ("zset", "promise:<caller>: the same of one caller, by connection", "longest promise"),
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
+    "calls": ("hash", "calls:<sha256 of caller>: job id -> the caller's own name for it", "1 day after the last job"),
+    "choices": ("hash", "choices:<sha256 of caller>: what a caller set once for all its calls", "30 days"),
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "staged": (
         "string",
@@ -118,6 +120,12 @@ class Keys:
 
     def batch(self, worker_id: str) -> str:
         return f"{self.prefix}batch:{worker_id}"
+
+    def calls(self, caller: str) -> str:
+        return f"{self.prefix}calls:{caller}"
+
+    def choices(self, caller: str) -> str:
+        return f"{self.prefix}choices:{caller}"
 
     @property
     def counters(self) -> str:
