@@ -80,6 +80,9 @@ def test_help_names_every_command() -> None:
         (["bench", "kernels", "--device", "cpu", "--tune"], {}, "tuned on a CUDA device"),
         (["generate", "a fox", "-o", "fox.gif"], {}, "expected a name that ends in .png"),
         (["generate", "a fox", "-o", "/nowhere/fox.png"], {}, "expected a file in a directory that exists"),
+        (["generate", "a fox", "--init-image", "/nowhere/fox.png"], {}, "--init-image: got '/nowhere/fox.png'"),
+        (["generate", "a fox", "--init-image", "/proc/version"], {}, "expected a still picture: PNG, JPEG or WebP"),
+        (["generate", "a fox", "--strength", "0.5"], {}, "beside init_image"),
         (["generate", "a fox", "--url", "localhost:8000"], {}, "expected an address such as http://127.0.0.1:8000"),
     ],
 )
@@ -124,6 +127,21 @@ async def test_generate_fetches_every_picture_from_a_server(
     for index in range(2):
         with Image.open(tmp_path / f"fox-{index}.png") as image:
             assert image.getpixel((0, 0)) == colour(40 + index)
+
+
+async def test_generate_sends_the_pictures_to_begin_with(settings: Settings, queue: JobQueue, tmp_path: Path) -> None:
+    for name, colour_of_it in (("cat.png", "red"), ("mask.png", "white")):
+        Image.new("RGB", (32, 16), colour_of_it).save(tmp_path / name)
+    async with served(settings, queue) as server, InstantWorker(queue).running() as worker:
+        code, _, err = await darkroom_beside(
+            "generate", "a fox", "-o", "fox.png", "--init-image", "cat.png", "--mask", "mask.png", "--strength", "0.6",
+            "--url", f"http://127.0.0.1:{server.port}/", cwd=tmp_path,
+        )  # fmt: skip
+    assert (code, err) == (0, "")
+    (inputs,) = worker.inputs.values()
+    assert set(inputs) == {"init_image", "mask_image"}
+    with Image.open(tmp_path / "fox.png") as image:
+        assert image.size == (32, 16)
 
 
 async def test_the_file_name_says_the_format(settings: Settings, queue: JobQueue, tmp_path: Path) -> None:

@@ -124,11 +124,24 @@ def test_the_parameters_text_is_the_one_other_tools_read() -> None:
     )
 
 
+def test_a_picture_drawn_from_another_says_how_much_it_may_differ() -> None:
+    request = make_request(init_image="a hash", strength=0.75)
+    text = infotext(request, 0, model_hash="", version="1")
+    assert text.split("\n")[-1].endswith(", Denoising strength: 0.75, Version: darkroom 1")
+    data = encode(request)
+    with Image.open(io.BytesIO(data)) as image:
+        assert "Denoising strength: 0.75" in image.info["parameters"]
+    record = read_parameters(data)
+    assert record is not None
+    assert (record["request"]["strength"], record["request"]["init_image"]) == (0.75, "a hash")
+
+
 def test_without_a_negative_prompt_its_line_is_left_out() -> None:
     text = infotext(make_request(), 0, model_hash="", version="1")
     assert text.count("\n") == 1
     assert "Negative prompt" not in text
     assert "Clip skip" not in text
+    assert "Denoising strength" not in text
 
 
 @pytest.mark.parametrize("model", ["a,b", "a: b", "a\nb", 'say "hi"', "back\\slash, too"])

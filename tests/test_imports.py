@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "up": {"queue", "supervisor", *SHARED},
     "generate": {"api", "engine", "worker", *SHARED},
     "keys": {"queue", *SHARED},
-    "cli": {"api", "worker", "supervisor", "up", "generate", "keys", "darkroom_kernels", *SHARED},
+    "cli": {"api", "queue", "worker", "supervisor", "up", "generate", "keys", "darkroom_kernels", *SHARED},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -46,7 +46,7 @@ ONLY_IN: dict[str, set[str]] = {
     "xformers": {"darkroom_kernels"},
     "transformers": {"diffusion"},
     "safetensors": {"diffusion"},
-    "PIL": {"diffusion"},
+    "PIL": {"diffusion", "api"},
     "fastapi": {"api"},
     "starlette": {"api"},
     "uvicorn": {"api"},

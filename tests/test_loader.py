@@ -288,7 +288,7 @@ def test_a_component_that_the_index_does_not_list_is_named(checkpoint: Path, com
     ("changes", "named"),
     [
         ({"_class_name": "FluxPipeline"}, "FluxPipeline"),
-        ({"_class_name": "StableDiffusionInpaintPipeline"}, "StableDiffusionInpaintPipeline"),
+        ({"_class_name": "StableDiffusionUpscalePipeline"}, "StableDiffusionUpscalePipeline"),
         ({"_class_name": None}, "None"),
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "UNet3DConditionModel"),
         ({"unet": ["my_unet", "UNet2DConditionModel"]}, "my_unet"),
@@ -342,8 +342,8 @@ def test_a_config_that_cannot_be_honoured_is_named(
 
 
 def test_parts_that_do_not_fit_are_named(originals: dict[Family, Path], tmp_path: Path) -> None:
-    nine = write_tiny_model(tmp_path / "nine", "sd1", unet={"in_channels": 9})
-    assert "9 channels" in refusal(nine)
+    seven = write_tiny_model(tmp_path / "seven", "sd1", unet={"in_channels": 7})
+    assert "takes 7 channels" in refusal(seven)
     wide = write_tiny_model(tmp_path / "wide", "sd1", unet={"cross_attention_dim": 40})
     assert "40 wide" in refusal(wide)
 

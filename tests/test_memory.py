@@ -72,7 +72,7 @@ def test_weights_are_counted_exactly(family: str, tmp_path: Path) -> None:
     assert got.weights == pytest.approx(halves + stored["vae"], rel=0.05)
     model = load_model(directory)
     assert got.text == 77 * model.unet.text_kv_width * 2
-    assert got.row == 4 * 4 * 8 * 8 * 4 + 50 * model.unet.time_width * 2
+    assert got.row == 6 * 4 * 8 * 8 * 4 + 50 * model.unet.time_width * 2
     assert got.name == model.id
 
 

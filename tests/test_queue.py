@@ -1042,7 +1042,8 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     await queue.callers.begin("ann", "0" * 26, "first")
     await queue.callers.choose("ann", {"model": MODEL})
     for index in range(3):
-        await enqueue(queue, costing(100.0), idempotency_key=str(index), cancel_when_left=True, payer=api_key.id)
+        options: dict[str, Any] = {"cancel_when_left": True, "inputs": {"init_image": b"picture"}}
+        await enqueue(queue, costing(100.0), idempotency_key=str(index), payer=api_key.id, **options)
     await succeed(queue, await claim_one(queue))
     poison = await claim_one(queue)
     running: list[Job] = []

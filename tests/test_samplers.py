@@ -20,6 +20,7 @@ from darkroom.sampling import (
     SAMPLERS,
     SIGMA_SCHEDULES,
     check_sampling,
+    first_step,
     num_evaluations,
     sampler_info,
     supported_sigma_schedules,
@@ -152,6 +153,79 @@ def test_a_trajectory_equals_diffusers(sampler, sigma_schedule, prediction_type)
         config = STABLE_DIFFUSION | {"prediction_type": prediction_type, "timestep_spacing": spacing}
         for steps in STEPS:
             assert_equals_diffusers(sampler, config, steps, sigma_schedule, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("sampler", "sigma_schedule"), COMBINATIONS)
+def test_a_trajectory_that_starts_later_equals_diffusers(sampler, sigma_schedule, masked):
+    """As in image-to-image: clean latents are noised to the first step; with a mask, what is kept is put back after
+    every evaluation at the noise of the next one."""
+    for prediction_type in ("epsilon", "v_prediction"):
+        config = STABLE_DIFFUSION | {"prediction_type": prediction_type, "timestep_spacing": "leading"}
+        for steps, strength in ((1, 1.0), (4, 0.3), (5, 0.6), (20, 0.75)):
+            expected = late_oracle_trajectory(sampler, config, steps, sigma_schedule, strength, masked=masked)
+            first = first_step(steps, strength)
+            table = compile_sampler(sampler, NoiseSchedule.from_config(config), steps, sigma_schedule, first)
+            assert table.num_evaluations == num_evaluations(sampler, steps, strength)
+            assert len(table.levels) == table.num_evaluations + 1
+            error = relative_error(run_late_table(table, masked=masked), expected)
+            assert error < 1e-4, (error, steps, strength, prediction_type)
+
+
+CLEAN = 0.5 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+KEPT = torch.rand(SHAPE[2:], generator=torch.Generator().manual_seed(4)) < 0.4
+
+
+def late_oracle_trajectory(
+    sampler: str, config: dict[str, Any], steps: int, sigma_schedule: str, strength: float, *, masked: bool
+) -> Tensor:
+    class_name, arguments = ORACLES[sampler]
+    if sigma_schedule != "simple":
+        arguments = arguments | {f"use_{other}_sigmas": other == sigma_schedule for other in SIGMA_SCHEDULES[1:]}
+    noise_scheduler = getattr(diffusers, class_name).from_config(config, **arguments)
+    noise_scheduler.set_timesteps(steps)
+    first = (steps - min(int(steps * strength), steps)) * noise_scheduler.order
+    if hasattr(noise_scheduler, "set_begin_index"):
+        noise_scheduler.set_begin_index(first)
+    timesteps = noise_scheduler.timesteps[first:]
+    generator = torch.Generator().manual_seed(7)
+    extra: dict[str, Any] = {"generator": generator} if sampler in WHEN_GENERATOR else {}
+    if sampler == "ddim":
+        extra = {"use_clipped_model_output": True}
+    drawn = torch.randn(SHAPE, generator=generator)
+    x = noise_scheduler.add_noise(CLEAN, drawn, timesteps[:1])
+    for i, timestep in enumerate(timesteps):
+        model_output = denoiser(noise_scheduler.scale_model_input(x, timestep), timestep)
+        x = noise_scheduler.step(model_output, timestep, x, **extra).prev_sample
+        if masked:
+            kept = CLEAN
+            if i + 1 < len(timesteps):
+                kept = noise_scheduler.add_noise(CLEAN, drawn, timesteps[i + 1 : i + 2])
+            x = torch.where(KEPT, kept, x)
+    return x
+
+
+def run_late_table(table: SamplerTable, *, masked: bool) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randn(SHAPE, generator=generator)
+    x = table.levels[0][0] * CLEAN + table.levels[0][1] * drawn
+    previous = torch.zeros(1, 2, *SHAPE[1:])
+    row, no_guidance, is_finite = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1, dtype=torch.bool)
+    for i, (signal, level) in enumerate(table.levels[1:]):
+        line = table.coefficients[i : i + 1]
+        noise = torch.randn(SHAPE, generator=generator) if table.needs_noise[i] else None
+        model_output = denoiser(scale_input(x, line, row, row, torch.float32), table.timesteps[i])
+        step_(x, previous, model_output, row, row, row, no_guidance, line, noise, is_finite)
+        if masked:
+            x = torch.where(KEPT, signal * CLEAN + level * drawn, x)
+    return x
+
+
+@pytest.mark.parametrize(("steps", "strength", "least"), [(4, 0.2, "0.25"), (49, 0.02, "0.0205"), (1, 0.99, "1")])
+def test_a_strength_that_leaves_no_step_is_refused_with_the_least_that_does(steps, strength, least):
+    with pytest.raises(InvalidRequest, match=f"strength: got {strength}, expected a number from {least} to 1 with"):
+        first_step(steps, strength)
+    assert first_step(steps, float(least)) == steps - 1
 
 
 # Settings that published files carry, each laid over a Stable Diffusion file unless it starts afresh.

@@ -178,6 +178,16 @@ def generate(
     sigma_schedule: Annotated[str | None, typer.Option(help="Spacing of the noise levels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    init_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to begin with.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What of it to draw anew: white is new, black is kept.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of it may change, up to 1. (default: 0.8, with a mask 1)")
+    ] = None,
+    resize_mode: Annotated[
+        str | None, typer.Option(help="For other proportions: stretch, crop or fill. (default: stretch)")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="Pictures; they go to out-0.png, out-1.png, ...")] = 1,
     output_format: Annotated[
         Format | None, typer.Option("--format", help="File format. (default: as the file is called)")
@@ -190,7 +200,15 @@ def generate(
     """Draw a prompt into a file."""
     settings = _settings("generate", log_level="warning")
     from darkroom.config import BUILTIN_MODEL
-    from darkroom.generate import generate_here, generate_there, output_format_of, paths_of, progress_bar, report
+    from darkroom.generate import (
+        generate_here,
+        generate_there,
+        output_format_of,
+        paths_of,
+        picture_in,
+        progress_bar,
+        report,
+    )
 
     began = time.monotonic()
     options: dict[str, Any] = {
@@ -202,6 +220,10 @@ def generate(
         "sigma_schedule": sigma_schedule,
         "width": width,
         "height": height,
+        "init_image": picture_in(init_image, "--init-image"),
+        "mask_image": picture_in(mask, "--mask"),
+        "strength": strength,
+        "resize_mode": resize_mode,
         "model": model if url is not None else None,
     }
     fields = {

@@ -89,6 +89,15 @@ class Settings(BaseSettings):
         "clients more time to come back.",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, le=1 << 28, description="Largest request body read.")
+    max_image_bytes: int = Field(
+        16 << 20, ge=1024, le=1 << 28, description="Largest request body read that brings pictures."
+    )
+    max_image_pixels: int = Field(
+        1 << 25,
+        ge=1 << 16,
+        le=1 << 26,
+        description="Most pixels of a picture that is sent; raising it costs up to 9 bytes each while one is decoded.",
+    )
     max_prompt_chars: int = Field(8000, ge=1, le=32000, description="Longest prompt or negative prompt.")
     max_prompt_chunks: int = Field(
         8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import threading
@@ -54,6 +55,14 @@ def paths_of(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_name(f"{out.stem}-{index}{out.suffix}") for index in range(count)]
 
 
+def picture_in(path: Path | None, option: str) -> str | None:
+    """A file as `POST /generate` takes it. Raises `InvalidRequest` when it cannot be read."""
+    try:
+        return None if path is None else base64.b64encode(path.read_bytes()).decode()
+    except OSError as error:
+        raise InvalidRequest(option, str(path), "a file that can be read") from error
+
+
 def generate_here(
     fields: Mapping[str, Any], model_source: str | Path, settings: Settings, on_progress: OnProgress
 ) -> Pictures:
@@ -62,20 +71,31 @@ def generate_here(
     Raises `RequestError`, `ModelError`, `ConfigError` or `JobError`.
     """
     from darkroom.api.body import parse_fields
-    from darkroom.api.resolve import accepted_values, check_cost, check_limits, complete, cost_of
+    from darkroom.api.resolve import accepted_values, check_cost, check_limits, complete, cost_of, with_inputs
     from darkroom.api.schema import GenerateRequest
 
     accepted = accepted_values(settings)
     body = parse_fields(GenerateRequest, dict(fields), accepted)
     check_limits(body, settings, accepted)
+    begun_with = None
+    if body.init_image is not None:
+        from darkroom.api.pictures import read_pictures
+
+        begun_with = read_pictures(body.init_image, body.mask_image, max_pixels=settings.max_image_pixels)
     # torch takes seconds to import, and a refused request none.
     from darkroom.engine.local import generate_images
     from darkroom.worker.main import load_models
 
     (model,) = load_models(settings, [model_source]).values()
-    request = complete(body, model.card, str(fields["output_format"]))
+    request = complete(body, model.card, str(fields["output_format"]), begun_with)
+    inputs: dict[str, bytes] = {}
+    if begun_with is not None:
+        from darkroom.api.pictures import fitted
+
+        inputs = fitted(begun_with, request.width, request.height, body.resize_mode)
+        request = with_inputs(request, inputs)
     check_cost(cost_of(request, model.card), settings)
-    contents, result = generate_images(model, request, settings, on_progress)
+    contents, result = generate_images(model, request, settings, on_progress, inputs)
     timings = result.timings
     return Pictures(
         contents,

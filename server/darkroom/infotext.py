@@ -61,6 +61,8 @@ def infotext(request: GenerationRequest, index: int, *, model_hash: str, version
         "Model hash": short_hash(model_hash),
         "Model": request.model,
     }
+    if request.init_image:
+        values["Denoising strength"] = f"{request.strength:g}"
     if request.clip_skip:
         values["Clip skip"] = request.clip_skip + 1
     if request.prompt_syntax == "plain" and re.search(r"[()\[\]]", request.prompt + request.negative_prompt):

@@ -16,6 +16,9 @@ from darkroom.errors import JobError
 
 MESSAGE_VERSION = 1
 
+# The fields of a request that stand for a picture beside it.
+INPUT_NAMES = ("init_image", "mask_image")
+
 
 class JobState(str, Enum):
     """A job's life: queued → running → one of the four terminal states."""
@@ -51,6 +54,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     `width`, `height` in pixels; image `i` of `num_images_per_prompt` uses seed `seed + i`; `guidance_scale` at or below
     1 turns guidance off; `clip_skip` counts text-encoder layers left out at the end; `prompt_syntax` is `plain`, or
     `weighted` for prompts with weights and of any length.
+
+    `init_image` and `mask_image` are '' or the SHA-256 of a picture of the request's size that travels beside the job;
+    white of the mask is drawn anew, black is kept. Of the steps only the last `strength` (0 to 1) are run on an init
+    image.
     """
 
     prompt: str
@@ -67,6 +74,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: int = 0
     prompt_syntax: str = "plain"
     output_format: str = "png"
+    init_image: str = ""
+    mask_image: str = ""
+    strength: float = 1.0
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The pictures that travel beside the job."""
+        return tuple(name for name in INPUT_NAMES if getattr(self, name))
 
     @property
     def uses_guidance(self) -> bool:
@@ -107,7 +122,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What the API must know of a model to fill in and check a request, published by the workers that serve it.
 
     `size_multiple` is what width and height must be divisible by; `vae_scale_factor` is pixels per latent pixel, which
-    has `latent_channels`.
+    has `latent_channels`. `needs_mask` says that the model was made for inpainting: it draws only with an init image
+    and a mask.
     """
 
     id: str
@@ -127,6 +143,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_height: int
     max_clip_skip: int = 0
     latent_channels: int = 4
+    needs_mask: bool = False
     description: str = ""
     license: str = ""
     example_prompts: list[str] = []

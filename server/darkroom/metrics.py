@@ -178,14 +178,16 @@ STEPS_SAVED = _worker.counter(
 PROMPT_CACHE = _worker.counter(
     "prompt_cache_requests_total", "Prompts looked up in the cache of embeddings.", "outcome"
 )
-OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks and decodes that found no memory.", "where")
-NON_FINITE = _worker.counter("non_finite_total", "Times that an image came out as NaN or infinity.", "where")
+OUT_OF_MEMORY = _worker.counter("out_of_memory_total", "Ticks, decodes and encodes that found no memory.", "where")
+NON_FINITE = _worker.counter(
+    "non_finite_total", "Times that an image came out, or went in, as NaN or infinity.", "where"
+)
 NON_FINITE_RECOVERED = _worker.counter(
     "non_finite_recovered_total", "Images that came out as NaN or infinity, and in fp32 or once more did not.", "where"
 )
 VAE_UPCASTS = _worker.counter("vae_upcasts_total", "Autoencoders replaced by their fp32 form because they overflowed.")
 QUEUE_WAIT_SECONDS = _worker.histogram("queue_wait_seconds", "From a job's acceptance to its claim.", _PART_SECONDS)
-ENCODE_SECONDS = _worker.histogram("encode_seconds", "Text encoding of one job.", _PART_SECONDS)
+ENCODE_SECONDS = _worker.histogram("encode_seconds", "Encoding of one job's texts and init image.", _PART_SECONDS)
 DENOISE_SECONDS = _worker.histogram("denoise_seconds", "From a job's first tick to its last.", _PART_SECONDS)
 DECODE_SECONDS = _worker.histogram("decode_seconds", "VAE decode of one job.", _PART_SECONDS)
 IMAGE_ENCODE_SECONDS = _worker.histogram("image_encode_seconds", "Compression of one job's images.", _PART_SECONDS)
@@ -220,8 +222,8 @@ for _metric, _values in (
     (ROWS_LEFT, ("finished", "ended_early")),
     (ROWS_NOT_TAKEN, ("other_shape", "no_room", "no_slot", "kept_apart")),
     (PROMPT_CACHE, ("hit", "miss")),
-    (OUT_OF_MEMORY, ("tick", "decode")),
-    (NON_FINITE, ("tick", "decode")),
+    (OUT_OF_MEMORY, ("tick", "decode", "encode")),
+    (NON_FINITE, ("tick", "decode", "encode")),
     (REDIS_REFUSALS, ("memory", "read_only", "disk", "loading", "replicas", "other")),
     (NOT_REPLICATED, ("job", "result")),
     (NON_FINITE_RECOVERED, ("tick", "decode")),

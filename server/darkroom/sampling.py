@@ -5,6 +5,7 @@ The mathematics is in `darkroom.diffusion.samplers`. This file is what the API, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from darkroom.errors import InvalidRequest
@@ -59,15 +60,30 @@ def supported_sigma_schedules(sampler: str) -> tuple[str, ...]:
     return sampler_info(sampler).sigma_schedules
 
 
-def num_evaluations(sampler: str, num_inference_steps: int) -> int:
-    """UNet evaluations of one image: 2N − 1 for heun (its last step is first order), N for all others.
+def num_evaluations(sampler: str, num_inference_steps: int, strength: float = 1.0) -> int:
+    """UNet evaluations of one image, of N steps 2N − 1 for heun (its last step is first order), N for all others; with
+    a `strength` below 1 of the last N·strength steps.
 
-    Raises `InvalidRequest` on an unknown sampler or `num_inference_steps` below 1.
+    Raises `InvalidRequest` on an unknown sampler, `num_inference_steps` below 1, or a `strength` that leaves no step.
     """
     sampler_info(sampler)
     if num_inference_steps < 1:
         raise InvalidRequest("num_inference_steps", num_inference_steps, "at least 1")
-    return 2 * num_inference_steps - 1 if sampler == "heun" else num_inference_steps
+    steps = num_inference_steps - first_step(num_inference_steps, strength)
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
+def first_step(num_inference_steps: int, strength: float) -> int:
+    """The step, from 0, at which an image noised with `strength` in (0, 1] enters a trajectory.
+
+    Raises `InvalidRequest` when no step is left. Source: diffusers `StableDiffusionImg2ImgPipeline.get_timesteps`.
+    """
+    steps = min(int(num_inference_steps * strength), num_inference_steps)
+    if steps < 1:
+        least = math.ceil(10_000 / num_inference_steps) / 10_000
+        accepted = f"a number from {least:g} to 1 with {num_inference_steps} steps, so that one of them is left"
+        raise InvalidRequest("strength", strength, accepted)
+    return num_inference_steps - steps
 
 
 def check_sampling(sampler: str, sigma_schedule: str) -> None:

@@ -70,13 +70,14 @@ def run_jobs(
     on_start: Callable[[Engine], None] | None = None,
     on_tick: Callable[[Engine, TickReport, int], None] | None = None,
     checkpoints: Mapping[str, Mapping[int, bytes]] | None = None,
+    inputs: Mapping[str, Mapping[str, bytes]] | None = None,
     **options: Any,
 ) -> Outcome:
     """Submit `jobs` before the first tick and run until `expected` (default: all of them) have ended.
 
     `on_start(engine)` comes before the first tick. `on_tick(engine, report, ticks so far)` runs on the tick thread, so
-    what it submits or cancels is in time for the next tick. `checkpoints` are by job id and image. `options` are the
-    engine's own.
+    what it submits or cancels is in time for the next tick. `checkpoints` are by job id and image, `inputs` by job id
+    and name. `options` are the engine's own.
     """
     outcome, expected = Outcome(), len(jobs) if expected is None else expected
 
@@ -93,7 +94,12 @@ def run_jobs(
 
     engine = Engine({model.id: model}, settings, on_event=ended, on_tick=ticked, **options)
     for job in jobs:
-        engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=(checkpoints or {}).get(job.id))
+        engine.submit(
+            job,
+            deadline_in_s=deadline_in_s,
+            checkpoints=(checkpoints or {}).get(job.id),
+            inputs=(inputs or {}).get(job.id),
+        )
     if on_start is not None:
         on_start(engine)
     thread = threading.Thread(target=engine.run, daemon=True)

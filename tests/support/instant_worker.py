@@ -61,6 +61,8 @@ class InstantWorker:
         self.gate = asyncio.Event()
         self.gate.set()
         self.started = asyncio.Event()
+        # What the jobs began with, by job id and name.
+        self.inputs: dict[str, dict[str, bytes]] = {}
         self._held: set[asyncio.Task[None]] = set()
         self._jobs: dict[str, Job] = {}
 
@@ -106,7 +108,8 @@ class InstantWorker:
 
     async def _draw(self, job: Job) -> None:
         request = job.request
-        steps = num_evaluations(request.sampler, request.num_inference_steps)
+        steps = num_evaluations(request.sampler, request.num_inference_steps, request.strength)
+        self.inputs[job.id] = await self.queue.inputs(job)
         await self.queue.progress(self.worker_id, [(job.id, job.attempt, 1, steps)])
         self.started.set()
         if not self.gate.is_set():

@@ -12,12 +12,15 @@ from starlette.requests import ClientDisconnect, Request
 
 from darkroom.api.problems import InvalidFields
 from darkroom.errors import InvalidRequest, RequestError
+from darkroom.jobs import INPUT_NAMES
 
-# A client that sends too much is read on, up to this many times the cap, so that it gets to see the 413 instead of a
-# reset connection.
+# A client that sends too much is read on, up to this many times the usual cap, so that it gets to see the 413 instead
+# of a reset connection.
 _DISCARD_FACTOR = 16
 _BODY_TIMEOUT_S = 30.0
 _MAX_ERRORS = 16
+# Longer than any prompt that may be allowed.
+_LONGEST_SHOWN = 40_000
 
 # Names that other servers use for our fields.
 _OTHER_NAMES = {
@@ -35,13 +38,18 @@ _OTHER_NAMES = {
     "size": "width and height",
     "timeout": "wait_timeout_s",
     "deadline": "deadline_s",
+    "image": "init_image",
+    "init_images": "init_image",
+    "mask": "mask_image",
+    "denoising_strength": "strength",
 }
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object, never holding more than `max_bytes` of it.
+async def read_json(request: Request, max_bytes: int, *, max_image_bytes: int = 0) -> dict[str, Any]:
+    """Read a JSON object, never holding more than `max_bytes` of it, or than `max_image_bytes` where it brings a
+    picture: more than the first is accepted from an object with a field that stands for one.
 
     Raises `RequestError` with code `unsupported_media_type`, `body_too_large`, `request_timeout`, `malformed_json` or
     `invalid_request` (not an object, or a key given twice).
@@ -54,16 +62,29 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
         raise RequestError("the body must not be compressed (Content-Encoding)", code="unsupported_media_type")
     try:
         async with asyncio.timeout(_BODY_TIMEOUT_S):
-            body = await _read(request, max_bytes)
+            body = await _read(request, max(max_bytes, max_image_bytes), max_bytes)
     except TimeoutError as error:
         raise RequestError(
             f"the body did not arrive within {_BODY_TIMEOUT_S:g} seconds", code="request_timeout"
         ) from error
-    return parse_json(body)
+    if len(body) <= max_bytes:
+        return parse_json(body)
+    try:
+        fields = parse_json(body)
+    except RequestError as error:
+        raise _too_large(max_bytes) from error
+    if not any(name in fields for name in INPUT_NAMES):
+        raise _too_large(max_bytes)
+    return fields
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    too_large = RequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large")
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large")
+
+
+async def _read(request: Request, max_bytes: int, discard_bytes: int) -> bytes:
+    """The body; of one that is larger than `max_bytes` the rest is read and dropped, within reason."""
+    too_large = _too_large(max_bytes)
     declared = request.headers.get("content-length", "")
     oversized = declared.isdecimal() and int(declared[:20]) > max_bytes
     if oversized and "100-continue" in request.headers.get("expect", ""):
@@ -73,7 +94,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     try:
         async for chunk in request.stream():
             size += len(chunk)
-            if size > max_bytes * _DISCARD_FACTOR:
+            if size > max_bytes + discard_bytes * _DISCARD_FACTOR:
                 break
             if size > max_bytes:
                 oversized = True
@@ -149,24 +170,27 @@ class Missing:
         return "nothing"
 
 
-class _Container:
-    def __init__(self, name: str) -> None:
-        self._name = name
+class Described:
+    """Stands for a value that is better described than shown, in error messages."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words
 
     def __repr__(self) -> str:
-        return self._name
+        return self._words
 
 
 def describe(value: object) -> object:
     """The value itself, or a word for it where writing it out could recurse or take long."""
     if isinstance(value, dict):
-        return _Container("an object")
+        return Described("an object")
     if isinstance(value, list):
-        return _Container("an array")
+        return Described("an array")
     if isinstance(value, str):
-        return value[:100]
+        # A picture, most likely, under another name or where none belongs.
+        return value[:100] if len(value) <= _LONGEST_SHOWN else Described(f"a text of {len(value)} characters")
     if isinstance(value, int) and not -(10**40) < value < 10**40:
-        return _Container("an integer of more than 40 digits")
+        return Described("an integer of more than 40 digits")
     return value
 
 

@@ -116,7 +116,7 @@ async def generate(request: Request) -> Response:
     settings = service.settings
     service.refuse_if_draining()
     await take_call(request)
-    fields = await read_json(request, settings.max_body_bytes)
+    fields = await read_json(request, settings.max_body_bytes, max_image_bytes=settings.max_image_bytes)
     body = parse_fields(GenerateRequest, fields, service.accepted)
     key = idempotency_key(request)
     wants_image, output_format = negotiate(request.headers.get("accept"), body.output_format)

@@ -8,21 +8,27 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from darkroom.api.body import Missing, describe
+import msgspec
+
+from darkroom.api.body import Described, Missing, describe
+from darkroom.api.intake import Pictures
 from darkroom.api.problems import InvalidFields
 from darkroom.api.schema import (
+    DEFAULT_MASKED_STRENGTH,
+    DEFAULT_STRENGTH,
     MAX_DEADLINE_S,
     MAX_GUIDANCE_SCALE,
     MAX_SEED,
     OUTPUT_FORMATS,
+    RESIZE_MODES,
     GenerateRequest,
     PromptSyntax,
 )
 from darkroom.config import Settings
 from darkroom.errors import InvalidRequest, NoModel, UnknownModel
-from darkroom.jobs import GenerationRequest, ModelCard
+from darkroom.jobs import INPUT_NAMES, GenerationRequest, ModelCard
 from darkroom.queue import Cards
-from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, num_evaluations, supported_sigma_schedules
+from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES, first_step, num_evaluations, supported_sigma_schedules
 
 # A manifest takes 3 KiB and a chain of certificates.
 _SIGNATURE_BYTES = 16 << 10
@@ -46,6 +52,10 @@ def accepted_values(settings: Settings) -> dict[str, str]:
         "clip_skip": "an integer from 0 up",
         "prompt_syntax": f"one of {', '.join(get_args(PromptSyntax))}",
         "output_format": f"one of {', '.join(OUTPUT_FORMATS)}",
+        "init_image": "a picture in base64, or a data URL",
+        "mask_image": "a picture in base64, or a data URL, beside init_image",
+        "strength": "a number above 0, at most 1, beside init_image",
+        "resize_mode": f"one of {', '.join(RESIZE_MODES)}",
         "priority": "one of low, normal, high",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "mode": "one of wait, async",
@@ -54,8 +64,11 @@ def accepted_values(settings: Settings) -> dict[str, str]:
     }
 
 
-def check_limits(body: GenerateRequest, settings: Settings, accepted: Mapping[str, str]) -> None:
-    """Refuse what no model could draw. Raises `InvalidFields`."""
+def check_limits(
+    body: GenerateRequest, settings: Settings, accepted: Mapping[str, str], *, has_init_image: bool = False
+) -> None:
+    """Refuse what no model could draw. `has_init_image` says that one came beside the body. Raises `InvalidFields`."""
+    has_init_image = has_init_image or body.init_image is not None
     steps = body.num_inference_steps
     wrong = {
         "prompt": not body.prompt.strip() or _is_bad_text(body.prompt, settings),
@@ -65,15 +78,18 @@ def check_limits(body: GenerateRequest, settings: Settings, accepted: Mapping[st
         "seed": body.seed is not None and body.seed > MAX_SEED - body.num_images_per_prompt + 1,
         "sampler": body.sampler is not None and body.sampler not in SAMPLERS,
         "sigma_schedule": body.sigma_schedule is not None and body.sigma_schedule not in SIGMA_SCHEDULES,
+        "mask_image": body.mask_image is not None and not has_init_image,
+        "strength": body.strength is not None and not has_init_image,
     }
     if any(wrong.values()):
         raise InvalidFields(
-            [
-                InvalidRequest(name, describe(getattr(body, name)), accepted[name])
-                for name, is_wrong in wrong.items()
-                if is_wrong
-            ]
+            [InvalidRequest(name, _shown(body, name), accepted[name]) for name, is_wrong in wrong.items() if is_wrong]
         )
+
+
+def _shown(body: GenerateRequest, name: str) -> object:
+    """The value of a field as an error message may show it: never a picture."""
+    return Described("a picture by itself") if name in INPUT_NAMES else describe(getattr(body, name))
 
 
 def _is_bad_text(text: str, settings: Settings) -> bool:
@@ -102,9 +118,14 @@ def choose_card(model: str | None, cards: Cards) -> ModelCard:
     return next(iter(cards.offered.values()))
 
 
-def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> GenerationRequest:
-    """Fill in what was left out from the card. Raises `InvalidFields` on what this model cannot do."""
-    width, height = body.width or card.width, body.height or card.height
+def complete(
+    body: GenerateRequest, card: ModelCard, output_format: str, pictures: Pictures | None = None
+) -> GenerationRequest:
+    """Fill in what was left out from the card, and from the `pictures` to begin with; `with_inputs` names these. Raises
+    `InvalidFields` on what this model cannot do."""
+    width, height = _size(body, card, pictures)
+    num_inference_steps = body.num_inference_steps or card.num_inference_steps
+    strength = _strength(body, pictures)
     sampler = body.sampler or card.sampler
     schedules = [name for name in supported_sigma_schedules(sampler) if name in card.sigma_schedules]
     sigma_schedule = body.sigma_schedule
@@ -125,6 +146,13 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
     if body.clip_skip > card.max_clip_skip:
         accepted = f"an integer from 0 to {card.max_clip_skip} with model {card.id}"
         problems.append(InvalidRequest("clip_skip", describe(body.clip_skip), accepted))
+    if card.needs_mask and (pictures is None or pictures.mask_image is None):
+        name = "init_image" if pictures is None else "mask_image"
+        problems.append(InvalidRequest(name, Missing(), f"init_image and mask_image, with model {card.id}"))
+    try:
+        first_step(num_inference_steps, strength)
+    except InvalidRequest as error:
+        problems.append(error)
     if problems:
         raise InvalidFields(problems)
 
@@ -135,7 +163,7 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
         model=card.id,
         width=width,
         height=height,
-        num_inference_steps=body.num_inference_steps or card.num_inference_steps,
+        num_inference_steps=num_inference_steps,
         guidance_scale=float(guidance_scale),
         num_images_per_prompt=body.num_images_per_prompt,
         seed=secrets.randbits(32) if body.seed is None else body.seed,
@@ -144,13 +172,46 @@ def complete(body: GenerateRequest, card: ModelCard, output_format: str) -> Gene
         clip_skip=body.clip_skip,
         prompt_syntax=body.prompt_syntax,
         output_format=output_format,
+        strength=strength,
     )
 
 
+def _size(body: GenerateRequest, card: ModelCard, pictures: Pictures | None) -> tuple[int, int]:
+    """Width and height; those left out are the model's own or follow the init image, within what the model draws."""
+    if pictures is None:
+        return body.width or card.width, body.height or card.height
+    width, height = pictures.size
+    if body.width or body.height:
+        scale = body.width / width if body.width else (body.height or height) / height
+    else:
+        scale = min(1.0, card.max_width / width, card.max_height / height)
+
+    def drawn(length: int, limit: int) -> int:
+        multiple = card.size_multiple
+        return min(max(round(length * scale / multiple), 1) * multiple, limit // multiple * multiple)
+
+    return body.width or drawn(width, card.max_width), body.height or drawn(height, card.max_height)
+
+
+def _strength(body: GenerateRequest, pictures: Pictures | None) -> float:
+    if pictures is None:
+        return 1.0
+    if body.strength is not None:
+        return body.strength
+    return DEFAULT_STRENGTH if pictures.mask_image is None else DEFAULT_MASKED_STRENGTH
+
+
+def with_inputs(request: GenerationRequest, inputs: Mapping[str, bytes]) -> GenerationRequest:
+    """The request with the pictures that will travel beside it, by name."""
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in inputs.items()}
+    return msgspec.structs.replace(request, **hashes)
+
+
 def cost_of(request: GenerationRequest, card: ModelCard) -> float:
-    """Model rows × UNet evaluations × latent pixels."""
-    evaluations = num_evaluations(request.sampler, request.num_inference_steps)
-    return float(request.num_model_rows * evaluations * _latent_pixels(request, card))
+    """Model rows × UNet evaluations × latent pixels. To encode a picture counts as one evaluation of one row."""
+    evaluations = num_evaluations(request.sampler, request.num_inference_steps, request.strength)
+    rows = request.num_model_rows * evaluations + len(request.input_names)
+    return float(rows * _latent_pixels(request, card))
 
 
 def checkpoint_bytes_of(request: GenerationRequest, card: ModelCard) -> int:
@@ -179,14 +240,19 @@ def check_cost(cost: float, settings: Settings) -> None:
         )
 
 
-def fingerprint(body: GenerateRequest, output_format: str, tenant: str = "default") -> str:
+def fingerprint(
+    body: GenerateRequest, output_format: str, pictures: Pictures | None = None, *, tenant: str = "default"
+) -> str:
     """A hash of what was asked for and for whom; two bodies under one Idempotency-Key must agree in it.
 
     How the answer is delivered (`mode`, `wait_timeout_s`, `on_disconnect`) is left out: a retry may choose another way.
     """
-    delivery = {"mode", "wait_timeout_s", "on_disconnect"}
-    asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude=delivery)
+    # Pictures are told by what they hold, however they were written.
+    left_out = {"mode", "wait_timeout_s", "on_disconnect", *INPUT_NAMES}
+    asked: dict[str, Any] = body.model_dump(exclude_unset=True, exclude=left_out)
     asked["output_format"] = output_format
     if tenant != "default":
         asked["tenant"] = tenant
+    if pictures is not None:
+        asked["pictures"] = pictures.digest
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

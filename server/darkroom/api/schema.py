@@ -20,7 +20,11 @@ from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES
 OutputFormat = Literal["png", "jpeg", "webp"]
 PromptSyntax = Literal["plain", "weighted"]
 OUTPUT_FORMATS: tuple[str, ...] = get_args(OutputFormat)
+ResizeMode = Literal["stretch", "crop", "fill"]
+RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 MAX_SEED = 2**63 - 1
+# Those of diffusers' pipelines for images and for inpainting.
+DEFAULT_STRENGTH, DEFAULT_MASKED_STRENGTH = 0.8, 1.0
 MAX_GUIDANCE_SCALE = 50.0
 MAX_DEADLINE_S = 7 * 86400.0
 
@@ -68,6 +72,28 @@ class GenerateRequest(BaseModel):
         "`(word)`, `[word]` and `BREAK` as AUTOMATIC1111 does, and prompts of any length by chunks of 75 tokens.",
     )
     output_format: OutputFormat | None = Field(None, description="Left out: what `Accept` asks for, else png.")
+    init_image: str | None = Field(
+        None,
+        description="A picture to begin with: PNG, JPEG or WebP in base64, or as a data URL. Nothing is fetched. Where "
+        "`width` or `height` are left out they follow the picture's.",
+        examples=["data:image/png;base64,iVBORw0KGgo..."],
+    )
+    mask_image: str | None = Field(
+        None, description="What of `init_image` to draw anew: white is new, black and transparent are kept."
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How much of `init_image` may change: the share of the steps that are run on it. Left out: 0.8, "
+        "with a mask 1.",
+    )
+    resize_mode: ResizeMode = Field(
+        "stretch",
+        description="What happens to pictures of other proportions than `width` and `height`: `stretch` squeezes them, "
+        "`crop` cuts off what does not fit, `fill` continues their edges.",
+    )
     priority: Literal["low", "normal", "high"] = Field("normal", description="A head start in the queue.")
     deadline_s: float | None = Field(
         None,
@@ -129,6 +155,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     attempts: Annotated[int, Meta(description="1, or more when a worker was lost on the way.")]
     max_batch_rows: Annotated[int, Meta(description="Most model rows that shared a UNet call with this job.")]
     worker: str
+    strength: Annotated[float | None, Meta(description="With an init image: the share of the steps that were run.")] = (
+        None
+    )
+    init_image: Annotated[
+        str | None, Meta(description="SHA-256 of the picture that was begun with, as the PNG that it was made into.")
+    ] = None
+    mask_image: Annotated[str | None, Meta(description="The same of the mask.")] = None
 
 
 class Generated(msgspec.Struct, frozen=True, kw_only=True):
@@ -249,6 +282,9 @@ def manifest_of(status: JobStatus, result: Result) -> Manifest:
         attempts=status.job.attempt,
         max_batch_rows=result.max_batch_rows,
         worker=result.worker,
+        strength=request.strength if request.init_image else None,
+        init_image=request.init_image or None,
+        mask_image=request.mask_image or None,
     )
 
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import structlog
 from starlette.requests import HTTPConnection
 
+from darkroom.api.intake import Intake
 from darkroom.api.observe import observe_outage, observe_queue
 from darkroom.api.prompts import PromptRules
 from darkroom.api.resolve import accepted_values
@@ -30,6 +31,7 @@ class Service:
         self.settings = settings
         self.accepted = accepted_values(settings)
         self.prompt_rules = PromptRules(settings)
+        self.intake = Intake(settings.max_image_pixels)
         self.is_draining = False
         self._num_waiting = 0
         self._idle = asyncio.Event()

@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from darkroom import metrics
 from darkroom.api.auth import caller_of, check_caller, take_call
+from darkroom.api.intake import Pictures
 from darkroom.api.resolve import (
     check_cost,
     check_limits,
@@ -22,6 +23,7 @@ from darkroom.api.resolve import (
     cost_of,
     fingerprint,
     result_bytes_of,
+    with_inputs,
 )
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.service import Service, service_of
@@ -47,20 +49,32 @@ class Submitted:
 
 
 async def submit(
-    request: Request, body: GenerateRequest, output_format: str, *, idempotency_key: str | None = None
+    request: Request,
+    body: GenerateRequest,
+    output_format: str,
+    *,
+    idempotency_key: str | None = None,
+    pictures: Pictures | None = None,
 ) -> Submitted:
     """Check `body` against the limits of the server, the caller's key and the model's card, and enqueue it as a job.
 
-    Raises `InvalidFields`, `UnknownModel`, `InvalidRequest` and `PromptRefused` on what cannot be drawn, `Unavailable`
-    on what cannot be taken now.
+    `pictures` are what it begins with where the caller has read them itself (`Service.intake`); without, the body's
+    own. Raises `InvalidFields`, `UnknownModel`, `InvalidRequest` and `PromptRefused` on what cannot be drawn,
+    `Unavailable` on what cannot be taken now.
     """
     service, caller = service_of(request), caller_of(request)
     settings = service.settings
     await take_call(request)
-    check_limits(body, settings, service.accepted)
+    check_limits(body, settings, service.accepted, has_init_image=pictures is not None)
     await service.prompt_rules.check(body.prompt)
     card = choose_card(body.model, await service.queue.cards())
-    wanted = complete(body, card, output_format)
+    if pictures is None and body.init_image is not None:
+        pictures = await service.intake.read(body.init_image, body.mask_image)
+    wanted = complete(body, card, output_format, pictures)
+    inputs: dict[str, bytes] = {}
+    if pictures is not None:
+        inputs = await service.intake.fit(pictures, wanted.width, wanted.height, body.resize_mode)
+        wanted = with_inputs(wanted, inputs)
     cost = cost_of(wanted, card)
     check_cost(cost, settings)
     priority = Priority(body.priority)
@@ -73,7 +87,8 @@ async def submit(
         job,
         deadline_s=body.deadline_s,
         idempotency_key=idempotency_key,
-        body_hash=fingerprint(body, output_format, caller.tenant),
+        body_hash=fingerprint(body, output_format, pictures, tenant=caller.tenant),
+        inputs=inputs,
         result_bytes=result_bytes_of(wanted, settings),
         checkpoint_bytes=checkpoint_bytes_of(wanted, card),
         caller=f"{request.client.host}:{request.client.port}" if request.client else "",

@@ -95,6 +95,21 @@ def encode_image(
     return out.getvalue()
 
 
+def decode_input(data: bytes) -> NDArray[np.uint8]:
+    """Read a picture as a job brings it: PNG, `[H, W, 3]` uint8 RGB or `[H, W, 1]` grey.
+
+    Our own API has written it, so this is no place for strangers' files. Raises `ValueError` on anything else.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.mode not in ("RGB", "L"):
+                raise ValueError(f"expected RGB or grey, got {image.mode}")
+            pixels = np.array(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError("not a PNG that can be read") from error
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
 def read_parameters(data: bytes) -> dict[str, Any] | None:
     """Read back what `encode_image` wrote.
 

@@ -37,6 +37,8 @@ PIPELINES = (
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "LatentConsistencyModelPipeline",
 )
 # Component → the (library, class) pairs that this server builds itself; a scheduler is a config, whatever its class.
@@ -98,6 +100,12 @@ class DiffusionModel:
     @property
     def latent_channels(self) -> int:
         return self.vae.config.latent_channels
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels that the UNet reads beside the latents: of an inpainting UNet the mask and the kept part's latents,
+        of others none."""
+        return self.unet.config.in_channels - self.latent_channels
 
     @property
     def vae_scale_factor(self) -> int:
@@ -421,10 +429,10 @@ def _components(directory: Path) -> dict[str, str]:
 
 def _check_that_parts_fit(unet: UNet, vae: VAE, text: TextEncoders) -> None:
     config, latents = unet.config, vae.config.latent_channels
-    if config.in_channels != latents or config.out_channels != latents:
+    if config.in_channels not in (latents, 2 * latents + 1) or config.out_channels != latents:
         raise ModelError(
             f"the UNet takes {config.in_channels} channels and gives {config.out_channels}, the autoencoder's latents "
-            f"have {latents}; only text-to-image networks are served"
+            f"have {latents}; expected {latents} in, or {2 * latents + 1} of an inpainting network, and {latents} out"
         )
     if vae.config.in_channels != 3 or vae.config.out_channels != 3:
         raise ModelError("the autoencoder's pictures do not have 3 channels")
@@ -492,6 +500,7 @@ def _card(
         size_multiple=size_multiple,
         vae_scale_factor=scale,
         latent_channels=vae.config.latent_channels,
+        needs_mask=unet.config.in_channels > vae.config.latent_channels,
         max_width=largest,
         max_height=largest,
         max_clip_skip=text.max_clip_skip,

@@ -119,6 +119,14 @@ def decode_activation_bytes(vae: VAE, num_rows: int, height: int, width: int) ->
     return int(storages.peak_bytes)
 
 
+def encode_activation_bytes(vae: VAE, height: int, width: int) -> int:
+    """Peak of encoding one picture of `height` × `width` pixels by a fused VAE on the meta device."""
+    pixels = torch.empty(1, vae.config.in_channels, height, width, device="meta")
+    with LiveStorages() as storages:
+        vae.encode(pixels)
+    return int(storages.peak_bytes)
+
+
 def measure(
     name: str,
     unet_config: Mapping[str, Any],
@@ -147,11 +155,13 @@ def measure(
     row = unet_rows = decode = 0
     for width_px, height_px in sizes_px:
         height, width = height_px // scale, width_px // scale
-        # Latents, two earlier denoised ones and those of the end, fp32.
-        row = max(row, 4 * 4 * vae.config.latent_channels * height * width)
+        # Latents, two earlier denoised ones, those of the end, and of a masked row its init image and noise, fp32.
+        row = max(row, 6 * 4 * vae.config.latent_channels * height * width)
         unet_rows = max(unet_rows, unet_activation_bytes(unet, 1, height, width))
         together = max(1, MAX_DECODE_PIXELS // (width_px * height_px))
         decode = max(decode, decode_activation_bytes(vae, together, height, width))
+        # The same thread encodes, one picture at a time.
+        decode = max(decode, encode_activation_bytes(vae, height_px, width_px))
     row += USUAL_EVALUATIONS * unet.time_width * dtype.itemsize
     text = TEXT_TOKENS * unet.text_kv_width * dtype.itemsize
     return ModelMemory(name, weights, text, row, unet_rows, decode)

@@ -23,6 +23,7 @@ the others keep the variance preserved, x = √ᾱ·x₀ + √(1−ᾱ)·noise.
 On purpose not as there: N steps are always N steps (trailing spacing yields one more there for some N, at timestep −1);
 equal neighbouring timesteps do not confuse the step count; betas that a file leaves out are its own class's, never
 the sampler's; what would come out as NaN is refused by name; euler_a takes prediction_type sample.
+A table may start at a later step, as image-to-image does: solvers then begin there without a history, as there.
 As there, though odd: heun knows no zero-SNR rescaling; ddim strides evenly whatever the spacing; dpmpp_2m and unipc
 truncate exponential sigmas' timesteps; clip_sample left out means clipping for ddpm and ddim, and only for them.
 """
@@ -81,14 +82,16 @@ class SamplerTable:
     """A compiled trajectory of E evaluations. Tables are cached and shared: read only.
 
     `coefficients` `[E, NUM_COLUMNS]` fp32 on the CPU; `timesteps` `[E]` fp32, what the network embeds, fractional for
-    some samplers. Initial latents are standard noise times `initial_scale`. `needs_noise[i]`: evaluation i consumes one
-    draw of the latents' shape from the row's generator, in this order, after the initial latents' draw; a draw
-    may have coefficient 0 (it keeps the generator where diffusers' would be).
+    some samplers. Initial latents are standard noise times `initial_scale`. `levels[i]` is (a, b) such that clean
+    latents x₀ are at evaluation i as a·x₀ + b·noise; there are E + 1, the last one (1, 0). `needs_noise[i]`: evaluation
+    i consumes one draw of the latents' shape from the row's generator, in this order, after the initial latents' draw;
+    a draw may have coefficient 0 (it keeps the generator where diffusers' would be).
     """
 
     coefficients: Tensor
     timesteps: Tensor
     initial_scale: float
+    levels: tuple[tuple[float, float], ...]
     needs_noise: tuple[bool, ...]
 
     @property
@@ -98,28 +101,34 @@ class SamplerTable:
 
 @lru_cache(maxsize=1024)
 def compile_sampler(
-    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, sigma_schedule: str = "simple"
+    sampler: str,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    sigma_schedule: str = "simple",
+    first_step: int = 0,
 ) -> SamplerTable:
     """Compile a sampler for a checkpoint's noise schedule. Cached by (schedule object, other arguments).
 
-    Raises `InvalidRequest` on an unknown name, an invalid combination, or a step count that the schedule or the
-    sampler cannot take.
+    The trajectory has the steps from `first_step` (0 ≤ first_step < num_inference_steps) on. Raises `InvalidRequest` on
+    an unknown name, an invalid combination, or a step count that the schedule or the sampler cannot take.
     """
     check_sampling(sampler, sigma_schedule)
     if not 1 <= num_inference_steps <= schedule.num_train_timesteps:
         raise InvalidRequest("num_inference_steps", num_inference_steps, f"1 to {schedule.num_train_timesteps}")
+    if not 0 <= first_step < num_inference_steps:
+        raise ValueError(f"first_step: expected 0 to {num_inference_steps - 1}, got {first_step}")
     if sigma_schedule == "simple" and schedule.own_sigmas != "simple":
         own = schedule.own_sigmas
         sigma_schedule = own if own in supported_sigma_schedules(sampler) else "simple"
     # A zero or a huge signal-to-noise ratio can overflow; `_finish` turns that into one clear refusal.
     with np.errstate(all="ignore"):
         if sampler in ("ddim", "ddpm"):
-            return _compile_ancestral(sampler, schedule, num_inference_steps)
+            return _compile_ancestral(sampler, schedule, num_inference_steps, first_step)
         if sampler == "lcm":
-            return _compile_lcm(schedule, num_inference_steps)
+            return _compile_lcm(schedule, num_inference_steps, first_step)
         if sampler in ("euler", "euler_a", "heun"):
-            return _compile_sigma_space(sampler, schedule, num_inference_steps, sigma_schedule)
-        return _compile_log_snr(sampler, schedule, num_inference_steps, sigma_schedule)
+            return _compile_sigma_space(sampler, schedule, num_inference_steps, sigma_schedule, first_step)
+        return _compile_log_snr(sampler, schedule, num_inference_steps, sigma_schedule, first_step)
 
 
 def default_sampler(scheduler_config: Mapping[str, Any]) -> str:
@@ -145,7 +154,9 @@ _SAMPLER_OF_CLASS = {
 }
 
 
-def _compile_ancestral(sampler: str, schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
+def _compile_ancestral(
+    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, first_step: int
+) -> SamplerTable:
     """ddim and ddpm: from ᾱ at one timestep to ᾱ at another. Source: Song et al. 2020; Ho et al. 2020."""
     total = schedule.num_train_timesteps
     timesteps = spaced_timesteps(
@@ -177,10 +188,10 @@ def _compile_ancestral(sampler: str, schedule: NoiseSchedule, num_inference_step
         variance = 1 - kept if large else np.maximum((1 - after) / (1 - now) * (1 - kept), 1e-20)
         draws = timesteps > 0
         table[:, A_NOISE] = np.where(draws, np.sqrt(variance), 0)
-    return _finish(sampler, table, timesteps, 1.0, draws)
+    return _finish(sampler, table, timesteps, 1.0, np.sqrt(now), np.sqrt(1 - now), draws, first_step)
 
 
-def _compile_lcm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTable:
+def _compile_lcm(schedule: NoiseSchedule, num_inference_steps: int, first_step: int) -> SamplerTable:
     """Jump to the consistency function's x₀, noise it to the next timestep. Source: Luo et al. 2023, Algorithm 3."""
     original_steps = schedule.original_inference_steps
     if original_steps > schedule.num_train_timesteps:
@@ -202,11 +213,11 @@ def _compile_lcm(schedule: NoiseSchedule, num_inference_steps: int) -> SamplerTa
     table[:, A_D] = np.sqrt(after) * scaled / np.sqrt(scaled**2 + 0.25)
     table[:, A_NOISE] = np.sqrt(1 - after)
     draws = np.arange(num_inference_steps) < num_inference_steps - 1
-    return _finish("lcm", table, timesteps, 1.0, draws)
+    return _finish("lcm", table, timesteps, 1.0, np.sqrt(now), np.sqrt(1 - now), draws, first_step)
 
 
 def _compile_sigma_space(
-    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, sigma_schedule: str
+    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, sigma_schedule: str, first_step: int
 ) -> SamplerTable:
     """euler, euler_a and heun, on x = x₀ + σ·noise. Source: Karras et al. 2022, Algorithm 1 without churn."""
     spacing = schedule.timestep_spacing or "linspace"
@@ -256,11 +267,13 @@ def _compile_sigma_space(
         table[1::2, A_D] = (1 - ratio[:-1]) / (2 * ratio[:-1])
         table[1::2, A_D1] = -table[1::2, A_D]
     draws = np.full(len(table), sampler == "euler_a")
-    return _finish(sampler, table, timesteps, float(initial_scale), draws)
+    # Each step but the first has two evaluations, and the first of both is where a trajectory may start.
+    first = 2 * first_step if sampler == "heun" else first_step
+    return _finish(sampler, table, timesteps, float(initial_scale), np.ones_like(now), now, draws, first)
 
 
 def _compile_log_snr(
-    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, sigma_schedule: str
+    sampler: str, schedule: NoiseSchedule, num_inference_steps: int, sigma_schedule: str, first_step: int
 ) -> SamplerTable:
     """dpmpp_2m, dpmpp_2m_sde and unipc: exact in the linear part, in steps of λ = log(√ᾱ/√(1−ᾱ)) = −log σ.
 
@@ -289,14 +302,21 @@ def _compile_log_snr(
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     table = _network_columns(schedule, alpha[:-1], (sigmas * alpha)[:-1])
     if sampler == "unipc":
-        _fill_unipc(table, schedule, sigmas, alpha)
+        _fill_unipc(table, schedule, sigmas, alpha, first_step)
     else:
-        _fill_dpmpp_2m(table, schedule, sigmas, alpha, stochastic=sampler == "dpmpp_2m_sde")
-    return _finish(sampler, table, timesteps, 1.0, np.full(num_inference_steps, sampler == "dpmpp_2m_sde"))
+        _fill_dpmpp_2m(table, schedule, sigmas, alpha, first_step, stochastic=sampler == "dpmpp_2m_sde")
+    draws = np.full(num_inference_steps, sampler == "dpmpp_2m_sde")
+    return _finish(sampler, table, timesteps, 1.0, alpha[:-1], (sigmas * alpha)[:-1], draws, first_step)
 
 
 def _fill_dpmpp_2m(
-    table: Float64Array, schedule: NoiseSchedule, sigmas: Float64Array, alpha: Float64Array, *, stochastic: bool
+    table: Float64Array,
+    schedule: NoiseSchedule,
+    sigmas: Float64Array,
+    alpha: Float64Array,
+    first_step: int,
+    *,
+    stochastic: bool,
 ) -> None:
     steps = len(table)
     ratio = sigmas[1:] / sigmas[:-1]  # e^(−h)
@@ -308,7 +328,7 @@ def _fill_dpmpp_2m(
         table[:, A_X] = ratio * alpha[1:] / alpha[:-1]
         gain = alpha[1:] * (1 - ratio)
     slope = 0.5 * gain * _step_ratios(sigmas)
-    slope[0] = 0
+    slope[first_step] = 0
     short = schedule.lower_order_final and steps < 15
     if schedule.euler_at_final or short or schedule.final_sigmas_type == "zero":
         slope[-1] = 0
@@ -316,17 +336,19 @@ def _fill_dpmpp_2m(
     table[:, A_D1] = -slope
 
 
-def _fill_unipc(table: Float64Array, schedule: NoiseSchedule, sigmas: Float64Array, alpha: Float64Array) -> None:
+def _fill_unipc(
+    table: Float64Array, schedule: NoiseSchedule, sigmas: Float64Array, alpha: Float64Array, first_step: int
+) -> None:
     steps = len(table)
     ratio = sigmas[1:] / sigmas[:-1]
     step_ratios = _step_ratios(sigmas)
-    order = np.minimum(np.arange(steps) + 1, 2)
+    order = np.where(np.arange(steps) > first_step, 2, 1)
     if schedule.lower_order_final:
         order[-1] = 1
-    for i in range(steps):
+    for i in range(first_step, steps):
         # The corrected sample, in terms of what the step holds: x, denoised, and the two denoised before it.
         corrected = np.array([1.0, 0.0, 0.0, 0.0])
-        if i > 0 and i - 1 not in schedule.disable_corrector:
+        if i > first_step and i - 1 not in schedule.disable_corrector:
             corrected += _unipc_correction(
                 alpha[i] * (ratio[i - 1] - 1), math.log(ratio[i - 1]), step_ratios[i - 1], int(order[i - 1])
             )
@@ -398,16 +420,26 @@ def _ladder(visited: Float64Array, final: float, num_inference_steps: int) -> Fl
 
 
 def _finish(
-    sampler: str, table: Float64Array, timesteps: NDArray[Any], initial_scale: float, draws: NDArray[np.bool_]
+    sampler: str,
+    table: Float64Array,
+    timesteps: NDArray[Any],
+    initial_scale: float,
+    signal: Float64Array,
+    noise: Float64Array,
+    draws: NDArray[np.bool_],
+    first: int,
 ) -> SamplerTable:
-    coefficients = torch.from_numpy(table.astype(np.float32))
-    if not bool(coefficients.isfinite().all()):
+    """The evaluations from the `first` on; clean latents x₀ are at each as signal·x₀ + noise·ε."""
+    coefficients = torch.from_numpy(table[first:].astype(np.float32))
+    levels = np.column_stack([signal, noise])[first:]
+    if not bool(coefficients.isfinite().all()) or not np.isfinite(levels).all():
         raise InvalidRequest(
             "sampler", sampler, "another one: this checkpoint's noise schedule makes it divide by zero"
         )
     return SamplerTable(
         coefficients=coefficients,
-        timesteps=torch.from_numpy(np.asarray(timesteps, dtype=np.float32)),
+        timesteps=torch.from_numpy(np.asarray(timesteps[first:], dtype=np.float32)),
         initial_scale=initial_scale,
-        needs_noise=tuple(bool(draw) for draw in draws),
+        levels=(*((float(a), float(b)) for a, b in levels), (1.0, 0.0)),
+        needs_noise=tuple(bool(draw) for draw in draws[first:]),
     )

@@ -93,6 +93,11 @@ class Batch:
         frame = inputs.frames[lane.next_turn()]
         noisy_rows = self._write(frame)
         inputs.send(frame, noisy_rows=noisy_rows)
+        kept = [
+            (row, row.kept, row.kept.noised(row.table.levels[row.step_index + 1]))
+            for row in rows
+            if row.kept is not None
+        ]
         lines = [
             conditioning.time_lines[rows[row].step_index]
             for conditioning, row in zip(self._conditionings, self._row_of, strict=True)
@@ -104,6 +109,8 @@ class Batch:
         else:
             captured.replay()
         inputs.fetch(frame)
+        for row, mask, noised in kept:
+            mask.put_back(lane.pool.latents[_held(row.slot)], noised)
         for row, latents in finished.items():
             latents.copy_(lane.pool.latents[_held(row.slot)])
         saved = {row: checkpoint_of(lane, row, row.step_index + 1) for row in to_save if row not in finished}

@@ -65,11 +65,12 @@ def unpack(data: bytes, index: int, fingerprint: bytes, shape: tuple[int, int, i
     return Checkpoint(index, num_done, latents.clone(), previous, history, fingerprint)
 
 
-def fingerprint_of(weights_hash: str, table: SamplerTable, seed: int) -> bytes:
-    """What two workers must agree on for one to go on where the other was: weights, table and seed. 16 bytes."""
+def fingerprint_of(weights_hash: str, table: SamplerTable, seed: int, *inputs: str) -> bytes:
+    """What two workers must agree on for one to go on where the other was: weights, table, seed and the hashes of the
+    pictures that it began from. 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)
     tensors = (table.coefficients.numpy().tobytes(), table.timesteps.numpy().tobytes())
-    for part in (weights_hash.encode(), *tensors, str(seed).encode()):
+    for part in (weights_hash.encode(), *tensors, str(seed).encode(), *map(str.encode, inputs)):
         digest.update(part)
     return digest.digest()
 

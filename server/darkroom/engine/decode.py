@@ -1,8 +1,8 @@
-"""From finished latents to image bytes, beside the tick loop.
+"""From finished latents to image bytes, and from init images to latents, beside the tick loop.
 
-One thread decodes latents in micro-batches, on a CUDA stream of its own; a small pool compresses pixels. Neither ever
-runs on the tick thread, and neither can crowd it out: the pool's threads yield to all others, and decoding waits when
-it is far ahead of them.
+One thread decodes latents in micro-batches and encodes init images, on a CUDA stream of its own; a small pool
+compresses pixels. Neither ever runs on the tick thread, and neither can crowd it out: the pool's threads yield to all
+others, and decoding waits when it is far ahead of them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,10 @@ from darkroom import metrics
 from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
-from darkroom.engine.device import is_out_of_memory
+from darkroom.engine.device import is_out_of_memory, to_host
 from darkroom.engine.pulse import Pulse
-from darkroom.engine.row import Interval, Row
+from darkroom.engine.row import ActiveJob, Interval, Row
+from darkroom.engine.start import EncodedInputs, encode_inputs
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.engine.tracebacks import release_frames
 from darkroom.errors import JobError
@@ -56,6 +58,23 @@ class Developed:
     image_encode: Interval = NEVER
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A job's pictures on their way to latents: the job and its model."""
+
+    active: ActiveJob
+    model: DiffusionModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A job's encoded pictures, or why there are none, and when that was done."""
+
+    active: ActiveJob
+    outcome: EncodedInputs | Exception
+    interval: Interval
+
+
 class Trial:
     """Latents of one model and size, drawn by nobody, to be decoded once in every number that may share a call."""
 
@@ -66,7 +85,8 @@ class Trial:
 
 
 class Decoder:
-    """Decodes rows and reports each to `on_developed` on one of its threads.
+    """Decodes rows and reports each to `on_developed` on one of its threads; encodes what jobs begin with and reports
+    that to `on_encoded`.
 
     `max_batch` is how many latents of one shape share a VAE call at most; large pictures share it with fewer. With
     `has_few_sizes` calls are of 1, 2, 4 or 8 latents and so on, the numbers that `try_out` has tried.
@@ -75,6 +95,7 @@ class Decoder:
     def __init__(
         self,
         on_developed: Callable[[Developed], None],
+        on_encoded: Callable[[Encoded], None],
         *,
         pulse: Pulse,
         max_batch: int,
@@ -83,11 +104,12 @@ class Decoder:
         has_few_sizes: bool = False,
     ) -> None:
         self._on_developed = on_developed
+        self._on_encoded = on_encoded
         self._pulse = pulse
         self._max_batch = max_batch
         self._finish = finish
         self._has_few_sizes = has_few_sizes
-        self._waiting: queue.SimpleQueue[Exposed | Trial | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Exposed | Taken | Trial | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode", initializer=_yield_to_others)
         # Pictures that may wait for compression; latents are hundreds of times smaller.
         self._room = threading.Semaphore(max_batch + 2 * encode_threads)
@@ -98,6 +120,10 @@ class Decoder:
     def submit(self, row: Row, latents: Tensor, ready: torch.cuda.Event | None) -> None:
         """Decode `latents` `[C, H, W]` fp32 of `row`, a copy that nobody else writes to, complete once `ready` is."""
         self._waiting.put(Exposed(row, latents, ready))
+
+    def encode(self, active: ActiveJob, model: DiffusionModel) -> None:
+        """Encode the pictures that a job brings. Not done any more once `close` was called."""
+        self._waiting.put(Taken(active, model))
 
     def try_out(self, model: DiffusionModel, width: int, height: int) -> None:
         """Decode pictures of `width` × `height` for nobody, in every number that may share a call, and wait for it.
@@ -129,9 +155,12 @@ class Decoder:
                     break
             is_open = None not in arrived
             groups: dict[object, list[Exposed]] = {}
+            taken: list[Taken] = []
             for exposed in arrived:
                 if isinstance(exposed, Trial):
                     self._try_out(exposed)
+                elif isinstance(exposed, Taken):
+                    taken.append(exposed)
                 elif exposed is not None and not exposed.row.active.is_over:
                     groups.setdefault(exposed.row.key, []).append(exposed)
             for group in groups.values():
@@ -140,6 +169,11 @@ class Decoder:
                 for size in self._sizes(len(group), request.width, request.height):
                     self._decode(group[start : start + size])
                     start += size
+            # One at a time, so that finished pictures wait for one at most.
+            for later in taken[1:]:
+                self._waiting.put(later)
+            if taken and is_open:
+                self._encode_inputs(taken[0])
 
     def _sizes(self, count: int, width: int, height: int) -> list[int]:
         """How many of `count` pictures share each call."""
@@ -162,6 +196,25 @@ class Decoder:
         except Exception as error:
             trial.error = error
         trial.is_over.set()
+
+    def _encode_inputs(self, taken: Taken) -> None:
+        active, model = taken.active, taken.model
+        if active.is_over:
+            return
+        started_s, request = time.monotonic(), active.job.request
+        stream = self._stream(model.device)
+        outcome: EncodedInputs | Exception
+        active.is_encoding = True
+        try:
+            pixels = request.height * request.width
+            with self._pulse.phase("encode", len(request.input_names) * pixels * pixels), _on(stream):
+                outcome = encode_inputs(model, request, active.inputs)
+        except Exception as error:
+            release_frames(error)
+            if is_out_of_memory(error):
+                metrics.OUT_OF_MEMORY.labels("encode").inc()
+            outcome = error
+        self._on_encoded(Encoded(active, outcome, Interval(started_s, time.monotonic())))
 
     def _decode(self, group: list[Exposed]) -> None:
         started_s = time.monotonic()
@@ -187,7 +240,7 @@ class Decoder:
         decoded = Interval(started_s, time.monotonic())
         for exposed, image in zip(group, pixels, strict=True):
             self._room.acquire()
-            self._pool.submit(self._encode, exposed.row, image, decoded)
+            self._pool.submit(self._compress, exposed.row, image, decoded)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -196,7 +249,7 @@ class Decoder:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
-    def _encode(self, row: Row, pixels: NDArray[np.uint8] | None, decoded: Interval) -> None:
+    def _compress(self, row: Row, pixels: NDArray[np.uint8] | None, decoded: Interval) -> None:
         self._room.release()
         started_s = time.monotonic()
         outcome: bytes | Exception
@@ -218,6 +271,10 @@ def _yield_to_others() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), ENCODE_NICENESS)
 
 
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
 @torch.inference_mode()
 def decode_latents(
     model: DiffusionModel,
@@ -231,7 +288,7 @@ def decode_latents(
     On CUDA everything is queued on `stream`, pixels are made bytes there, and the calling thread sleeps until they have
     arrived. An autoencoder that overflows in fp16 is replaced, and decodes once more.
     """
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
+    with _on(stream):
         for event in ready:
             if stream is not None and event is not None:
                 stream.wait_event(event)
@@ -254,13 +311,5 @@ def _decode(model: DiffusionModel, latents: Tensor) -> tuple[Tensor, Tensor]:
     # The decoder clamps, which turns infinity into a colour: the latents tell.
     is_finite = torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in (latents, pixels)])
     scaled = pixels.add(1).mul_(127.5).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    if latents.device.type == "cpu":
-        return scaled, is_finite
-    there = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in (scaled, is_finite)]
-    for target, source in zip(there, (scaled, is_finite), strict=True):
-        target.copy_(source, non_blocking=True)
-    # The kind that sleeps: a thread that spins would hold a core that the ticks' launches need.
-    arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    arrived.record()
-    arrived.synchronize()
-    return there[0], there[1]
+    scaled, is_finite = to_host(scaled, is_finite)
+    return scaled, is_finite

@@ -178,6 +178,20 @@ def device_for(device: torch.device, *, graphs: bool) -> TickDevice:
     return CudaDevice(device, has_graphs=graphs) if device.type == "cuda" else TickDevice(device)
 
 
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in host memory, once the current stream has made them; the calling thread sleeps until then."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
+    there = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+    for target, source in zip(there, tensors, strict=True):
+        target.copy_(source, non_blocking=True)
+    # The kind that sleeps: a thread that spins would hold a core that the ticks' launches need.
+    arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    arrived.record()
+    arrived.synchronize()
+    return there
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device had no memory left for what was asked of it, in torch's own words or in a library's."""
     text = str(error)

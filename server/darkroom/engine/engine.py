@@ -25,7 +25,7 @@ from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batch import Batch, Tick, checkpoint_of
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
-from darkroom.engine.decode import Decoder, Developed
+from darkroom.engine.decode import Decoder, Developed, Encoded
 from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
 from darkroom.engine.events import Cancelled, Event, Expired, Failed, Saved, TickReport, failed, finished
 from darkroom.engine.joining import Joiner, key_of
@@ -117,6 +117,7 @@ class Engine:
         }
         self._decoder = Decoder(
             self._developed,
+            self._encoded,
             pulse=self.pulse,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
@@ -136,10 +137,16 @@ class Engine:
         self._last_done_s = 0.0
 
     def submit(
-        self, job: Job, *, deadline_in_s: float | None = None, checkpoints: Mapping[int, bytes] | None = None
+        self,
+        job: Job,
+        *,
+        deadline_in_s: float | None = None,
+        checkpoints: Mapping[int, bytes] | None = None,
+        inputs: Mapping[str, bytes] | None = None,
     ) -> None:
         """Hand a job to the engine. It joins at the next tick; `deadline_in_s` counts from now. Images go on from
-        their `checkpoints`, those that were packed for the same picture.
+        their `checkpoints`, those that were packed for the same picture. A job that begins with pictures brings them as
+        `inputs`, PNG by name, and joins when they are encoded.
 
         Raises `ValueError` when the job asks for a model that this engine does not hold.
         """
@@ -147,7 +154,10 @@ class Engine:
             raise ValueError(f"model: got {job.request.model!r}, expected one of {sorted(self.models)}")
         now_s = self._clock()
         deadline_s = None if deadline_in_s is None else now_s + deadline_in_s
-        self._roster.add(ActiveJob(job, now_s, deadline_s, self._on_event, checkpoints or {}))
+        active = ActiveJob(job, now_s, deadline_s, self._on_event, checkpoints or {}, inputs or {})
+        self._roster.add(active, has_arrived=not job.request.init_image)
+        if job.request.init_image:
+            self._decoder.encode(active, self.models[job.request.model])
 
     def cancel(self, job_id: str, attempt: int = 0) -> None:
         """Drop a job's rows before the next tick; `Cancelled` follows unless it ends first.
@@ -208,9 +218,9 @@ class Engine:
             self._decoder.close()
 
     def _under_way(self) -> set[str]:
-        """The jobs that may have taken the device along: those in ticks and those being decoded."""
+        """The jobs that may have taken the device along: those in ticks, being decoded or encoded."""
         rows = [*self._ticking, *(row for flight in self._in_flight for row in flight.tick.rows)]
-        ids = {
+        ids = self._roster.encoding() | {
             row.active.job.id for row in self._roster.rows() if row.is_denoised and row.index not in row.active.images
         }
         return ids | {row.active.job.id for row in rows}
@@ -526,7 +536,7 @@ class Engine:
         for row in sorted(unseated, key=lambda row: -row.active.job.priority.rank) if len(unseated) > 1 else unseated:
             assert row.first_latents is not None  # noqa: S101
             try:
-                taken = self._lane(row.key).pool.take(row.first_latents, row.first_previous)
+                taken = self._lane(row.key).pool.take(row.first_latents, row.first_previous, row.condition)
             except Exception as error:
                 if self._device.is_lost(error):
                     raise
@@ -534,7 +544,7 @@ class Engine:
                 continue
             if taken is not None:
                 row.slot, row.last_latents = taken
-                row.first_latents = row.first_previous = None
+                row.first_latents = row.first_previous = row.condition = None
 
     def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:
         """The lane of a key. A new one takes the place of those that nobody uses and that hold no graphs."""
@@ -551,13 +561,26 @@ class Engine:
             self._lanes[key] = lane
         return lane
 
+    def _encoded(self, encoded: Encoded) -> None:
+        active = encoded.active
+        if isinstance(encoded.outcome, Exception):
+            self._failed_beside(active, encoded.outcome)
+            return
+        active.start, active.inputs = encoded.outcome, {}
+        active.note("encode", encoded.interval)
+        self._roster.arrive(active)
+
+    def _failed_beside(self, active: ActiveJob, error: Exception) -> None:
+        """End a job that failed on the decoder's thread, or the engine when the device was lost there."""
+        if self._device.is_lost(error):
+            self._roster.break_(error)
+        else:
+            self._end(active, failed(active, error))
+
     def _developed(self, developed: Developed) -> None:
         row, active = developed.row, developed.row.active
         if isinstance(developed.outcome, Exception):
-            if self._device.is_lost(developed.outcome):
-                self._roster.break_(developed.outcome)
-            else:
-                self._end(active, failed(active, developed.outcome))
+            self._failed_beside(active, developed.outcome)
             return
         if self._roster.add_image(row, developed.outcome, developed.decode, developed.image_encode):
             self._end(active, finished(active, self._worker))

@@ -18,7 +18,9 @@ from darkroom.engine.events import Event, failed
 from darkroom.engine.prompts import EncodedPrompt, Prompt, PromptCache
 from darkroom.engine.roster import Roster
 from darkroom.engine.row import ActiveJob, Conditioning, Interval, Row
+from darkroom.engine.start import start_of
 from darkroom.jobs import GenerationRequest, Job
+from darkroom.sampling import first_step
 
 log = structlog.get_logger("darkroom.engine")
 
@@ -133,7 +135,9 @@ def make_rows(
     """Rows of a job, at step 0 or where a checkpoint says: compiled table, first noise from each row's own seed,
     conditioning for every step."""
     request = active.job.request
-    table = compile_sampler(request.sampler, model.schedule, request.num_inference_steps, request.sigma_schedule)
+    steps = request.num_inference_steps
+    first = first_step(steps, request.strength) if request.init_image else 0
+    table = compile_sampler(request.sampler, model.schedule, steps, request.sigma_schedule, first)
     prompts = [encoded[prompt] for prompt in prompts_of(model, active.job)]
     lines = [time_lines(device, model, request, table, prompts[0])]
     # Where the text has no say in it, both model rows are at the same time.
@@ -145,6 +149,7 @@ def make_rows(
     rows = []
     for index in range(request.num_images_per_prompt):
         generator = torch.Generator().manual_seed(request.seed + index)
+        start = start_of(device, active.start, table, shape, generator, request.strength)
         row = Row(
             active=active,
             model=model,
@@ -154,7 +159,9 @@ def make_rows(
             table=table,
             generator=generator,
             shape=shape,
-            first_latents=torch.randn(shape, generator=generator, dtype=torch.float32) * table.initial_scale,
+            first_latents=start.latents,
+            kept=start.kept,
+            condition=start.condition,
             conditionings=conditionings,
             guidance_scale=request.guidance_scale if len(conditionings) > 1 else 1.0,
             waiting_since_s=now_s,

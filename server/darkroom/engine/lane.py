@@ -52,7 +52,9 @@ class Lane:
     ) -> None:
         self.device, self.model, self.key, self.prompts = device, model, key, prompts
         self.shape = (model.latent_channels, key.height, key.width)
-        self.pool = RowPool(device, self.shape, num_slots)
+        self.pool = RowPool(
+            device, self.shape, num_slots, condition_channels=model.condition_channels, dtype=model.dtype
+        )
         self.ring = device.ticks_ahead + 1
         self.graphs: dict[int, CapturedTick] = {}
         self._turn = 0
@@ -95,6 +97,11 @@ class Lane:
         scaled = scale_input(
             pool.latents, inputs.coefficients, inputs.slots, inputs.row_of, model.dtype, implementation=model.kernels
         )
+        if pool.condition is not None:
+            # What padding reads is thrown away.
+            slots = inputs.slots.index_select(0, inputs.row_of).clamp_(min=0)
+            scaled = torch.cat((scaled, pool.condition.index_select(0, slots)), 1)
+            scaled = scaled.contiguous(memory_format=torch.channels_last)
         texts = (text_kv, text_lengths) if text_slots is None else (text_kv, text_lengths, text_slots)
         step_(
             pool.latents,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel
@@ -17,8 +17,9 @@ def generate_images(
     request: GenerationRequest,
     settings: Settings,
     on_progress: Callable[[int, int], None] | None = None,
+    inputs: Mapping[str, bytes] | None = None,
 ) -> tuple[list[bytes], Result]:
-    """Draw a request and return its encoded images and manifest.
+    """Draw a request and return its encoded images and manifest. `inputs` are the pictures it begins with, as PNG.
 
     Ticks run on the calling thread, and so does `on_progress(step, num_steps)`. Raises `JobError` when the job fails.
     """
@@ -35,7 +36,7 @@ def generate_images(
 
     engine = Engine({model.id: model}, settings, on_event=on_event, on_tick=on_tick)
     engine.check_kernels()
-    engine.submit(Job(id=new_job_id(), request=request))
+    engine.submit(Job(id=new_job_id(), request=request), inputs=inputs)
     engine.run()
     event = ended[0]
     if isinstance(event, Finished):

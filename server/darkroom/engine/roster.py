@@ -29,10 +29,17 @@ class Roster:
         self.is_open = False
         self.is_stopping = False
 
-    def add(self, active: ActiveJob) -> None:
-        """A job that `wait` hands out once the roster is open."""
+    def add(self, active: ActiveJob, *, has_arrived: bool = True) -> None:
+        """A job that `wait` hands out once the roster is open; one that has not arrived only after `arrive`."""
         with self._wake:
             self._jobs[active.job.id] = active
+        if has_arrived:
+            self.arrive(active)
+
+    def arrive(self, active: ActiveJob) -> None:
+        """A job is ready to be handed out."""
+        with self._wake:
+            active.is_encoding = False
             self._arrived.append(active)
             self._wake.notify()
 
@@ -120,6 +127,11 @@ class Roster:
         """Of all jobs that are here, those that were denoised and are not pictures yet included."""
         with self._wake:
             return [row for active in self._jobs.values() for row in active.rows]
+
+    def encoding(self) -> set[str]:
+        """The ids of jobs whose pictures are being encoded."""
+        with self._wake:
+            return {id_ for id_, active in self._jobs.items() if active.is_encoding}
 
     def unfinished_model_rows(self) -> int:
         """Model rows of jobs that are yet to be denoised."""

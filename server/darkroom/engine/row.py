@@ -18,6 +18,7 @@ from darkroom.diffusion.samplers import SamplerTable
 from darkroom.engine.batcher import BatchKey, Candidate
 from darkroom.engine.checkpoint import Checkpoint, fingerprint_of
 from darkroom.engine.prompts import EncodedPrompt
+from darkroom.engine.start import EncodedInputs, Kept
 from darkroom.jobs import Job
 
 _row_ids = itertools.count()
@@ -44,8 +45,9 @@ class Interval(NamedTuple):
 class ActiveJob:
     """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
 
-    `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image. `phases` are
-    those that are over, by name; `decode_s` and `image_encode_s` are the slowest image's.
+    `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image; `inputs` the
+    pictures to begin from, by name, and `start` what became of them. `phases` are those that are over, by name;
+    `decode_s` and `image_encode_s` are the slowest image's.
     """
 
     job: Job
@@ -53,6 +55,9 @@ class ActiveJob:
     deadline_s: float | None
     on_end: Callable[[Any], None]
     checkpoints: Mapping[int, bytes] = field(default_factory=dict)
+    inputs: Mapping[str, bytes] = field(default_factory=dict)
+    start: EncodedInputs | None = None
+    is_encoding: bool = False
     rows: list[Row] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
     phases: dict[str, Interval] = field(default_factory=dict)
@@ -94,9 +99,10 @@ class Row:
 
     `shape` is (C, H, W) of its latents. `first_latents` `[C, H, W]` and `first_previous` `[2, C, H, W]` (None at step
     0), fp32 on the host, are there until the row holds `slot` of its lane's pool; on the device, in the memory that
-    brought them there, `last_latents` are what its last evaluation leaves. `saved` is the last state that was made
-    safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row joined.
-    `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    brought them there, `last_latents` are what its last evaluation leaves. `kept` is what a mask keeps of an init
+    image; `condition`, until it holds a slot, what the UNet reads beside the latents. `saved` is the last state that
+    was made safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row
+    joined. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -114,6 +120,8 @@ class Row:
     waiting_since_s: float
     saved_s: float
     first_previous: Tensor | None = None
+    kept: Kept | None = None
+    condition: Tensor | None = None
     slot: int | None = None
     last_latents: Tensor | None = None
     saved: Checkpoint | None = None
@@ -142,7 +150,9 @@ class Row:
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
-        return fingerprint_of(self.model.card.weights_hash, self.table, self.seed)
+        request = self.active.job.request
+        inputs = (request.init_image, request.mask_image)
+        return fingerprint_of(self.model.card.weights_hash, self.table, self.seed, *inputs)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where another worker was. Only before the row holds a slot."""

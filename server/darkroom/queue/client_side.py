@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, NoReturn
 
 from darkroom import metrics, tracing
@@ -61,6 +61,8 @@ _BATCHES_AGE_S = 0.2
 LONGEST_PROMISE_MS = 600_000
 # Clients round up to seconds, and take a moment to connect.
 PROMISE_GRACE_MS = 5_000
+# For how long pictures outlive a job that was never accepted because this process was lost.
+_STAGED_MS = 60_000
 # Before any pace is known.
 UNKNOWN_WAIT_S = 5.0
 # Other workers, and other callers, may change much of a longer one.
@@ -105,6 +107,7 @@ class ClientSide:
         *,
         result_bytes: int,
         checkpoint_bytes: int = 0,
+        inputs: Mapping[str, bytes] | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
         body_hash: str = "",
@@ -118,7 +121,8 @@ class ClientSide:
         """Accept a job, for good once this returns. Harmless to repeat with the same job id.
 
         `result_bytes` is the most its pictures may take, unless they go to a result store, `checkpoint_bytes` the most
-        that its running images may; memory for the larger is reserved until the job ends. A job that still waits
+        that its running images may; memory for the larger is reserved until the job ends. `inputs` are the pictures
+        that it begins with, by name; they are kept beside it until then. A job that still waits
         `deadline_s` seconds from now expires. With an `idempotency_key` seen before, the earlier job is returned if
         `body_hash` is the same.
 
@@ -144,9 +148,11 @@ class ClientSide:
         """
         if max_waiting is None and job.tenant != DEFAULT_TENANT:
             max_waiting = self._max_tenant_jobs
+        inputs = inputs or {}
         with tracing.enqueueing(job) as job:
             payload = encode(job)
             memory = await self._memory.sample()
+            staged = {self._connection.keys.staged(job.id, 0, name): content for name, content in inputs.items()}
             reply, is_safe = await self._connection.replicated_script(
                 "enqueue",
                 job.id,
@@ -155,7 +161,10 @@ class ClientSide:
                 job.priority.rank,
                 job.request.num_model_rows,
                 # Checkpoints go before pictures come.
-                max(checkpoint_bytes, result_bytes if self._results is None else 0) + len(payload) + JOB_OVERHEAD_BYTES,
+                max(checkpoint_bytes, result_bytes if self._results is None else 0)
+                + sum(map(len, inputs.values()))
+                + len(payload)
+                + JOB_OVERHEAD_BYTES,
                 "" if deadline_s is None else int(deadline_s * 1000),
                 "" if idempotency_key is None else digest(idempotency_key, job.tenant),
                 body_hash,
@@ -173,8 +182,14 @@ class ClientSide:
                 int(cancel_when_left),
                 payer,
                 "" if max_cost is None else max_cost,
+                *inputs,
+                after=[("SET", key, content, "PX", _STAGED_MS) for key, content in staged.items()],
             )
             outcome: bytes = reply[0]
+            if staged and outcome != b"new":
+                # They would go by themselves, but later.
+                with contextlib.suppress(QueueUnavailable):
+                    await self._connection.command("UNLINK", *staged)
             if outcome == b"mismatch":
                 raise IdempotencyMismatch("this Idempotency-Key was used before with another body")
             if outcome == b"budget_exceeded":
@@ -229,6 +244,16 @@ class ClientSide:
     async def stay(self, job_id: str) -> None:
         """Say that somebody waits for a job, or did until now."""
         await self._connection.script("stay", job_id)
+
+    async def inputs(self, job: Job) -> dict[str, bytes]:
+        """The pictures that a job begins with, by name; those that the server has lost are left out."""
+        names = job.request.input_names
+        if not names:
+            return {}
+        contents: list[bytes | None] = await self._connection.command(
+            "MGET", *(self._connection.keys.input(job.id, name) for name in names)
+        )
+        return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
 
     async def cancel(self, job_id: str, *, tenant: str | None = None) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.

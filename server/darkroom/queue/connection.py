@@ -19,7 +19,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.errors import ConfigError, QueueUnavailable, StorageFull, shorten
-from darkroom.jobs import JobState, Priority
+from darkroom.jobs import INPUT_NAMES, JobState, Priority
 from darkroom.queue.durability import SETTINGS, Kept, promise_of
 from darkroom.queue.keys import Keys
 from darkroom.queue.sentinel import is_sentinel_url, sentinel_pool
@@ -177,18 +177,19 @@ class RedisConnection:
     def replicates(self) -> bool:
         return self._durability == "replicated"
 
-    async def replicated_script(self, name: str, *args: Any) -> tuple[Any, bool]:
-        """As `script`, and where durability is `replicated` whether enough replicas have what it wrote. A script that
-        may have been sent before must write something then too, or nothing is waited for."""
+    async def replicated_script(self, name: str, *args: Any, after: Sequence[Sequence[Any]] = ()) -> tuple[Any, bool]:
+        """As `script`, or as `script_after` the commands of `after`, and where durability is `replicated` whether
+        enough replicas have what it wrote. A script that may have been sent before must write something then too, or
+        nothing is waited for."""
         if not self.replicates:
-            return await self.script(name, *args), True
+            return await (self.script_after(after, name, *args) if after else self.script(name, *args)), True
         acknowledged = 0
 
         async def execute(*script: Any) -> Any:
             nonlocal acknowledged
             # On one connection: WAIT is for what that one has written, and a failover between them must break it.
-            reply, acknowledged = await self._execute(
-                script, ("WAIT", self._num_replicas, REPLICAS_TIMEOUT_MS), is_transaction=False
+            *_, reply, acknowledged = await self._execute(
+                *after, script, ("WAIT", self._num_replicas, REPLICAS_TIMEOUT_MS), is_transaction=False
             )
             return reply
 
@@ -270,10 +271,12 @@ def _read_lua(name: str) -> str:
 
 def _script_head(settings: Settings) -> str:
     """The constants that every script shares, then `prelude.lua`."""
+    inputs = ", ".join(f"'{name}'" for name in INPUT_NAMES)
     terminal = ", ".join(f"{state.value} = true" for state in JobState if state.is_terminal)
     constants = (
-        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL = "
+        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL, INPUT_NAMES = "
         f"{int(settings.job_ttl_s * 1000)}, {int(settings.result_ttl_s * 1000)}, {int(settings.lease_s * 1000)}, "
-        f"{int(settings.disconnect_grace_s * 1000)}, {settings.max_failures}, {len(Priority)}, {{ {terminal} }}\n"
+        f"{int(settings.disconnect_grace_s * 1000)}, {settings.max_failures}, {len(Priority)}, {{ {terminal} }}, "
+        f"{{ {inputs} }}\n"
     )
     return constants + _read_lua("prelude")

@@ -61,12 +61,16 @@ class DeadLetters:
         """Queue what a letter asks for as a new job, and remove the letter.
 
         Two who replay one letter, or one who does so twice because a reply was lost, get the same job: the letter is
-        its idempotency key. Raises `JobError` (bad_message) for a letter that cannot be read and what `enqueue` raises,
-        and keeps the letter then.
+        its idempotency key. Pictures that its job began with are kept for `job_ttl_s`. Raises `JobError` (bad_message)
+        for a letter that cannot be read or whose pictures are gone, and what `enqueue` raises, and keeps the letter
+        then.
         """
         if letter.job is None:
             raise JobError("the letter's job cannot be read by this release", code="bad_message")
         request = letter.job.request
+        inputs = await self._queue.inputs(letter.job)
+        if len(inputs) < len(request.input_names):
+            raise JobError("the pictures that it begins with are not kept any more", code="bad_message")
         job = Job(
             id=new_job_id(),
             request=request,
@@ -78,6 +82,7 @@ class DeadLetters:
             job,
             result_bytes=request.width * request.height * 3 * request.num_images_per_prompt,
             checkpoint_bytes=letter.reserved_bytes,
+            inputs=inputs,
             # No client's key has a space.
             idempotency_key=f"dead letter {letter.id}",
             body_hash=letter.id,

@@ -60,11 +60,16 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "claim": ("list", "claim:<worker>: token and jobs of the last claim, for one whose reply was lost", "lease_s"),
     "calls": ("hash", "calls:<sha256 of caller>: job id -> the caller's own name for it", "1 day after the last job"),
     "choices": ("hash", "choices:<sha256 of caller>: what a caller set once for all its calls", "30 days"),
+    "input": (
+        "string",
+        "input:<id>:<name>: a picture that the job begins with, as PNG",
+        "the job's end; of a dead letter job_ttl_s after it",
+    ),
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "staged": (
         "string",
-        "staged:<id>:<attempt>:<index>: a picture or checkpoint, within the transaction that settles or keeps it",
-        "result_ttl_s",
+        "staged:<id>:<attempt>:<index or name>: a picture or checkpoint, within the transaction that takes it over",
+        "result_ttl_s, job_ttl_s or 60 s",
     ),
     "checkpoint": ("string", "checkpoint:<id>:<index>: packed state of a running image", "the job's end, or job_ttl_s"),
     "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
@@ -103,7 +108,10 @@ class Keys:
     def image(self, job_id: str, index: int) -> str:
         return f"{self.prefix}image:{job_id}:{index}"
 
-    def staged(self, job_id: str, attempt: int, index: int) -> str:
+    def input(self, job_id: str, name: str) -> str:
+        return f"{self.prefix}input:{job_id}:{name}"
+
+    def staged(self, job_id: str, attempt: int, index: int | str) -> str:
         return f"{self.prefix}staged:{job_id}:{attempt}:{index}"
 
     def checkpoint(self, job_id: str, index: int) -> str:

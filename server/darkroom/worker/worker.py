@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import os
 import socket
 import threading
@@ -276,7 +277,9 @@ class Worker:
                         self._traces[job.id, job.attempt] = trace
                 # From here on they are handed back, whatever happens.
                 for job in jobs:
-                    self._submit(job, await self._checkpoints(job))
+                    # An outage is waited out: without its pictures the job cannot be drawn.
+                    inputs = await self._retry(functools.partial(self._queue.inputs, job))
+                    self._submit(job, await self._checkpoints(job), inputs)
         except QueueUnavailable as error:
             await self._pause(error)
             return 0
@@ -299,11 +302,11 @@ class Worker:
             log.warning("checkpoints_not_read", job_id=job.id, reason=str(error), **tracing.log_fields(job))
             return {}
 
-    def _submit(self, job: Job, checkpoints: dict[int, bytes]) -> None:
+    def _submit(self, job: Job, checkpoints: dict[int, bytes], inputs: dict[str, bytes]) -> None:
         deadline_in_s = None
         if job.deadline_at_ms is not None:
             deadline_in_s = (job.deadline_at_ms - job.claimed_at_ms) / 1000
-        self._engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=checkpoints)
+        self._engine.submit(job, deadline_in_s=deadline_in_s, checkpoints=checkpoints, inputs=inputs)
         model = job.request.model
         log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=model, **tracing.log_fields(job))
         if job.id in self._early_cancellations:

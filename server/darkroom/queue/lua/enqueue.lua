@@ -8,9 +8,10 @@
 --     18 tenant            19 its weight          20 most jobs of it waiting, '' for as many as the queue holds
 --     21 '1' to cancel the job when those that wait for it have left
 --     22 whose budget pays, '' for nobody's       23 most cost of its unfinished jobs, '' for no limit
+--     24.. names of pictures that the same transaction has written to staged:<id>:0:<name>
 -- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
 -- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>,
--- budget.
+-- budget, input:<id>:<name>; removes staged:<id>:0:<name> of a job that is new.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or
 -- ''}, {'tenant_queue_full', its jobs waiting, ms to wait or ''}, {'budget_exceeded', cost held, ms in which one worker
 -- makes what is too much or ''}, {'storage_full'} or {'deadline_unmet', ms until done, ms that it takes by itself}. Sent
@@ -126,6 +127,9 @@ local ahead, eta_ms, least_ms, is_idle = estimate(job, false)
 if job.deadline_ms and eta_ms ~= '' and now_ms + (is_idle and least_ms or eta_ms) > job.deadline_ms then
   return { 'deadline_unmet', eta_ms, math.ceil(least_ms) }
 end
+-- First all of them: where one is missing nothing may stay for good.
+for i = 24, #ARGV do redis.call('RENAME', prefix .. 'staged:' .. id .. ':0:' .. ARGV[i], input_key(id, ARGV[i])) end
+for i = 24, #ARGV do redis.call('PERSIST', input_key(id, ARGV[i])) end
 redis.call('HSET', job_key(id), 'state', 'queued', 'payload', ARGV[2], 'model', model, 'rank', ARGV[4],
   'rows', ARGV[5], 'reserved', ARGV[6], 'score', job.score, 'created_ms', now_ms, 'deadline_ms', job.deadline_ms or '',
   'attempt', 0, 'failures', 0, 'idempotency', digest, 'cost', ARGV[14])

@@ -2,8 +2,8 @@
 --
 -- KEYS[1] is the queue's prefix "{darkroom:<shard>}:". Every other key is derived from it, so a script touches one
 -- shard's keys only and all of them lie in one Redis Cluster slot. keys.py documents each key.
--- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS and TERMINAL
--- (state -> true).
+-- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL
+-- (state -> true) and INPUT_NAMES.
 
 local prefix = KEYS[1]
 
@@ -16,6 +16,7 @@ local leases, queued, counters = prefix .. 'leases', prefix .. 'queued', prefix 
 local backlog, running, abandoned = prefix .. 'backlog', prefix .. 'running', prefix .. 'abandoned'
 
 local function job_key(id) return prefix .. 'job:' .. id end
+local function input_key(id, name) return prefix .. 'input:' .. id .. ':' .. name end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
 local function shares_key(model) return prefix .. 'shares:' .. model end
 local function debts_key(model) return prefix .. 'debts:' .. model end
@@ -205,6 +206,14 @@ end
 local function finish(id, job, state, ...)
   redis.call('ZREM', leases, id)
   if not job or job.idempotency ~= '' then redis.call('ZREM', abandoned, id) end
+  -- A dead letter keeps what it began with as long as its record, so that it may be replayed.
+  for _, name in ipairs(INPUT_NAMES) do
+    if job and job.is_dead then
+      redis.call('PEXPIRE', input_key(id, name), JOB_TTL_MS)
+    else
+      redis.call('UNLINK', input_key(id, name))
+    end
+  end
   if job then
     if job.state == 'running' then leave_running(job) end
     leave_ready(id, job)
@@ -264,6 +273,7 @@ local function lose(id, job, reason, max_dead_letters)
     redis.call('XADD', prefix .. 'dead', 'MAXLEN', max_dead_letters, '*', 'job', id, 'failures', job.failures,
       'attempt', job.attempt, 'worker', job.owner, 'reason', reason, 'reserved', job.reserved,
       'payload', redis.call('HGET', job_key(id), 'payload') or '')
+    job.is_dead = true
     finish(id, job, 'failed', 'error_code', 'dead_letter', 'error_message',
       'given up after ' .. job.failures .. ' workers were lost while they ran it')
     return 'dead'
