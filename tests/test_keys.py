@@ -108,6 +108,8 @@ async def test_every_route_but_the_open_ones_wants_a_key(settings: Settings, que
             assert reply.headers["www-authenticate"].startswith("Bearer")
             if path.startswith("/sdapi/"):
                 assert reply.json()["error"] == "unauthorized"
+            elif path.startswith("/v1/"):
+                assert reply.json()["error"]["code"] == "invalid_api_key"
             elif method != "HEAD":
                 assert reply.headers["content-type"] == "application/problem+json"
                 assert reply.json()["code"] == "unauthorized"

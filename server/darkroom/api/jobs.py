@@ -141,7 +141,7 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
             "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
         )
     await service.queue.status(checked(job_id), tenant=caller_of(request).sees, is_back=True)
-    return _until_handed_over(service, job_id, last)
+    return until_handed_over(service, job_id, last)
 
 
 @router.get(
@@ -184,7 +184,7 @@ async def events(
         log.info("events_broke_off", job_id=job_id, reason=error.code)
 
 
-async def _until_handed_over(service: Service, job_id: str, last: str | None) -> AsyncIterator[JobEvent]:
+async def until_handed_over(service: Service, job_id: str, last: str | None) -> AsyncIterator[JobEvent]:
     """The job's events, ended early when this process drains: another one will take the stream up."""
     source = cast("AsyncGenerator[JobEvent]", service.queue.events(job_id, last))
     draining = asyncio.ensure_future(service.handing_over.wait())

@@ -56,6 +56,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
         "mask_image": "a picture in base64, or a data URL, beside init_image",
         "strength": "a number above 0, at most 1, beside init_image",
         "resize_mode": f"one of {', '.join(RESIZE_MODES)}",
+        "output_quality": "an integer from 1 to 100",
         "priority": "one of low, normal, high",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "mode": "one of wait, async",
@@ -173,6 +174,7 @@ def complete(
         prompt_syntax=body.prompt_syntax,
         output_format=output_format,
         strength=strength,
+        output_quality=body.output_quality,
     )
 
 
