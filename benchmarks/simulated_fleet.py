@@ -21,10 +21,10 @@ from typing import Any
 import structlog
 from darkroom.config import Settings
 from darkroom.engine.batcher import BatchKey, Choice
-from darkroom.engine.events import Cancelled, Event, Finished, Saved, TickReport
+from darkroom.engine.events import Cancelled, Event, Finished, Preview, Saved, TickReport
 from darkroom.engine.pulse import Pulse
 from darkroom.errors import DarkroomError, QueueFull, StorageFull
-from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Result, Timings, new_job_id
+from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Previews, Result, Timings, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.worker.worker import PROGRESS_INTERVAL_S, Worker
 
@@ -141,6 +141,7 @@ class KnownAnswerEngine:
         on_tick: Callable[[TickReport], None],
         on_ready: Callable[[], None],
         on_saved: Callable[[Saved], None],
+        on_preview: Callable[[Preview], None],
     ) -> None:
         self.models = {load.model: SimpleNamespace(card=load.card())}
         self.batcher = SimpleNamespace(max_model_rows=load.max_model_rows)
@@ -167,6 +168,9 @@ class KnownAnswerEngine:
         self._rows[job.id, job.attempt] = _Row(job)
         if not self._is_ticking:
             self._start_tick()
+
+    def show(self, job_id: str, attempt: int, previews: Previews) -> None:
+        """Nobody watches these."""
 
     def cancel(self, job_id: str, attempt: int) -> None:
         if (job_id, attempt) in self._rows:

@@ -193,6 +193,25 @@ def test_an_image_that_the_autoencoder_cannot_encode_fails_its_job(
     assert event.failure.code == "non_finite"
 
 
+def test_a_masked_row_whose_numbers_overflow_is_begun_again_from_the_same_pictures(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    job = masked(model, "a", sampler="euler_a")
+    whole = run(model, [job], settings)
+    forward, calls = model.unet.forward, 0
+
+    def overflows_once(*inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = forward(*inputs)
+        return torch.full_like(output, torch.inf) if calls == 2 else output
+
+    monkeypatch.setattr(model.unet, "forward", overflows_once)
+    assert run(model, [job], settings).images("a") == whole.images("a")
+    assert calls > len(whole.ticks)
+
+
 def test_a_job_cancelled_while_its_image_is_encoded_costs_no_tick_and_others_go_on_meanwhile(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,18 @@ def test_every_kind_of_pixel_becomes_plain_colour(name: str) -> None:
     assert np.abs(got[4, 13] - second).max() < 12
 
 
+def test_of_a_cameras_file_with_further_pictures_the_photograph_is_taken() -> None:
+    content = written(halves(), "MPO", save_all=True, append_images=[halves(left=(0, 0, 0))])
+    assert np.abs(read(content)["init_image"][:, 2] - (200, 30, 20)).max() < 12
+
+
+def test_of_a_huge_photograph_no_more_is_decoded_than_can_be_drawn() -> None:
+    content = written(Image.new("RGB", (4800, 4100), (200, 30, 20)), "JPEG")
+    pictures = read_pictures(content, max_pixels=1 << 25)
+    assert pictures.size == (2400, 2050)
+    assert np.abs(np.asarray(pictures.init_image).astype(int)[2000, 2300] - (200, 30, 20)).max() < 12
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_picture_that_was_taken_sideways_is_turned_upright(kind: str) -> None:
     exif = Image.Exif()

@@ -23,6 +23,7 @@ from PIL import Image
 from tests.support.clients import CLIENTS, client_python
 from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
+from tests.support.metrics import Change
 
 FOX: dict[str, Any] = {"prompt": "a red fox"}
 GENERATIONS = "/v1/images/generations"
@@ -470,8 +471,24 @@ async def test_the_sdk_generates(guarded: Guarded) -> None:
     assert picture(by_environment["data"][0]["b64_json"]).getpixel((0, 0)) == colour(7)
 
 
-async def test_the_sdk_streams(guarded: Guarded) -> None:
-    seen = await guarded.play("stream")
+async def test_the_sdk_streams_previews_and_pictures(guarded: Guarded, worker: InstantWorker) -> None:
+    change = Change()
+    worker.gate.clear()
+    call = asyncio.ensure_future(guarded.play("stream"))
+    await worker.started.wait()
+    for step in (1, 2, 3, 5):
+        await worker.show(step)
+
+        async def is_seen(expected: int = (step > 1) + (step > 3)) -> bool:
+            return change("http_requests_total", route="/v1/models") == expected
+
+        await eventually(is_seen)
+    worker.gate.set()
+    seen = await call
+    assert [event["type"].rpartition(".")[2] for event in seen["events"]] == ["partial_image"] * 2 + ["completed"] * 2
+    partial = seen["events"][:2]
+    assert [event["partial_image_index"] for event in partial] == [0, 1]
+    assert picture(partial[1]["b64_json"]).format == "JPEG"
     completed = [event for event in seen["events"] if event["type"] == "image_generation.completed"]
     assert [picture(one["b64_json"]).getpixel((0, 0)) for one in completed] == [colour(7), colour(8)]
     assert all(one["usage"]["output_tokens"] == 16 for one in completed)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
+import itertools
 import json
 import os
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,7 +22,7 @@ from darkroom.config import Settings
 from darkroom.diffusion.images import encode_image
 from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
-from darkroom.queue import JobQueue
+from darkroom.queue import JobQueue, new_key
 from PIL import Image
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
 
@@ -45,7 +48,7 @@ class Darkroom:
     contexts: list[BrowserContext] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
-    async def open(self, **options: object) -> Page:
+    async def open(self, *, is_locked: bool = False, **options: object) -> Page:
         """The page in a browser that has never seen it. Whatever it complains about fails the test."""
         context = await self.browser.new_context(**{"reduced_motion": "reduce", **DESKTOP, **options})
         context.set_default_timeout(30_000)
@@ -54,7 +57,8 @@ class Darkroom:
         page.on("console", self._heard)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         await page.goto(f"http://127.0.0.1:{self.site.port}/")
-        await expect(page.locator("#examples button").first).to_be_attached()
+        if not is_locked:
+            await expect(page.locator("#examples button").first).to_be_attached()
         return page
 
     def _heard(self, message: ConsoleMessage) -> None:
@@ -231,7 +235,7 @@ async def drop(page: Page, content: bytes, media_type: str = "image/png") -> Non
 
 
 REQUEST = GenerationRequest(
-    prompt="two foxes,\nünder Wasser",
+    prompt="two (foxes:1.2),\nünder Wasser",
     negative_prompt="snow",
     model="test-world",
     width=128,
@@ -241,6 +245,7 @@ REQUEST = GenerationRequest(
     seed=2**63 - 2,
     sampler="euler_a",
     sigma_schedule="simple",
+    prompt_syntax="weighted",
 )
 
 
@@ -258,6 +263,7 @@ async def restored(page: Page) -> None:
         "sigma_schedule": "simple",
     }.items():
         await expect(page.locator(f"#{name}")).to_have_value(value)
+    await expect(page.locator("#weighted")).to_be_checked()
 
 
 async def test_a_dropped_png_brings_its_settings_back(darkroom: Darkroom) -> None:
@@ -289,9 +295,14 @@ TRICKY = [
 
 async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Darkroom) -> None:
     page = await darkroom.open()
-    for prompt in TRICKY:
+    for prompt, syntax in itertools.product(TRICKY, ["plain", "weighted"]):
         request = msgspec.structs.replace(
-            REQUEST, prompt=prompt, negative_prompt="a, b: c\nd", model='my "model", large'
+            REQUEST,
+            prompt=prompt,
+            prompt_syntax=syntax,
+            negative_prompt="a, b: c\nd",
+            model='my "model", large',
+            clip_skip=1,
         )
         read = await page.evaluate(
             "async (text) => (await import('/static/png.js')).parseInfotext(text)",
@@ -308,6 +319,9 @@ async def test_what_is_written_into_a_picture_is_read_back_the_same(darkroom: Da
             "seed": str(request.seed),
             "sampler": "euler_a",
             "sigma_schedule": "simple",
+            "clip_skip": 1,
+            # Without brackets there is nothing to read.
+            **({"prompt_syntax": "weighted"} if syntax == "weighted" and "(" in prompt else {}),
         }
 
 
@@ -340,6 +354,81 @@ async def test_a_picture_without_settings_is_said_to_have_none(darkroom: Darkroo
         await page.click("#restore")
     await (await chooser.value).set_files(tmp_path / "plain.png")
     await expect(page.get_by_role("alert")).to_contain_text("This picture carries no settings")
+
+
+async def start_from(page: Page, picture: Image.Image, tmp_path: Path) -> None:
+    picture.save(tmp_path / "start.png")
+    async with page.expect_file_chooser() as chooser:
+        await page.click("#start-choose")
+    await (await chooser.value).set_files(tmp_path / "start.png")
+    await expect(page.locator("#start-set")).to_be_visible()
+
+
+async def sent_by(page: Page, *, click: str) -> dict[str, Any]:
+    async with page.expect_request("**/generate") as asked:
+        await page.click(click)
+    body: dict[str, Any] = (await asked.value).post_data_json
+    return body
+
+
+def opened(data_url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2])))
+
+
+async def test_a_picture_to_start_from_is_cut_to_size_and_sent_with_its_strength(
+    darkroom: Darkroom, tmp_path: Path
+) -> None:
+    page = await darkroom.open()
+    await start_from(page, Image.new("RGB", (300, 100), (200, 40, 10)), tmp_path)
+    await page.fill("#strength", "0.35")
+    await page.fill("#prompt", "a red fox")
+    await page.fill("#seed", "5")
+    sent = await sent_by(page, click="#go")
+    assert sent["strength"] == 0.35
+    assert "mask_image" not in sent
+    assert opened(sent["init_image"]).size == (64, 64)
+    assert opened(sent["init_image"]).convert("RGB").getpixel((32, 32)) == (200, 40, 10)
+    await printed(page, 5)
+    await page.click("#start-clear")
+    assert "init_image" not in await sent_by(page, click="#go")
+    await page.click("#strip .frame:nth-child(2) button")
+    again = await sent_by(page, click="#again")
+    assert (again["init_image"], again["strength"]) == (sent["init_image"], 0.35)
+
+
+async def test_a_mask_is_painted_undone_and_filled_without_a_brush(darkroom: Darkroom, tmp_path: Path) -> None:
+    page = await darkroom.open()
+    await start_from(page, Image.new("RGB", (64, 64), "gray"), tmp_path)
+    await page.fill("#prompt", "a red fox")
+    await page.click("#mask-open")
+    assert (await Axe().run(page)).violations_count == 0
+    await page.select_option("#mask-fill", "left")
+    box = await page.locator("#mask-canvas").bounding_box()
+    assert box is not None
+    for part in (0.85, 0.6):
+        await page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] * 0.1)
+        await page.mouse.down()
+        await page.mouse.move(box["x"] + box["width"] * part, box["y"] + box["height"] * 0.9, steps=3)
+        await page.mouse.up()
+    await page.click("#mask-undo")
+    await page.click("#mask-done")
+    mask = opened((await sent_by(page, click="#go"))["mask_image"]).convert("L")
+    row = [mask.getpixel((x, 32)) for x in (10, 30, 38, 54, 62)]
+    assert row == [255, 255, 0, 255, 0]
+    await expect(page.locator("#print-actions")).to_be_visible()
+    await page.click("#use")
+    await expect(page.locator("#mask-open")).to_have_text("Change the mask")
+    again = opened((await sent_by(page, click="#go"))["mask_image"]).convert("L")
+    assert [again.getpixel((x, 32)) for x in (10, 30, 38, 54, 62)] == row
+
+
+async def test_a_dropped_picture_without_settings_is_what_the_next_one_starts_from(darkroom: Darkroom) -> None:
+    page = await darkroom.open()
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(content, "JPEG")
+    await drop(page, content.getvalue(), "image/jpeg")
+    await expect(page.locator("#start-set")).to_be_visible()
+    await expect(page.locator("#status")).to_have_text("The next picture starts from this one.")
 
 
 async def test_a_wrong_field_is_said_beside_the_field(darkroom: Darkroom) -> None:
@@ -383,6 +472,39 @@ async def test_a_full_queue_counts_down_and_is_tried_again_by_itself(
         async with worker.running():
             await printed(page, 4)
         await expect(page.get_by_role("alert")).to_be_hidden()
+        await darkroom.contexts[0].close()
+        assert darkroom.complaints == []
+    await queue.close()
+
+
+async def test_a_darkroom_with_a_lock_asks_for_a_key_and_remembers_it_for_the_visit(
+    browser: Browser, redis_url: str, tmp_path: Path
+) -> None:
+    settings = Settings(data_dir=tmp_path, redis_url=redis_url, shard="test-page-keys", auth="keys")
+    queue = await JobQueue.connect(settings, redis_url)
+    key, token = new_key(name="ann", tenant="ann", scopes=["generate"])
+    await queue.api_keys.add(key)
+    async with InstantWorker(queue).running() as worker, served(settings, queue) as site:
+        darkroom = Darkroom(browser, site, worker, queue)
+        page = await darkroom.open(is_locked=True)
+        dialog = page.get_by_role("dialog")
+        await expect(dialog).to_contain_text("This darkroom has a lock")
+        assert (await Axe().run(page)).violations_count == 0
+        await dialog.get_by_role("button", name="Not now").click()
+        # Nothing asks again by itself; what a person asks for does.
+        await expect(page.locator("#health")).to_have_text("Locked")
+        await expect(dialog).to_be_hidden()
+        await develop(page, "a red fox", seed=6)
+        await page.fill("#key-input", "dk_of_another")
+        await page.click("#key-use")
+        await expect(dialog).to_contain_text("That key does not fit")
+        await page.fill("#key-input", token)
+        await page.click("#key-use")
+        await printed(page, 6)
+        await page.reload()
+        await expect(page.locator("#examples button").first).to_be_attached()
+        await expect(dialog).to_be_hidden()
+        assert await page.evaluate("localStorage.length") == 0
         await darkroom.contexts[0].close()
         assert darkroom.complaints == []
     await queue.close()

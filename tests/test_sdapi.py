@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
+import msgspec
+import numpy as np
 import pytest
 import pytest_asyncio
+from darkroom.api.pictures import read_texts
 from darkroom.api.sdapi.lists import NOTHING, NOTHING_TO_DO
-from darkroom.api.sdapi.png_text import read_texts
 from darkroom.config import Settings
+from darkroom.diffusion.images import encode_image
+from darkroom.errors import InvalidRequest
 from darkroom.jobs import Failure
 from darkroom.queue import JobQueue, new_key
 from hypothesis import given
@@ -25,6 +30,7 @@ from PIL import Image, PngImagePlugin
 from tests.support.clients import CLIENTS, client_python
 from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
+from tests.support.jobs import make_job
 
 FOX: dict[str, Any] = {"prompt": "a (red:1.2) fox"}
 
@@ -468,12 +474,18 @@ async def test_looking_for_new_files_does_no_harm(client: httpx.AsyncClient, nam
     assert (await client.post(f"/sdapi/v1/{name}")).status_code == 200
 
 
-def png_with(**texts: str) -> bytes:
-    chunks = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        (chunks.add_itxt if name.startswith("i") else chunks.add_text)(name, text, zip=name.endswith("z"))
+def picture_with(kind: str = "PNG", **texts: str) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(out, "PNG", pnginfo=chunks)
+    image = Image.new("RGB", (8, 8))
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for name, text in texts.items():
+            chunks.add_text(name, text)
+        image.save(out, kind, pnginfo=chunks)
+    else:
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + texts["parameters"].encode(texts["encoding"])
+        image.save(out, kind, exif=exif)
     return out.getvalue()
 
 
@@ -481,12 +493,14 @@ async def png_info(client: httpx.AsyncClient, data: bytes, prefix: str = "") -> 
     return await client.post("/sdapi/v1/png-info", json={"image": prefix + base64.b64encode(data).decode()})
 
 
+TEXT = 'a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 7, Size: 64x72, Model: "a, b"'
+
+
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 async def test_a_png_says_how_it_was_made(client: httpx.AsyncClient, prefix: str) -> None:
-    text = 'a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, Seed: 7, Size: 64x72, Model: "a, b"'
-    found = (await png_info(client, png_with(parameters=text, Software="x"), prefix)).json()
-    assert found["info"] == text
-    assert found["items"] == {"parameters": text, "Software": "x"}
+    found = (await png_info(client, picture_with(parameters=TEXT, Software="x"), prefix)).json()
+    assert found["info"] == TEXT
+    assert found["items"] == {"parameters": TEXT, "Software": "x"}
     assert found["parameters"] == {
         "Prompt": "a fox",
         "Negative prompt": "blurry",
@@ -499,26 +513,121 @@ async def test_a_png_says_how_it_was_made(client: httpx.AsyncClient, prefix: str
     }
 
 
-async def test_a_png_that_says_nothing_is_no_error_and_no_png_is_one(client: httpx.AsyncClient) -> None:
-    assert (await png_info(client, png_with())).json() == {"info": "", "items": {}, "parameters": {}}
-    for image in ("no base64!", base64.b64encode(b"GIF89a").decode()):
+@pytest.mark.parametrize(("kind", "encoding"), [("JPEG", "utf-16-be"), ("WEBP", "utf-16-le")])
+async def test_pictures_of_other_kinds_say_it_too(client: httpx.AsyncClient, kind: str, encoding: str) -> None:
+    found = (await png_info(client, picture_with(kind, parameters="🦊 " + TEXT, encoding=encoding))).json()
+    assert found["info"] == "🦊 " + TEXT
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+async def test_what_was_drawn_here_says_how(client: httpx.AsyncClient, output_format: str) -> None:
+    made = msgspec.structs.replace(make_job().request, prompt="a (red:1.2) fox", output_format=output_format)
+    data = encode_image(np.zeros((64, 64, 3), np.uint8), made, 0, model_hash="sha256:0123456789ab", version="1")
+    parameters = (await png_info(client, data)).json()["parameters"]
+    assert {name: parameters[name] for name in ("Prompt", "Seed", "Steps", "Sampler", "Model hash", "Size-1")} == {
+        "Prompt": "a (red:1.2) fox",
+        "Seed": str(made.seed),
+        "Steps": "4",
+        "Sampler": "DDIM",
+        "Model hash": "0123456789",
+        "Size-1": "64",
+    }
+
+
+async def test_a_picture_that_says_nothing_is_no_error_and_no_picture_is_one(client: httpx.AsyncClient) -> None:
+    assert (await png_info(client, picture_with())).json() == {"info": "", "items": {}, "parameters": {}}
+    for image in ("no base64!", base64.b64encode(b"GIF89a").decode(), "http://localhost/a.png", "data:image/png,a"):
         reply = await client.post("/sdapi/v1/png-info", json={"image": image})
         assert (reply.status_code, reply.json()["error"]) == (422, "invalid_request")
+        assert reply.json()["detail"].startswith("image: got ")
 
 
-def test_texts_of_every_kind_of_chunk_are_read() -> None:
-    texts = {"text": "café", "textz": "long " * 400, "itext": "🦊", "itextz": "🦊 " * 400}
-    assert read_texts(png_with(**texts)) == texts
-    # What inflates beyond all reason is cut.
-    assert len(read_texts(png_with(textz="a" * (4 << 20)))["textz"]) == 1 << 20
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=100), st.integers(0, 300), st.integers(0, 300), st.sampled_from(["PNG", "JPEG", "WEBP"]))
+def test_no_damage_to_a_picture_is_too_much(noise: bytes, start: int, cut: int, kind: str) -> None:
+    whole = picture_with(kind, parameters="a fox", encoding="utf-16-be")
+    damaged = (whole[:start] + noise + whole[start:])[: max(0, len(whole) - cut)]
+    with contextlib.suppress(InvalidRequest):
+        assert all(isinstance(text, str) for text in read_texts(base64.b64encode(damaged).decode()).values())
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 2000), st.integers(0, 2000))
-def test_no_damage_to_a_png_is_too_much(noise: bytes, start: int, cut: int) -> None:
-    whole = png_with(text="a", itextz="b" * 300, textz="c" * 300)
-    damaged = whole[:8] + (whole[8:start] + noise + whole[start:])[: max(0, len(whole) - cut)]
-    assert all(isinstance(text, str) for text in read_texts(damaged).values())
+# Pictures of pictures
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+RED = Image.new("RGB", (64, 72), (200, 30, 20))
+LEFT_HALF = Image.new("L", (64, 72), 0)
+LEFT_HALF.paste(255, (0, 0, 32, 72))
+
+
+async def img2img(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
+    reply = await client.post("/sdapi/v1/img2img", json={**FOX, "init_images": [encoded(RED)], **fields})
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    return {**body, "info": json.loads(body["info"])}
+
+
+async def inputs_of(queue: JobQueue, client: httpx.AsyncClient, worker: InstantWorker, **fields: Any) -> Any:
+    """The pictures that a job brings, as images by name."""
+    worker.gate.clear()
+    call = asyncio.ensure_future(img2img(client, **fields))
+    await worker.started.wait()
+    job_id = (await client.get("/sdapi/v1/progress")).json()["state"]["job"]
+    job = (await queue.status(job_id)).job
+    found = await queue.inputs(job)
+    worker.gate.set()
+    await call
+    return {name: Image.open(io.BytesIO(content)) for name, content in found.items()}
+
+
+async def test_a_picture_is_drawn_from_a_picture(client: httpx.AsyncClient) -> None:
+    reply = await img2img(client, denoising_strength=0.5, seed=3, steps=10)
+    assert picture(reply["images"][0]).size == (64, 72)
+    manifest = await manifest_of(client, reply)
+    assert (manifest["strength"], manifest["prompt_syntax"]) == (0.5, "weighted")
+    assert manifest["init_image"]
+    assert (reply["info"]["denoising_strength"], reply["info"]["seed"]) == (0.5, 3)
+    assert (reply["parameters"]["init_images"], reply["parameters"]["mask"]) == (None, None)
+    again = await img2img(client, include_init_images=True, steps=10)
+    assert again["parameters"]["init_images"] == [encoded(RED)]
+    assert again["parameters"]["denoising_strength"] == 0.75
+
+
+@pytest.mark.parametrize(("invert", "left", "right"), [(0, 255, 0), (1, 0, 255)])
+async def test_what_is_white_in_a_mask_is_drawn_anew_unless_it_is_inverted(
+    queue: JobQueue, client: httpx.AsyncClient, worker: InstantWorker, invert: int, left: int, right: int
+) -> None:
+    found = await inputs_of(queue, client, worker, mask=encoded(LEFT_HALF), inpainting_mask_invert=invert, steps=10)
+    assert found["init_image"].getpixel((9, 9)) == (200, 30, 20)
+    assert [found["mask_image"].getpixel((x, 9)) for x in (4, 60)] == [left, right]
+
+
+@pytest.mark.parametrize(
+    ("fields", "detail"),
+    [
+        ({"init_images": []}, "init_images: got an array"),
+        ({"init_images": [encoded(RED)] * 2}, "init_images: got an array"),
+        ({"init_images": ["http://localhost/a.png"]}, "init_images: got a http: address"),
+        ({"init_images": ["bm8gcGljdHVyZQ=="]}, "init_images: got 10 bytes that are none"),
+        ({"mask": "bm8gcGljdHVyZQ=="}, "mask: got 10 bytes that are none"),
+        ({"denoising_strength": 0}, "denoising_strength: got 0"),
+        ({"denoising_strength": 0.01, "steps": 4}, "denoising_strength: got 0.01"),
+        ({"resize_mode": 3}, "resize_mode: got 3"),
+        ({"inpainting_fill": 2}, "inpainting_fill: got 2"),
+    ],
+)
+async def test_pictures_that_cannot_be_begun_with_are_refused(
+    client: httpx.AsyncClient, fields: dict[str, Any], detail: str
+) -> None:
+    asked = {**FOX, "init_images": [encoded(RED)], **fields}
+    reply = await client.post("/sdapi/v1/img2img", json=asked)
+    assert reply.status_code == 422
+    assert reply.json()["detail"].startswith(detail)
 
 
 # Clients
@@ -566,6 +675,13 @@ async def test_webuiapi_draws_and_reads_what_it_drew(site: Served) -> None:
     assert [tuple(one) for one in seen["colours"]] == [colour(7 + i) for i in range(4)]
     assert (seen["info"]["all_seeds"], seen["info"]["sampler_name"]) == ([7, 8, 9, 10], "DPM++ 2M")
     assert seen["parameters"]["cfg_scale"] == 6.5
+
+
+async def test_webuiapi_draws_from_a_picture(site: Served) -> None:
+    seen = await run_webuiapi("redraw", site.port)
+    assert seen["sizes"] == [[64, 72]]
+    assert (seen["info"]["seed"], seen["info"]["denoising_strength"]) == (9, 0.5)
+    assert seen["parameters"]["init_images"] is None
 
 
 async def test_webuiapi_sets_options(settings: Settings, queue: JobQueue) -> None:

@@ -128,6 +128,13 @@ async def test_a_class_is_a_head_start_among_the_jobs_of_its_own_tenant_alone(qu
     assert {job.tenant for job in claimed[:2]} == {job.tenant for job in claimed[2:4]} == {"a", "b"}
 
 
+async def test_a_tenant_may_have_any_name(queue: JobQueue) -> None:
+    names = ["a:1", "a", "1:a", "*", "", "default", "é 雪"]
+    for name in names:
+        await enqueue(queue, job_of(name))
+    assert sorted(job.tenant for job in await claim(queue, 99)) == sorted(names)
+
+
 async def test_each_model_has_shares_of_its_own(queue: JobQueue) -> None:
     for _ in range(4):
         await enqueue(queue, job_of("a"))

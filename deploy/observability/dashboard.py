@@ -430,6 +430,11 @@ ROWS = (
                 ),
             ),
             Panel(
+                "Previews",
+                "Previews made of running pictures that somebody watched, from the linear map and by the autoencoder.",
+                (Query("sum by (kind) (rate(darkroom_previews_total[$__rate_interval]))", "{{kind}}"),),
+            ),
+            Panel(
                 "Dead letters",
                 "Jobs given up because too many workers were lost while they ran: now, and on the stream.",
                 (

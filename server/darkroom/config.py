@@ -177,6 +177,15 @@ class Settings(BaseSettings):
         description="Steps between two checkpoints of a running image, where those come before the seconds; 0 counts "
         "no steps.",
     )
+    preview_interval_s: float = Field(
+        0.25,
+        ge=0.02,
+        le=60,
+        description="Seconds between two previews of a job that somebody watches; raising it costs less throughput.",
+    )
+    preview_steps: int = Field(
+        1, ge=1, le=1000, description="Steps between two previews of an image, at least; raising it shows fewer."
+    )
     max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")

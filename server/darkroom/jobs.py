@@ -96,13 +96,19 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_images_per_prompt * (2 if self.uses_guidance else 1)
 
 
+# What those who watch a job want to see of its running images: nothing, what a linear map makes of their latents, or
+# what the autoencoder does.
+Previews = Literal["off", "linear", "vae"]
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A queue record as its worker sees it.
 
     `created_at_ms`, `claimed_at_ms` and `deadline_at_ms` are Redis server time; `cost` is model rows × evaluations ×
     latent pixels; `attempt` is the fencing token that every write of the worker must present; `failures` counts the
     workers that were lost while they ran it; images below `num_checkpoints` may have a checkpoint of an earlier
-    attempt; `traceparent` is the W3C trace context of the request that made it, if that is sampled.
+    attempt; `previews` is what somebody wanted to see of it when it was claimed; `traceparent` is the W3C trace context
+    of the request that made it, if that is sampled.
     """
 
     id: str
@@ -116,6 +122,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     failures: int = 0
     num_checkpoints: int = 0
+    previews: Previews = "off"
     # Left out of the message when unset.
     traceparent: str | msgspec.UnsetType = msgspec.UNSET
     version: int = MESSAGE_VERSION

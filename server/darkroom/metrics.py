@@ -169,6 +169,7 @@ ROWS_NOT_TAKEN = _worker.counter(
     "reason",
 )
 CHECKPOINTS = _worker.counter("checkpoints_total", "Times that the state of a running image was copied out.")
+PREVIEWS = _worker.counter("previews_total", "Previews made of running images that somebody watched.", "kind")
 RESUMES = _worker.counter(
     "resumes_total", "Images that went on from where another worker, or an earlier life, had left them."
 )
@@ -224,6 +225,7 @@ for _metric, _values in (
     (PROMPT_CACHE, ("hit", "miss")),
     (OUT_OF_MEMORY, ("tick", "decode", "encode")),
     (NON_FINITE, ("tick", "decode", "encode")),
+    (PREVIEWS, ("linear", "vae")),
     (REDIS_REFUSALS, ("memory", "read_only", "disk", "loading", "replicas", "other")),
     (NOT_REPLICATED, ("job", "result")),
     (NON_FINITE_RECOVERED, ("tick", "decode")),

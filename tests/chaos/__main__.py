@@ -21,6 +21,8 @@ from tests.chaos.campaign import CHECKPOINT_S, LEASE_S, ROWS, Campaign
 from tests.chaos.stack import Stack
 
 SETTINGS: dict[str, Any] = {"lease_s": LEASE_S, "checkpoint_interval_s": CHECKPOINT_S, "reproducible_rows": ROWS}
+# A drain takes no lease, so none may run out: here each loss is one too many.
+PATIENT = {**SETTINGS, "lease_s": 15.0}
 
 
 def _say(line: str) -> None:
@@ -35,12 +37,12 @@ def _record(figures: list[Figure], options: argparse.Namespace) -> None:
 async def run(directory: Path, options: argparse.Namespace) -> tuple[bool, str]:
     """Whether all is well, and the line that says so."""
     if options.soak_minutes:
-        async with Stack(directory, **SETTINGS, **soak.SETTINGS) as stack:
+        async with Stack(directory, **PATIENT, **soak.SETTINGS) as stack:
             is_well, line, figures = await soak.soak(stack, options.soak_minutes, options.seed, _say)
             _record(figures, options)
             return is_well, line
     if options.rolling_restarts:
-        async with Stack(directory, **SETTINGS) as stack:
+        async with Stack(directory, **PATIENT) as stack:
             campaign = Campaign(stack, options.seed, num_workers=2, say=_say)
             verdict, line = await campaign.restarts(options.rolling_restarts)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from darkroom.queue import JobQueue
 
-from tests.chaos.__main__ import SETTINGS
+from tests.chaos.__main__ import PATIENT, SETTINGS
 from tests.chaos.campaign import Campaign
 from tests.chaos.soak import slope_with_interval
 from tests.chaos.stack import Stack
@@ -64,9 +64,9 @@ async def test_ten_random_kills_lose_and_double_nothing(chaos_model: Path, tmp_p
 @pytest.mark.timeout(300)
 async def test_rolling_restarts_fail_no_request_and_repeat_no_step(chaos_model: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    async with Stack(tmp_path, chaos_model, **SETTINGS) as stack:
+    async with Stack(tmp_path, chaos_model, **PATIENT) as stack:
         campaign = Campaign(stack, 7, num_workers=2, say=said.append)
-        verdict, line = await campaign.restarts(3)
+        verdict, line = await campaign.restarts(2)
     assert verdict, said
     assert line.startswith("0 of "), said
     assert line.endswith(" 0 steps repeated"), said

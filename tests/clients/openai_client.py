@@ -44,11 +44,14 @@ def by_environment() -> dict[str, Any]:
 
 
 def stream() -> dict[str, Any]:
-    events = client().images.generate(
-        prompt="a red fox", n=2, stream=True, partial_images=2, extra_body={"seed": 7, "steps": 6}
-    )
-    seen = [event.to_dict() for event in events]
-    return {"events": seen, "types": [event["type"] for event in seen]}
+    """Each preview is answered by another call, for whoever wants to know how far this is."""
+    sdk, seen = client(), []
+    extra = {"seed": 7, "steps": 6}
+    for event in sdk.images.generate(prompt="a red fox", n=2, stream=True, partial_images=2, extra_body=extra):
+        seen.append(event.to_dict())
+        if event.type == "image_generation.partial_image":
+            sdk.models.list()
+    return {"events": seen}
 
 
 def stream_that_fails() -> dict[str, Any]:

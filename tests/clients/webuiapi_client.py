@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import webuiapi
+from PIL import Image
 
 
 def look(api: Any) -> dict[str, Any]:
@@ -48,6 +49,15 @@ def draw(api: Any) -> dict[str, Any]:
         "read": read.info,
         "read_parameters": read.parameters,
     }
+
+
+def redraw(api: Any) -> dict[str, Any]:
+    image, mask = Image.new("RGB", (64, 64), (200, 30, 20)), Image.new("L", (64, 64), 255)
+    result = api.img2img(
+        images=[image], mask_image=mask, prompt="a fox", seed=9, denoising_strength=0.5, width=64, height=72, steps=10,
+        inpainting_fill=1,
+    )  # fmt: skip
+    return {"sizes": [one.size for one in result.images], "info": result.info, "parameters": result.parameters}
 
 
 def choose(api: Any) -> dict[str, Any]:

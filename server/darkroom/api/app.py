@@ -124,7 +124,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     replies += [openai_shapes.Images, openai_shapes.PartialImage, openai_shapes.CompletedImage]
     replies += [openai_shapes.Model, openai_shapes.ModelList, openai_shapes.OpenAIError]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
-    bodies = (schema.GenerateRequest, shapes.TextToImage, lists.PngInfo, openai_shapes.ImagesGenerate)
+    bodies = (
+        schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo, openai_shapes.ImagesGenerate,
+    )  # fmt: skip
     _, requests = models_json_schema(
         [(kind, "validation") for kind in bodies],
         ref_template="#/components/schemas/{model}",

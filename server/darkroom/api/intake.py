@@ -41,14 +41,36 @@ class Intake:
         self._places = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def read(
-        self, init_image: str | bytes, mask_image: str | bytes | None = None, *, mask_is_alpha: bool = False
+        self,
+        init_image: str | bytes,
+        mask_image: str | bytes | None = None,
+        *,
+        mask_is_alpha: bool = False,
+        mask_is_inverted: bool = False,
     ) -> Pictures:
         """As `pictures.read_pictures`."""
 
         def read() -> Pictures:
             from darkroom.api.pictures import read_pictures
 
-            return read_pictures(init_image, mask_image, mask_is_alpha=mask_is_alpha, max_pixels=self._max_pixels)
+            return read_pictures(
+                init_image,
+                mask_image,
+                mask_is_alpha=mask_is_alpha,
+                mask_is_inverted=mask_is_inverted,
+                max_pixels=self._max_pixels,
+            )
+
+        async with self._places:
+            return await asyncio.to_thread(read)
+
+    async def read_texts(self, image: str) -> dict[str, str]:
+        """As `pictures.read_texts`."""
+
+        def read() -> dict[str, str]:
+            from darkroom.api.pictures import read_texts
+
+            return read_texts(image)
 
         async with self._places:
             return await asyncio.to_thread(read)

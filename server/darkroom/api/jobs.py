@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import msgspec
 import structlog
-from fastapi import APIRouter, Depends, Path
+from fastapi import APIRouter, Depends, Path, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +21,7 @@ from darkroom.api.problems import documented
 from darkroom.api.schema import EXAMPLE_JOB_ID, job_view
 from darkroom.api.service import Service, service_of
 from darkroom.errors import DarkroomError, ImageNotFound, InvalidRequest, JobNotFinished, JobNotFound
-from darkroom.jobs import JobState, JobStatus
+from darkroom.jobs import JobState, JobStatus, Previews
 from darkroom.queue import JobEvent, is_event_id
 
 log = structlog.get_logger("darkroom.api")
@@ -132,7 +133,44 @@ def _kind(content: bytes) -> tuple[str, str]:
     return "application/octet-stream", "bin"
 
 
-async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[JobEvent]:
+@router.get(
+    "/jobs/{job_id}/previews/{index}",
+    summary="What a running picture looks like",
+    description=(
+        "Asking makes the job watched for three seconds, so the first time there may be none yet. `GET "
+        "/jobs/{job_id}/events?previews=linear` sends each as it is made."
+    ),
+    response_class=Response,
+    responses={
+        200: {
+            "description": "A JPEG, smaller than the picture will be.",
+            "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **documented("job_not_found", "image_not_found", "queue_unavailable"),
+    },
+)
+async def preview(
+    request: Request, job_id: JobId, index: Annotated[str, Path(description="0 for the first.", examples=["0"])]
+) -> Response:
+    if not (index.isascii() and index.isdecimal() and len(index) < 4):
+        raise ImageNotFound("images are numbered from 0")
+    tenant = caller_of(request).sees
+    content = await service_of(request).queue.preview(checked(job_id), int(index), tenant=tenant)
+    headers = {"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; sandbox"}
+    return Response(content, media_type="image/jpeg", headers=headers)
+
+
+async def events_to_follow(
+    request: Request,
+    job_id: JobId,
+    previews: Annotated[
+        str,
+        Query(
+            description="Previews to send: none, from a linear map, or through the autoencoder, which is slower.",
+            json_schema_extra={"enum": list(get_args(Previews))},
+        ),
+    ] = "off",
+) -> AsyncIterator[JobEvent]:
     """The job's events after `Last-Event-ID`. Runs before the stream begins, so that a 404 can still be a 404."""
     service = service_of(request)
     last = request.headers.get("last-event-id")
@@ -140,8 +178,10 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
         raise InvalidRequest(
             "Last-Event-ID", describe(last), "an id that this stream has sent, such as 1700000000000-0"
         )
+    if previews not in get_args(Previews):
+        raise InvalidRequest("previews", describe(previews), f"one of {', '.join(get_args(Previews))}")
     await service.queue.status(checked(job_id), tenant=caller_of(request).sees, is_back=True)
-    return until_handed_over(service, job_id, last)
+    return until_handed_over(service, job_id, last, cast("Previews", previews))
 
 
 @router.get(
@@ -149,7 +189,9 @@ async def events_to_follow(request: Request, job_id: JobId) -> AsyncIterator[Job
     summary="Follow a job",
     description=(
         "Server-sent events: `queued`, `running`, `progress`, then one of `succeeded`, `failed`, `cancelled`, "
-        "`expired`, which ends the stream. `Last-Event-ID` takes it up again where it broke off."
+        "`expired`, which ends the stream. `Last-Event-ID` takes it up again where it broke off. With `previews` there "
+        "are `preview` events besides, without an id: `image` is a JPEG in base64 of what image `index` looked like at "
+        "`step`. Nothing is computed for a job that nobody watches."
     ),
     response_class=EventSourceResponse,
     openapi_extra={
@@ -175,18 +217,30 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     try:
         async for event in following:
-            data = {"job_id": job_id, "state": event.kind, "step": event.step, "num_steps": event.num_steps}
+            data: dict[str, Any] = {
+                "job_id": job_id,
+                "state": event.kind,
+                "step": event.step,
+                "num_steps": event.num_steps,
+            }
+            if event.kind in ("progress", "preview"):
+                data["state"] = JobState.RUNNING.value
             if event.kind == "progress":
-                data |= {"state": JobState.RUNNING.value, "eta_s": event.eta_s}
+                data["eta_s"] = event.eta_s
+            if event.kind == "preview":
+                data["index"] = event.index
+                data["image"] = base64.b64encode(event.image).decode()
             yield ServerSentEvent(event=event.kind, id=event.id or None, data=data)
     except DarkroomError as error:
         # The reply has begun; the client comes back by itself with Last-Event-ID and learns the reason then.
         log.info("events_broke_off", job_id=job_id, reason=error.code)
 
 
-async def until_handed_over(service: Service, job_id: str, last: str | None) -> AsyncIterator[JobEvent]:
+async def until_handed_over(
+    service: Service, job_id: str, last: str | None, previews: Previews
+) -> AsyncIterator[JobEvent]:
     """The job's events, ended early when this process drains: another one will take the stream up."""
-    source = cast("AsyncGenerator[JobEvent]", service.queue.events(job_id, last))
+    source = cast("AsyncGenerator[JobEvent]", service.queue.events(job_id, last, previews=previews))
     draining = asyncio.ensure_future(service.handing_over.wait())
     coming: asyncio.Future[JobEvent] | None = None
     try:

@@ -24,6 +24,7 @@ from darkroom.jobs import INPUT_NAMES
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Of a JPEG with longer sides, no more is decoded than gives sides of this length.
 ENOUGH_PX = 2048
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _STILL = "a still picture: PNG, JPEG or WebP"
 _ENCODED = "a picture in base64, by itself or in a data URL (data:image/png;base64,...)"
@@ -38,13 +39,14 @@ def read_pictures(
     mask_image: str | bytes | None = None,
     *,
     mask_is_alpha: bool = False,
+    mask_is_inverted: bool = False,
     max_pixels: int,
 ) -> Pictures:
     """Read an init image and its mask, each as the bytes of a file, or as base64 or a data URL.
 
     Transparent parts of an init image turn white. Of a mask white is drawn anew, and what is transparent is kept; with
-    `mask_is_alpha` it is the other way about: what is transparent is drawn anew, and colours say nothing. Raises
-    `InvalidRequest`, whatever the bytes are.
+    `mask_is_alpha` it is the other way about: what is transparent is drawn anew, and colours say nothing. With
+    `mask_is_inverted` what would be kept is drawn anew. Raises `InvalidRequest`, whatever the bytes are.
     """
     contents = [
         (name, _content(sent, name))
@@ -53,12 +55,38 @@ def read_pictures(
     ]
     digest = hashlib.sha256()
     for name, content in contents:
-        digest.update(f"{name} {len(content)} {mask_is_alpha}\n".encode() + content)
+        digest.update(f"{name} {len(content)} {mask_is_alpha} {mask_is_inverted}\n".encode() + content)
     opened = {name: _decoded(content, name, max_pixels) for name, content in contents}
     mask = opened.get("mask_image")
     if mask is not None:
         mask = _mask_of_alpha(mask) if mask_is_alpha else _over(mask, _BLACK).convert("L")
+        mask = ImageOps.invert(mask) if mask_is_inverted else mask
     return Pictures(_over(opened["init_image"], _WHITE), mask, digest.hexdigest())
+
+
+def read_texts(image: str) -> dict[str, str]:
+    """The texts that a picture in base64, or in a data URL, carries: those of a PNG before its pixels, by keyword, and
+    of a JPEG or WebP its EXIF UserComment as `parameters`. No pixel is decoded. Raises `InvalidRequest`."""
+    content = _content(image, "image")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            if opened.format == "PNG":
+                return {str(name): str(text) for name, text in opened.info.items() if isinstance(text, str)}
+            comment = opened.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    except Exception as error:
+        raise InvalidRequest("image", Described(f"{len(content)} bytes that are none"), _STILL) from error
+    text = _comment_text(comment) if isinstance(comment, bytes) else ""
+    return {"parameters": text} if text else {}
+
+
+def _comment_text(comment: bytes) -> str:
+    """An EXIF UserComment. Writers differ in the byte order of Unicode, which the standard leaves open."""
+    code, text = comment[:8], comment[8:]
+    if code != b"UNICODE\0":
+        return text.decode("ascii", "replace") if code == b"ASCII\0\0\0" else ""
+    # The names of its values are Latin letters, whose high byte is 0.
+    is_little = text[1::2].count(0) > text[::2].count(0)
+    return text.decode("utf-16-le" if is_little else "utf-16-be", "replace")
 
 
 def fitted(pictures: Pictures, width: int, height: int, resize_mode: str) -> dict[str, bytes]:

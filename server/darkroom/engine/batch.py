@@ -27,8 +27,8 @@ class Tick:
     """A tick that was enqueued.
 
     `is_finite` `[R]` bool, on the host, says of each row whether its numbers are, once `done` is complete. `finished`
-    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was; `saved` checkpoints, whose
-    tensors are complete with it.
+    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was; `saved` checkpoints, and
+    `shown` denoised latents `[C, H, W]` on the host, which are complete with it.
     """
 
     rows: tuple[Row, ...]
@@ -36,6 +36,7 @@ class Tick:
     done: torch.cuda.Event | None
     finished: dict[Row, Tensor]
     saved: dict[Row, Checkpoint]
+    shown: dict[Row, Tensor]
 
 
 class Batch:
@@ -82,9 +83,9 @@ class Batch:
             [row.guidance_scale for row in rows],
         )
 
-    def enqueue(self, to_save: Collection[Row] = ()) -> Tick:
-        """Let the device advance every row by one evaluation, and copy out the state of those `to_save`. On a CPU that
-        has happened on return.
+    def enqueue(self, to_save: Collection[Row] = (), to_show: Collection[Row] = ()) -> Tick:
+        """Let the device advance every row by one evaluation, and copy out the state of those `to_save` and the
+        denoised latents of those `to_show`. On a CPU that has happened on return.
 
         Whatever raises here has changed no row, and the step may be tried again.
         """
@@ -114,10 +115,11 @@ class Batch:
         for row, latents in finished.items():
             latents.copy_(lane.pool.latents[_held(row.slot)])
         saved = {row: checkpoint_of(lane, row, row.step_index + 1) for row in to_save if row not in finished}
+        shown = {row: lane.device.download(lane.pool.previous[_held(row.slot), 0]) for row in to_show}
         done = lane.end_turn()
         for row in rows:
             row.step_index += 1
-        return Tick(rows, frame.is_finite, done, finished, saved)
+        return Tick(rows, frame.is_finite, done, finished, saved, shown)
 
     def _write(self, frame: Frame) -> int:
         """Fill a frame for this step of every row. Returns how many rows hold all those that draw noise in it."""

@@ -27,7 +27,7 @@ from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
 from darkroom.engine.decode import Decoder, Developed, Encoded
 from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
-from darkroom.engine.events import Cancelled, Event, Expired, Failed, Saved, TickReport, failed, finished
+from darkroom.engine.events import Cancelled, Event, Expired, Failed, Preview, Saved, TickReport, failed, finished
 from darkroom.engine.joining import Joiner, key_of
 from darkroom.engine.lane import Lane
 from darkroom.engine.prompts import PromptCache
@@ -39,7 +39,7 @@ from darkroom.engine.tracebacks import release_frames
 from darkroom.engine.warm_up import capture_ticks, request_of_nobody, try_decoding, turn_away_from_wrong_kernels
 from darkroom.engine.wide import WideModels
 from darkroom.errors import DeviceLost, JobError
-from darkroom.jobs import BatchRow, BatchView, Job
+from darkroom.jobs import BatchRow, BatchView, Job, Previews
 
 MAX_DECODE_BATCH = 8
 
@@ -63,7 +63,8 @@ class Engine:
     `on_ready` is called from `run` before the first tick; with `warm_up` that is after ticks were captured as graphs,
     where the device has them, and after one picture of each model was drawn for nobody, so that no caller pays for
     first calls. `on_saved` gets the state of running images from time to time, and when `run` ends that of all that
-    are unfinished. `batcher` and `device` replace what the settings and the models call for.
+    are unfinished; `on_preview` gets previews of jobs while somebody watches them (`show`). `batcher` and `device`
+    replace what the settings and the models call for.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine:
         on_tick: Callable[[TickReport], None] | None = None,
         on_ready: Callable[[], None] | None = None,
         on_saved: Callable[[Saved], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         warm_up: bool = False,
         batcher: Batcher | None = None,
@@ -88,6 +90,7 @@ class Engine:
         self._on_tick = on_tick
         self._on_ready = on_ready
         self._on_saved = on_saved
+        self._on_preview = on_preview
         self._clock = clock
         self._warm_up = warm_up
         self._is_reproducible = settings.batching == "reproducible"
@@ -118,6 +121,7 @@ class Engine:
         self._decoder = Decoder(
             self._developed,
             self._encoded,
+            on_preview,
             pulse=self.pulse,
             max_batch=1 if self._is_reproducible else MAX_DECODE_BATCH,
             encode_threads=settings.encode_threads,
@@ -165,6 +169,10 @@ class Engine:
         An unknown id is ignored, and so is one that is here as another attempt.
         """
         self._roster.cancel(job_id, attempt)
+
+    def show(self, job_id: str, attempt: int, previews: Previews) -> None:
+        """From now on make these previews of a running job; one that is not here as this attempt is ignored."""
+        self._roster.show(job_id, attempt, previews)
 
     def stop(self) -> None:
         """End `run` after the ticks in flight."""
@@ -244,6 +252,9 @@ class Engine:
                 )
             if self._device.tries_decoding:
                 try_decoding(models, sizes_px, self._decoder, lambda: self._roster.is_stopping)
+            if self._on_preview is not None:
+                for model in models:
+                    self._decoder.fit_previews(model)
             for model in models:
                 self._draw_for_nobody(model)
 
@@ -310,13 +321,16 @@ class Engine:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
             to_save = [row for row in rows if self._is_to_save(row, started_s)]
-            tick = self._batch.enqueue(to_save)
+            to_show = self._to_show(rows, started_s)
+            tick = self._batch.enqueue(to_save, to_show)
         except Exception as error:
             self._batch = None
             self._fail_tick(choice, rows, error)
             return
         for row in to_save:
             row.saved_s, row.saved_step = started_s, row.step_index
+        for row in to_show:
+            row.shown_s, row.shown_step = started_s, row.step_index
         self._enqueued(tick, started_s)
         self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
@@ -327,6 +341,21 @@ class Engine:
         every_s, every_steps = self._settings.checkpoint_interval_s, self._settings.checkpoint_steps
         is_due = 0 < every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
         return self._on_saved is not None and is_due
+
+    def _to_show(self, rows: Sequence[Row], now_s: float) -> list[Row]:
+        """Rows that somebody watches and whose next preview is due; a last evaluation is followed by the picture."""
+        if self._on_preview is None:
+            return []
+        every_s, every_steps = self._settings.preview_interval_s, self._settings.preview_steps
+        return [
+            row
+            for row in rows
+            if row.active.previews != "off"
+            # All images of a job together keep to the interval.
+            and now_s - row.shown_s >= every_s * len(row.active.rows)
+            and (row.shown_step == 0 or row.step_index + 1 - row.shown_step >= every_steps)
+            and row.step_index + 1 < row.table.num_evaluations
+        ]
 
     def _save(self, row: Row, checkpoint: Checkpoint) -> None:
         row.saved = checkpoint
@@ -422,6 +451,8 @@ class Engine:
                 self._decoder.submit(row, tick.finished[row], tick.done)
             elif row in tick.saved:
                 self._save(row, tick.saved[row])
+            if is_finite and row in tick.shown:
+                self._decoder.show(row, tick.shown[row], row.num_done)
 
     def _begin_again(self, row: Row, now_s: float) -> None:
         """Try an image once more whose numbers are not finite; one that was tried in fp32 already fails its job."""

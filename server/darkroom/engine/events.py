@@ -56,6 +56,17 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What image `index` of a job looked like after `step` of `num_steps` evaluations: a small JPEG. Not an end."""
+
+    job: Job
+    index: int
+    step: int
+    num_steps: int
+    image: bytes
+
+
+@dataclass(frozen=True)
 class TickReport:
     """What one tick did, in the `seconds` before `ended_s` on the engine's clock.
 

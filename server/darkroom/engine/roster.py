@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from darkroom.engine.row import ActiveJob, Interval, Row
+from darkroom.jobs import Previews
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Roster:
             if active is not None and active.job.attempt == attempt:
                 self._cancelled.append(active)
                 self._wake.notify()
+
+    def show(self, job_id: str, attempt: int, previews: Previews) -> None:
+        """Make these previews of a job from now on; one that is not here as this attempt is ignored."""
+        with self._wake:
+            active = self._jobs.get(job_id)
+            if active is not None and active.job.attempt == attempt:
+                active.previews = previews
 
     def stop(self) -> None:
         """`wait` returns None from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from darkroom.engine.batcher import BatchKey, Candidate
 from darkroom.engine.checkpoint import Checkpoint, fingerprint_of
 from darkroom.engine.prompts import EncodedPrompt
 from darkroom.engine.start import EncodedInputs, Kept
-from darkroom.jobs import Job
+from darkroom.jobs import Job, Previews
 
 _row_ids = itertools.count()
 
@@ -46,8 +47,8 @@ class ActiveJob:
     """A job inside the engine and what its rows have produced so far. Times are on the engine's clock, in seconds.
 
     `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image; `inputs` the
-    pictures to begin from, by name, and `start` what became of them. `phases` are those that are over, by name;
-    `decode_s` and `image_encode_s` are the slowest image's.
+    pictures to begin from, by name, and `start` what became of them. `previews` is what is to be shown of it while it
+    runs. `phases` are those that are over, by name; `decode_s` and `image_encode_s` are the slowest image's.
     """
 
     job: Job
@@ -58,6 +59,7 @@ class ActiveJob:
     inputs: Mapping[str, bytes] = field(default_factory=dict)
     start: EncodedInputs | None = None
     is_encoding: bool = False
+    previews: Previews = "off"
     rows: list[Row] = field(default_factory=list)
     images: dict[int, bytes] = field(default_factory=dict)
     phases: dict[str, Interval] = field(default_factory=dict)
@@ -67,6 +69,9 @@ class ActiveJob:
     last_tick_s: float = 0.0
     max_batch_rows: int = 0
     is_over: bool = False
+
+    def __post_init__(self) -> None:
+        self.previews = self.job.previews
 
     def note(self, phase: str, interval: Interval) -> None:
         """Note when a phase was done; for a phase of each image, from the first's beginning to the last's end."""
@@ -102,7 +107,8 @@ class Row:
     brought them there, `last_latents` are what its last evaluation leaves. `kept` is what a mask keeps of an init
     image; `condition`, until it holds a slot, what the UNet reads beside the latents. `saved` is the last state that
     was made safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row
-    joined. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    joined, and `shown_s` and `shown_step` when a preview was; `previewed_step` is that of the last preview that is
+    there. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -126,6 +132,9 @@ class Row:
     last_latents: Tensor | None = None
     saved: Checkpoint | None = None
     saved_step: int = 0
+    shown_s: float = -math.inf
+    shown_step: int = 0
+    previewed_step: int = 0
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))

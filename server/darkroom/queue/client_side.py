@@ -26,7 +26,7 @@ from darkroom.errors import (
     StorageFull,
     TenantQueueFull,
 )
-from darkroom.jobs import BatchView, Job, JobState, JobStatus, ModelCard, Priority, Result, decode, encode
+from darkroom.jobs import BatchView, Job, JobState, JobStatus, ModelCard, Previews, Priority, Result, decode, encode
 from darkroom.queue.admission import JOB_OVERHEAD_BYTES, MemoryGauge, MemorySample
 from darkroom.queue.api_keys import KeyStore
 from darkroom.queue.callers import Callers
@@ -132,7 +132,7 @@ class ClientSide:
         `idempotency_key` or `body_hash`) is let in. `caller` names the connection, so that one who asks too early is
         told the same time again.
 
-        Jobs of `job.tenant` (no colon in its name) and those of others that wait share the workers by `weight`, which
+        Jobs of `job.tenant` and those of others that wait share the workers by `weight`, which
         may change from job to job. No more than `max_waiting` of them may wait; where that is left out, one tenant's
         share of the queue, or all of it where there are no tenants. Until the job ends its cost counts against the
         budget of `payer`, which may hold `max_cost` at most.
@@ -178,7 +178,7 @@ class ClientSide:
                 caller,
                 LONGEST_PROMISE_MS,
                 PROMISE_GRACE_MS,
-                job.tenant,
+                job.tenant or DEFAULT_TENANT,
                 weight,
                 "" if max_waiting is None else max_waiting,
                 int(cancel_when_left),
@@ -289,13 +289,26 @@ class ClientSide:
                 # Some spread, so that many waiters do not look in the same instant.
                 await wait_for(woken, min(left_s, SAFETY_POLL_S * random.uniform(0.8, 1.2)))
 
-    def events(self, job_id: str, after: str | None = None) -> AsyncIterator[JobEvent]:
-        """A job's history from its start, or from after the event id `after`, until its end.
+    def events(self, job_id: str, after: str | None = None, *, previews: Previews = "off") -> AsyncIterator[JobEvent]:
+        """A job's history from its start, or from after the event id `after`, until its end; in between the `previews`
+        that are asked for, each the latest of its image: who is slow misses some.
 
         Close the iterator (`contextlib.aclosing`) when leaving early. Raises `JobNotFound`, and `QueueUnavailable` for
         an outage of more than half a minute.
         """
-        return read_events(self._connection, self._notices, job_id, after)
+        return read_events(self._connection, self._notices, job_id, after, previews)
+
+    async def preview(
+        self, job_id: str, index: int, previews: Previews = "linear", *, tenant: str | None = None
+    ) -> bytes:
+        """A JPEG of what an image of a running job looked like lately. Asking makes it watched for `LOOK_MS`, so the
+        first time there may be none yet. Raises `JobNotFound`, `ImageNotFound`."""
+        await self.status(job_id, tenant=tenant, is_back=True)
+        await self._connection.script("look", job_id, previews, LOOK_MS)
+        image: bytes | None = await self._connection.command("GET", self._connection.keys.preview(job_id, index))
+        if image is None:
+            raise ImageNotFound(f"job {job_id} has no preview of image {index} now")
+        return image
 
     async def images(self, job_id: str) -> list[bytes]:
         """All pictures of a succeeded job. Raises `JobNotFound`, `JobNotFinished`, `ImageNotFound`,

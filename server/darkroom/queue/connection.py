@@ -50,6 +50,8 @@ SCRIPTS = (
     "stats",
     "watch",
     "take",
+    "look",
+    "preview",
 )
 
 log = structlog.get_logger(__name__)

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from darkroom.errors import JobNotFound, QueueUnavailable
-from darkroom.jobs import JobState
+from darkroom.jobs import JobState, Previews
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.notices import Notices, wait_for
-from darkroom.queue.records import JobEvent
+from darkroom.queue.records import LOOK_AGAIN_S, LOOK_MS, JobEvent
 
 _POLL_S = 5.0
 _OUTAGE_PAUSE_S = 0.25
@@ -27,9 +27,11 @@ def is_event_id(text: str) -> bool:
 
 
 async def read_events(
-    connection: RedisConnection, notices: Notices, job_id: str, after: str | None
+    connection: RedisConnection, notices: Notices, job_id: str, after: str | None, previews: Previews
 ) -> AsyncIterator[JobEvent]:
     """See `JobQueue.events`. An `after` that is no event id counts as none."""
+    shown: dict[int, int] = {}
+    looked_at = float("-inf")
     keys = connection.keys
     # What was seen before is read once more: the speed of what is going on follows from it.
     last, seen = None, _moment_of(after) if after is not None and is_event_id(after) else (0, 0)
@@ -40,9 +42,12 @@ async def read_events(
         while True:
             woken.clear()
             try:
+                if previews != "off" and time.monotonic() - looked_at >= LOOK_AGAIN_S:
+                    looked_at = time.monotonic()
+                    await connection.script("look", job_id, previews, LOOK_MS)
                 # One transaction: whoever sees the terminal state sees the terminal event, too.
                 state, entries, is_kept = await connection.transaction(
-                    ("HMGET", keys.job(job_id), "state", "step", "num_steps"),
+                    ("HMGET", keys.job(job_id), "state", "step", "num_steps", "previews"),
                     ("XRANGE", keys.events(job_id), "-" if last is None else f"({last}", "+"),
                     ("EXISTS", keys.events(job_id)),
                 )
@@ -67,7 +72,31 @@ async def read_events(
                 if not is_kept:
                     yield JobEvent("", state[0].decode(), int(state[1] or 0), int(state[2] or 0))
                 return
-            await wait_for(woken, _POLL_S)
+            if previews == "off":
+                await wait_for(woken, _POLL_S)
+                continue
+            for event in await _new_previews(connection, job_id, int(state[2] or 0), state[3] or b"", shown):
+                yield event
+            await wait_for(woken, LOOK_AGAIN_S)
+
+
+async def _new_previews(
+    connection: RedisConnection, job_id: str, num_steps: int, steps: bytes, shown: dict[int, int]
+) -> list[JobEvent]:
+    """The previews that are not those in `shown` (image index → step), which they are added to. `steps` names them."""
+    new = {index: int(step) for index, step in enumerate(steps.split()) if int(step) != shown.get(index, 0)}
+    if not new:
+        return []
+    try:
+        images = await connection.command("MGET", *(connection.keys.preview(job_id, index) for index in new))
+    except QueueUnavailable:
+        return []
+    shown.update(new)
+    return [
+        JobEvent("", "preview", step, num_steps, index=index, image=image)
+        for (index, step), image in zip(new.items(), images, strict=True)
+        if image is not None
+    ]
 
 
 def _event_of(entry: Any, claim: JobEvent | None) -> JobEvent:

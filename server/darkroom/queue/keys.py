@@ -25,7 +25,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "ready_of": (
         "zset",
-        "ready_of:<tenant>:<rank>:<model>: the same of a tenant other than the default one",
+        "ready_of:<length>:<tenant>:<rank>:<model>: the same of a tenant other than the default one",
         "none: empty when idle",
     ),
     "shares": ("zset", "shares:<model>: tenants with waiting jobs by virtual time", "none: empty when idle"),
@@ -77,6 +77,11 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
         "result_ttl_s, job_ttl_s or 60 s",
     ),
     "checkpoint": ("string", "checkpoint:<id>:<index>: packed state of a running image", "the job's end, or job_ttl_s"),
+    "preview": (
+        "string",
+        "preview:<id>:<index>: what a running image looked like lately, made while somebody watches",
+        "the job's end, or 1 min",
+    ),
     "events": ("stream", "events:<id>: what happened to a job, at most 256 entries", "result_ttl_s after the end"),
     "dead": ("stream", "dead letters with their payload, at most 1000 entries", "none: capped"),
     "notify": ("list", "notify:<model>: wake-up tokens that idle workers block on, at most 64", "60 s"),
@@ -89,11 +94,12 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "cards": ("hash", "model -> encoded ModelCard", "none: as served"),
 }
 
-# Publish/subscribe channels; each message is a job id.
+# Publish/subscribe channels; each message is a job id, on look followed by an attempt and what is wanted.
 CHANNEL_TABLE: dict[str, str] = {
     "ended": "a job reached a terminal state",
     "progress": "a running job's step count changed",
     "cancel": "cancel:<worker>: a job that this worker runs was asked to be cancelled",
+    "look": "look:<worker>: somebody began to watch a job that this worker runs",
 }
 
 
@@ -130,6 +136,9 @@ class Keys:
 
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{worker_id}"
+
+    def preview(self, job_id: str, index: int) -> str:
+        return f"{self.prefix}preview:{job_id}:{index}"
 
     def batch(self, worker_id: str) -> str:
         return f"{self.prefix}batch:{worker_id}"

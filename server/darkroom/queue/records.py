@@ -9,10 +9,13 @@ from typing import Any
 import msgspec
 
 from darkroom.errors import JobError
-from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, ModelCard, Result, decode
+from darkroom.jobs import MESSAGE_VERSION, Failure, Job, JobState, JobStatus, ModelCard, Previews, Result, decode
 
 # For how long a look at the batches, and what workers tell of them, is good.
 LOOK_MS = 3000
+# How often one who looks on looks again.
+LOOK_AGAIN_S = 1.0
+PREVIEW_TTL_MS = 60_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class JobEvent:
     """One line of a job's history. `id` is a stream id to resume after, or '' when the history itself has expired.
 
     `kind` is a `JobState` value or "progress"; `step` of `num_steps` counts UNet evaluations; `eta_s` is how long the
-    rest will take at the speed since the job was last claimed, where that can be told.
+    rest will take at the speed since the job was last claimed, where that can be told. For those who watch there is
+    "preview", too, which is no part of the history: `image` is a JPEG of what image `index` looked like.
     """
 
     id: str
@@ -63,10 +67,12 @@ class JobEvent:
     step: int
     num_steps: int
     eta_s: float | None = None
+    index: int = 0
+    image: bytes = b""
 
     @property
     def is_terminal(self) -> bool:
-        return self.kind != "progress" and JobState(self.kind).is_terminal
+        return self.kind not in ("progress", "preview") and JobState(self.kind).is_terminal
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +140,7 @@ def job_of(
     attempt: int,
     failures: int,
     num_checkpoints: int = 0,
+    previews: Previews = "off",
 ) -> Job:
     """The stored job with what the queue knows of it by now. Raises `JobError` (bad_message) on garbage."""
     return msgspec.structs.replace(
@@ -144,6 +151,7 @@ def job_of(
         attempt=attempt,
         failures=failures,
         num_checkpoints=num_checkpoints,
+        previews=previews,
     )
 
 

@@ -6,15 +6,16 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from typing import cast
 
 import structlog
 
 from darkroom import metrics
 from darkroom.errors import JobError, QueueUnavailable
-from darkroom.jobs import BatchView, Failure, Job, JobState, ModelCard, Result, encode
+from darkroom.jobs import BatchView, Failure, Job, JobState, ModelCard, Previews, Result, encode
 from darkroom.queue.connection import BLOCK_S, RedisConnection, is_out_of_memory
 from darkroom.queue.notices import Notices
-from darkroom.queue.records import LOOK_MS, Reaped, Renewal, WorkerInfo, job_of
+from darkroom.queue.records import LOOK_MS, PREVIEW_TTL_MS, Reaped, Renewal, WorkerInfo, job_of
 from darkroom.queue.results import ResultStore
 
 log = structlog.get_logger(__name__)
@@ -142,7 +143,7 @@ class WorkerSide:
             self._free_first.add(worker_id)
             return []
         jobs = []
-        for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms, num_checkpoints in replies:
+        for job_id, payload, attempt, failures, created_ms, deadline_ms, claimed_ms, num_checkpoints, looks in replies:
             try:
                 job = job_of(
                     payload,
@@ -152,6 +153,7 @@ class WorkerSide:
                     attempt=attempt,
                     failures=failures,
                     num_checkpoints=num_checkpoints,
+                    previews=looks.decode(),
                 )
             except JobError as error:
                 log.warning("job_unreadable", job_id=job_id.decode(), error=str(error))
@@ -181,10 +183,22 @@ class WorkerSide:
             cancelled={job_id for job_id, answer in answers.items() if answer == 2},
         )
 
-    async def progress(self, worker_id: str, updates: Sequence[tuple[str, int, int, int]]) -> None:
-        """Record (job id, attempt, step, num_steps) of running jobs, in one round trip. Lost jobs are left alone."""
-        if updates:
-            await self._connection.script("progress", worker_id, *(part for update in updates for part in update))
+    async def progress(
+        self, worker_id: str, updates: Sequence[tuple[str, int, int, int]]
+    ) -> dict[tuple[str, int], Previews]:
+        """Record (job id, attempt, step, num_steps) of running jobs, in one round trip. Returns what those who watch
+        want to see, by job id and attempt. Lost jobs are left alone."""
+        if not updates:
+            return {}
+        looks = await self._connection.script("progress", worker_id, *(part for update in updates for part in update))
+        return {update[:2]: look.decode() for update, look in zip(updates, looks, strict=True) if look}
+
+    async def show(self, worker_id: str, previews: Mapping[tuple[str, int, int], tuple[int, bytes]]) -> None:
+        """Show previews (step, JPEG) of running images by (job id, attempt, image index), in one round trip. Those of
+        lost jobs are dropped."""
+        if previews:
+            parts = ((*image, *preview) for image, preview in previews.items())
+            await self._connection.script("preview", worker_id, PREVIEW_TTL_MS, *(part for p in parts for part in p))
 
     async def keep_checkpoints(self, worker_id: str, states: Mapping[tuple[str, int, int], bytes]) -> None:
         """Keep the packed state of running images, by (job id, attempt, image index), in one round trip. Those of lost
@@ -255,6 +269,17 @@ class WorkerSide:
         metrics.DEAD_LETTERS.inc(len(reaped.dead))
         metrics.JOBS_ABANDONED.inc(len(reaped.abandoned))
         return reaped
+
+    async def looks(self, worker_id: str) -> AsyncIterator[tuple[str, int, Previews]]:
+        """(job id, attempt, what is wanted) of this worker's jobs as somebody begins to watch them. A hint: `claim` and
+        `progress` say it, too."""
+        messages: asyncio.Queue[str] = asyncio.Queue()
+        channel = f"look:{worker_id}"
+        with self._notices.listen(channel, messages.put_nowait):
+            await self._notices.subscribe(channel)
+            while True:
+                job_id, attempt, wanted = (await messages.get()).split()
+                yield job_id, int(attempt), cast("Previews", wanted)
 
     async def cancellations(self, worker_id: str) -> AsyncIterator[str]:
         """Ids of this worker's jobs as they are cancelled. A hint: `renew` names those that were missed."""

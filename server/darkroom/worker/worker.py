@@ -24,7 +24,7 @@ from darkroom import metrics, tracing
 from darkroom.config import Settings
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, Saved, TickReport
+from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, Preview, Saved, TickReport
 from darkroom.engine.pulse import Phase
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
@@ -77,6 +77,7 @@ class Worker:
             on_event=self._from_engine,
             on_tick=self._ticked,
             on_saved=self._saved,
+            on_preview=self._previewed,
             on_ready=lambda: self._loop.call_soon_threadsafe(self._engine_ready.set),
         )
         self._models = sorted(self._engine.models)
@@ -97,6 +98,8 @@ class Worker:
         self._progress: dict[str, tuple[int, int]] = {}
         self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
         self._is_watched = False
+        self._unshown: dict[tuple[str, int, int], tuple[int, bytes]] = {}
+        self._has_unshown = asyncio.Event()
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
         self._drain = asyncio.Event()
@@ -129,6 +132,8 @@ class Worker:
                 self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
                 self._every(BATCH_INTERVAL_S, self._tell_batch),
                 self._follow_cancellations(),
+                self._follow_looks(),
+                self._show_previews(),
                 self._every(WATCH_INTERVAL_S, self._watch_engine),
             )
         ]
@@ -384,7 +389,38 @@ class Worker:
             if job_id in self._held
         ]
         if updates:
-            await self._queue.progress(self.id, updates)
+            for (job_id, attempt), previews in (await self._queue.progress(self.id, updates)).items():
+                self._engine.show(job_id, attempt, previews)
+
+    async def _follow_looks(self) -> None:
+        while True:
+            try:
+                async for job_id, attempt, previews in self._queue.looks(self.id):
+                    self._engine.show(job_id, attempt, previews)
+            except QueueUnavailable as error:
+                await self._pause(error)
+
+    def _previewed(self, preview: Preview) -> None:
+        """Engine threads: a newer preview of the same image takes the place of one that was not shown yet."""
+        image = (preview.job.id, preview.job.attempt, preview.index)
+        self._loop.call_soon_threadsafe(self._note_preview, image, (preview.step, preview.image))
+
+    def _note_preview(self, image: tuple[str, int, int], preview: tuple[int, bytes]) -> None:
+        self._unshown[image] = preview
+        self._has_unshown.set()
+
+    async def _show_previews(self) -> None:
+        while True:
+            await self._has_unshown.wait()
+            self._has_unshown.clear()
+            previews, self._unshown = self._unshown, {}
+            try:
+                await self._queue.show(
+                    self.id, {image: preview for image, preview in previews.items() if self._holds(*image[:2])}
+                )
+            except QueueUnavailable as error:
+                # The next ones are as good.
+                await self._pause(error)
 
     def _ticked(self, report: TickReport) -> None:
         """Engine thread: note it and go on."""

@@ -98,7 +98,7 @@ async def draw(request: Request, call: Call) -> Response:
     service = service_of(request)
     if call.partial_images is not None:
         submitted = await submit(request, call.body, call.output_format)
-        return Stream(service, submitted.enqueued.job_id, call)
+        return Stream(service, submitted.job, call)
     retries = Retries(request, fingerprint(call.body, call.output_format))
     try:
         submitted = await submit(request, call.body, call.output_format, idempotency_key=await retries.key())

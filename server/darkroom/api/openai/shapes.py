@@ -166,12 +166,12 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "list"
 
 
-class ErrorDetail(msgspec.Struct, frozen=True):
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
     """`param` is the field that is wrong, `code` is stable."""
 
     message: str
     type: str
-    param: str | None
+    param: str | None = None
     code: str
 
 
@@ -231,7 +231,9 @@ def error_body(problem: Problem) -> OpenAIError:
         kind = "rate_limit_error"
     elif problem.status >= 500:
         kind = "server_error"
-    return OpenAIError(ErrorDetail(message, kind, param, _THEIR_CODES.get(problem.code, problem.code)))
+    return OpenAIError(
+        ErrorDetail(message=message, type=kind, param=param, code=_THEIR_CODES.get(problem.code, problem.code))
+    )
 
 
 def _status(ours: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, cast
 
@@ -14,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 
 from darkroom import metrics
 from darkroom.api.jobs import until_handed_over
-from darkroom.api.openai.shapes import CompletedImage, error_body
+from darkroom.api.openai.shapes import CompletedImage, PartialImage, error_body
 from darkroom.api.openai.translate import Call, usage_of
 from darkroom.api.problems import problem_of
 from darkroom.api.service import Service
 from darkroom.api.submit import result_of
 from darkroom.errors import DarkroomError, Draining
-from darkroom.jobs import JobStatus
+from darkroom.jobs import Job, JobStatus
 from darkroom.queue import JobEvent
 
 log = structlog.get_logger("darkroom.api")
@@ -32,10 +33,11 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 class Stream(EventSourceResponse):
     """The reply of a call whose job has been accepted. If the client leaves first the job is cancelled."""
 
-    def __init__(self, service: Service, job_id: str, call: Call) -> None:
-        super().__init__(self._events(), headers={**_HEADERS, "Darkroom-Job-Id": job_id})
+    def __init__(self, service: Service, job: Job, call: Call) -> None:
+        super().__init__(self._events(), headers={**_HEADERS, "Darkroom-Job-Id": job.id})
         self._service = service
-        self._job_id = job_id
+        self._job_id = job.id
+        self._size = f"{job.request.width}x{job.request.height}"
         self._call = call
         self._has_ended = False
 
@@ -71,12 +73,33 @@ class Stream(EventSourceResponse):
             yield format_sse_event(event="error", data_str=content.decode())
 
     async def _following(self) -> AsyncIterator[bytes]:
-        """Pings, until the job has ended."""
-        events = until_handed_over(self._service, self._job_id, None)
+        """Previews, spread over the steps, and pings, until the job has ended."""
+        wanted, shown = self._call.partial_images or 0, 0
+        events = until_handed_over(self._service, self._job_id, None, "linear" if wanted else "off")
         async with contextlib.aclosing(_or_pings(events)) as events_or_pings:
             async for event in events_or_pings:
                 if event is None:
                     yield KEEPALIVE_COMMENT
+                elif event.kind == "preview" and event.index == 0 and shown < wanted:
+                    # Between the first step and the last, as far as they come that evenly.
+                    if event.step * (wanted + 1) < (shown + 1) * event.num_steps:
+                        continue
+                    yield self._partial(event, shown)
+                    shown += 1
+
+    def _partial(self, event: JobEvent, index: int) -> bytes:
+        return _written(
+            PartialImage(
+                type=f"{self._call.kind}.partial_image",
+                b64_json=event.image,
+                partial_image_index=index,
+                created_at=int(time.time()),
+                size=self._size,
+                quality=self._call.quality,
+                background="opaque",
+                output_format="jpeg",
+            )
+        )
 
     def _completed(self, status: JobStatus, content: bytes) -> bytes:
         request = status.job.request
@@ -85,7 +108,7 @@ class Stream(EventSourceResponse):
                 type=f"{self._call.kind}.completed",
                 b64_json=content,
                 created_at=(status.finished_at_ms or status.job.created_at_ms) // 1000,
-                size=f"{request.width}x{request.height}",
+                size=self._size,
                 quality=self._call.quality,
                 background="opaque",
                 output_format=self._call.output_format,
@@ -95,7 +118,7 @@ class Stream(EventSourceResponse):
         )
 
 
-def _written(event: CompletedImage) -> bytes:
+def _written(event: PartialImage | CompletedImage) -> bytes:
     return format_sse_event(event=event.type, data_str=msgspec.json.encode(event).decode())
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Any
 
 import msgspec
@@ -12,12 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from darkroom.api.body import describe, read_json
+from darkroom.api.body import read_json
 from darkroom.api.sdapi.names import AUTOMATIC, SAMPLER_ALIASES, SCHEDULE_ALIASES, sha256_of, title_of
-from darkroom.api.sdapi.png_text import read_texts
 from darkroom.api.sdapi.shapes import documented_here, parse_lenient
 from darkroom.api.service import service_of
-from darkroom.errors import InvalidRequest
 from darkroom.infotext import SAMPLER_LABELS, SIGMA_SCHEDULE_LABELS, parse, short_hash
 
 router = APIRouter()
@@ -129,7 +125,7 @@ async def sd_models(request: Request) -> Response:
 
 
 class PngInfo(BaseModel):
-    """`image` is a PNG in base64, or a data URL of one."""
+    """`image` is a PNG, JPEG or WebP in base64, or a data URL of one."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -138,7 +134,7 @@ class PngInfo(BaseModel):
 
 @router.post(
     "/sdapi/v1/png-info",
-    summary="What a PNG says of how it was made (AUTOMATIC1111)",
+    summary="What a picture says of how it was made (AUTOMATIC1111)",
     response_class=Response,
     openapi_extra={
         "requestBody": {
@@ -170,12 +166,9 @@ class PngInfo(BaseModel):
     },
 )  # fmt: skip
 async def png_info(request: Request) -> Response:
-    body = parse_lenient(PngInfo, await read_json(request, service_of(request).settings.max_body_bytes))
-    encoded = body.image.partition(",")[2] if body.image.startswith("data:") else body.image
-    try:
-        texts = read_texts(base64.b64decode(encoded, validate=True))
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("image", describe(body.image[:20]), "a PNG in base64") from error
+    service = service_of(request)
+    body = parse_lenient(PngInfo, await read_json(request, service.settings.max_image_bytes))
+    texts = await service.intake.read_texts(body.image)
     text = texts.get("parameters", "")
     found = parse(text)
     parameters = {"Prompt": found.prompt, "Negative prompt": found.negative_prompt, **found.values} if text else {}

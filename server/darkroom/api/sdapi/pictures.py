@@ -1,4 +1,4 @@
-"""`txt2img`: a job like any other, whose reply is written as those clients read it."""
+"""`txt2img` and `img2img`: jobs like any other, whose reply is written as those clients read it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom.api.body import describe, read_json
+from darkroom.api.intake import Pictures as BeginWith
 from darkroom.api.schema import GenerateRequest
 from darkroom.api.sdapi.callers import card_of, choose, name_of, options_of
 from darkroom.api.sdapi.names import sampling_of
 from darkroom.api.sdapi.shapes import (
     SAMPLES_FORMATS,
+    ImageToImage,
     Pictures,
     TextToImage,
     documented_here,
@@ -43,39 +45,31 @@ PICTURE_ERRORS = documented_here(
 )  # fmt: skip
 
 
+RESIZE_MODES = ("stretch", "crop", "fill")
+
+
+def _documented(kind: type[TextToImage], example: dict[str, Any]) -> dict[str, Any]:
+    """What the two routes say of themselves alike."""
+    body = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}, "example": example}
+    reply = {
+        "images": ["iVBORw0KGgoAAAANSUhEUgAA"],
+        "parameters": example,
+        "info": '{"seed": 7, "all_seeds": [7], "infotexts": ["..."]}',
+    }
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Pictures"}, "example": reply}}
+    return {
+        "description": "Waits for the pictures; a client that goes away cancels its job. A call that was interrupted "
+        "answers with no images.",
+        "response_class": Response,
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": body}}},
+        "responses": {200: {"description": "The pictures.", "content": content}, **PICTURE_ERRORS},
+    }
+
+
 @router.post(
     "/sdapi/v1/txt2img",
     summary="Make pictures (AUTOMATIC1111)",
-    description="Waits for the pictures; a client that goes away cancels its job. A call that was interrupted answers "
-    "with no images.",
-    response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/TextToImage"},
-                    "example": {"prompt": "a (red:1.2) fox in the snow", "steps": 20, "sampler_name": "DPM++ 2M"},
-                }
-            },
-        }
-    },
-    responses={
-        200: {
-            "description": "The pictures.",
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/Pictures"},
-                    "example": {
-                        "images": ["iVBORw0KGgoAAAANSUhEUgAA"],
-                        "parameters": {"prompt": "a (red:1.2) fox in the snow", "steps": 20},
-                        "info": '{"seed": 7, "all_seeds": [7], "infotexts": ["..."]}',
-                    },
-                }
-            },
-        },
-        **PICTURE_ERRORS,
-    },
+    **_documented(TextToImage, {"prompt": "a (red:1.2) fox in the snow", "steps": 20, "sampler_name": "DPM++ 2M"}),
 )
 async def txt2img(request: Request) -> Response:
     service = service_of(request)
@@ -85,6 +79,32 @@ async def txt2img(request: Request) -> Response:
     check_scripts(body)
     asked, output_format = await translate(request, body)
     return await draw(request, body, asked, output_format)
+
+
+@router.post(
+    "/sdapi/v1/img2img",
+    summary="Make pictures of a picture (AUTOMATIC1111)",
+    **_documented(
+        ImageToImage,
+        {
+            "prompt": "a red fox in the snow",
+            "init_images": ["data:image/png;base64,iVBORw0KGgo..."],
+            "denoising_strength": 0.6,
+        },
+    ),
+)
+async def img2img(request: Request) -> Response:
+    service = service_of(request)
+    service.refuse_if_draining()
+    fields = await read_json(request, service.settings.max_image_bytes)
+    body = parse_lenient(ImageToImage, fields)
+    check_scripts(body)
+    asked, output_format = await translate(request, body)
+    pictures = await service.intake.read(
+        body.init_images[0], body.mask, mask_is_inverted=bool(body.inpainting_mask_invert)
+    )
+    asked |= {"strength": body.denoising_strength, "resize_mode": RESIZE_MODES[body.resize_mode]}
+    return await draw(request, body, asked, output_format, pictures)
 
 
 def check_scripts(body: TextToImage) -> None:
@@ -129,10 +149,16 @@ async def translate(request: Request, body: TextToImage) -> tuple[dict[str, Any]
     }, output_format
 
 
-async def draw(request: Request, body: TextToImage, asked: dict[str, Any], output_format: str) -> Response:
+async def draw(
+    request: Request,
+    body: TextToImage,
+    asked: dict[str, Any],
+    output_format: str,
+    pictures: BeginWith | None = None,
+) -> Response:
     """Submit a job, wait for it, and write the reply. Raises whatever else becomes of it."""
     queue = service_of(request).queue
-    submitted = await submit(request, GenerateRequest(**asked), output_format)
+    submitted = await submit(request, GenerateRequest(**asked), output_format, pictures=pictures)
     job_id = submitted.enqueued.job_id
     async with _noted(request, job_id, body.force_task_id or ""):
         status = await answer(request, job_id, _PATIENCE_S)
@@ -163,5 +189,8 @@ async def _noted(request: Request, job_id: str, task: str) -> AsyncIterator[None
 def _reply(body: TextToImage, status: JobStatus, images: list[bytes]) -> Response:
     created = datetime.fromtimestamp(status.job.created_at_ms / 1000, UTC)
     info = info_of(status, len(images), batch_size=body.batch_size, timestamp=f"{created:%Y%m%d%H%M%S}")
-    reply = Pictures(images if body.send_images else [], body.model_dump(mode="json"), info)
+    parameters = body.model_dump(mode="json")
+    if not parameters.get("include_init_images"):
+        parameters |= dict.fromkeys(parameters.keys() & {"init_images", "mask"})
+    reply = Pictures(images if body.send_images else [], parameters, info)
     return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -27,6 +27,9 @@ THEIR_NAMES = {
     "sigma_schedule": "scheduler",
     "model": "sd_model_checkpoint",
     "clip_skip": "CLIP_stop_at_last_layers",
+    "init_image": "init_images",
+    "mask_image": "mask",
+    "strength": "denoising_strength",
 }
 SAMPLES_FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 _NEUTRAL = "Darkroom does not do this; only the value that asks for nothing is taken."
@@ -91,6 +94,24 @@ class TextToImage(BaseModel):
     s_tmin: Zero = 0
     s_noise: float = Field(1, ge=1, le=1, description=_NEUTRAL)
     infotext: Nothing = ""
+
+
+class ImageToImage(TextToImage):
+    """What to make of a picture. Width and height that are left out follow it."""
+
+    init_images: list[str] = Field(
+        min_length=1, max_length=1, description="One PNG, JPEG or WebP, in base64 or as a data URL. Nothing is fetched."
+    )
+    mask: str | None = Field(None, description="What is white is drawn anew.")
+    denoising_strength: float = Field(0.75, gt=0, le=1, description="How much may change.")
+    resize_mode: Literal[0, 1, 2] = Field(0, description="Just resize, crop and resize, resize and fill.")
+    inpainting_mask_invert: Literal[0, 1] = Field(0, description="1: what is black is drawn anew.")
+    inpainting_fill: Literal[0, 1] = Field(1, description="What is masked begins as it is, whatever is said here.")
+    inpaint_full_res: bool = Field(True, description="Taken and left alone: the whole picture is drawn.")
+    inpaint_full_res_padding: int = Field(0, ge=0, description="Taken and left alone.")
+    mask_blur: float = Field(4, ge=0, le=64, description="Taken and left alone: a mask has hard edges.")
+    initial_noise_multiplier: float = Field(1, ge=1, le=1, description=_NEUTRAL)
+    include_init_images: bool = Field(False, description="Whether `parameters` of the reply has them.")
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -205,7 +226,7 @@ def info_of(status: JobStatus, images: int, *, batch_size: int, timestamp: str) 
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": None,
+        "denoising_strength": request.strength if request.init_image else None,
         "extra_generation_params": {"Schedule type": SIGMA_SCHEDULE_LABELS.get(request.sigma_schedule, "")},
         "index_of_first_image": 0,
         "infotexts": [

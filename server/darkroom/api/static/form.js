@@ -6,6 +6,7 @@ const NUMBERS = ["num_inference_steps", "guidance_scale", "width", "height"];
 const FIELDS = ["prompt", "negative_prompt", "model", ...NUMBERS, "sampler", "sigma_schedule", "seed", "num_images_per_prompt", "strength"];
 const PLACES = [...FIELDS, "init_image", "mask_image"];
 let cards = [];
+let clipSkip = 0; // has no field, but a picture's settings may carry it
 
 const number = (text) => (Number.isFinite(Number(text)) ? Number(text) : text);
 
@@ -23,6 +24,8 @@ export function request() {
     if (text !== "") wanted[name] = number(text);
   }
   for (const name of ["sampler", "sigma_schedule"]) if ($(name).value) wanted[name] = $(name).value;
+  if ($("weighted").checked) wanted.prompt_syntax = "weighted";
+  if (clipSkip && clipSkip <= card()?.max_clip_skip) wanted.clip_skip = clipSkip;
   if ($("seed").value.trim()) wanted.seed = $("seed").value.trim();
   if ($("num_images_per_prompt").value !== "1") wanted.num_images_per_prompt = number($("num_images_per_prompt").value);
   return wanted;
@@ -47,6 +50,8 @@ export function fill(wanted) {
   if (wanted.model && cards.some((one) => one.id === wanted.model)) $("model").value = wanted.model;
   showCard(true);
   const values = { negative_prompt: "", seed: "", num_images_per_prompt: 1, ...wanted };
+  $("weighted").checked = wanted.prompt_syntax === "weighted";
+  clipSkip = wanted.clip_skip || 0;
   for (const name of FIELDS) {
     if (name === "model" || values[name] === undefined) continue;
     // A sampler that this model does not offer is not chosen.

@@ -90,6 +90,9 @@ export function parseInfotext(text) {
   if (["simple", "karras", "exponential"].includes(schedule)) request.sigma_schedule = schedule;
   if (values.Model) request.model = values.Model;
   set("strength", number("Denoising strength"));
+  if (number("Clip skip") > 1) request.clip_skip = number("Clip skip") - 1;
+  const isBracketed = /[()[\]]|\bBREAK\b/.test(`${request.prompt} ${request.negative_prompt || ""}`);
+  if (isBracketed && values.Emphasis !== "None") request.prompt_syntax = "weighted";
   return request;
 }
 

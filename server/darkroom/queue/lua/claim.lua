@@ -10,11 +10,11 @@
 -- A suspect (two workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
--- Writes ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
+-- Writes ready:<rank>:<model>, ready_of:<length>:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,
 -- tenants:<model>, running, leases, job:<id>, events:<id>, claim:<worker>, pace, reserved, notify:<model>;
 -- jobs that are past their deadline or unreadable are finished on the way.
 -- Returns a list of {id, encoded job, attempt, failures, created ms, deadline ms or '', now ms, 1 + the highest index of
--- an image with a checkpoint}, or {'free_first'} to a worker that gets nothing until it holds nothing.
+-- an image with a checkpoint, what those who watch it want to see}, or {'free_first'} to a worker that gets nothing until it holds nothing.
 
 local worker, token = ARGV[1], ARGV[2]
 local max_jobs, max_rows, min_rank = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -26,7 +26,7 @@ local function describe(id)
   local fields = redis.call('HMGET', job_key(id), 'payload', 'attempt', 'failures', 'created_ms', 'deadline_ms',
     'checkpoints')
   return { id, fields[1] or '', tonumber(fields[2]), tonumber(fields[3]), tonumber(fields[4] or '0') or 0,
-    fields[5] or '', now_ms, tonumber(fields[6] or '0') or 0 }
+    fields[5] or '', now_ms, tonumber(fields[6] or '0') or 0, looked_at(id) }
 end
 
 local reply = {}

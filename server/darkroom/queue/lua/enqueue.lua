@@ -9,7 +9,7 @@
 --     21 '1' to cancel the job when those that wait for it have left
 --     22 whose budget pays, '' for nobody's       23 most cost of its unfinished jobs, '' for no limit
 --     24.. names of pictures that the same transaction has written to staged:<id>:0:<name>
--- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<tenant>:<rank>:<model>, queued, backlog,
+-- Writes job:<id>, idempotency:<digest>, ready:<rank>:<model>, ready_of:<length>:<tenant>:<rank>:<model>, queued, backlog,
 -- shares:<model>, tenants:<model>, abandoned, counters, models, events:<id>, notify:<model>, promises, promise:<caller>,
 -- budget, input:<id>:<name>; removes staged:<id>:0:<name> of a job that is new.
 -- Returns {'new' | 'known', id, state, position, ms until done or ''}, {'mismatch'}, {'queue_full', waiting, ms to wait or

@@ -18,13 +18,17 @@ local backlog, running, abandoned = prefix .. 'backlog', prefix .. 'running', pr
 local function job_key(id) return prefix .. 'job:' .. id end
 local function input_key(id, name) return prefix .. 'input:' .. id .. ':' .. name end
 local function checkpoint_key(id, index) return prefix .. 'checkpoint:' .. id .. ':' .. index end
+local function preview_key(id, index) return prefix .. 'preview:' .. id .. ':' .. index end
 local function shares_key(model) return prefix .. 'shares:' .. model end
 local function debts_key(model) return prefix .. 'debts:' .. model end
 local function tenants_key(model) return prefix .. 'tenants:' .. model end
 
 -- Without a tenant, or of the one that a server without API keys has, the waiting jobs lie where they always lay.
 local function ready_key(rank, model, tenant)
-  if tenant and tenant ~= 'default' then return prefix .. 'ready_of:' .. tenant .. ':' .. rank .. ':' .. model end
+  -- With its length before it, a name may hold colons.
+  if tenant and tenant ~= 'default' then
+    return prefix .. 'ready_of:' .. #tenant .. ':' .. tenant .. ':' .. rank .. ':' .. model
+  end
   return prefix .. 'ready:' .. rank .. ':' .. model
 end
 
@@ -72,6 +76,21 @@ end
 
 -- Is an unfinished job another tenant's? What has ended keeps no tenant here.
 local function is_others(job, tenant) return tenant ~= '' and job ~= nil and job.tenant ~= tenant end
+
+-- What those who watch a job want to see of its running images.
+local function looked_at(id)
+  local until_ms = redis.call('HMGET', job_key(id), 'look_vae', 'look_linear')
+  if tonumber(until_ms[1] or '0') > now_ms then return 'vae' end
+  if tonumber(until_ms[2] or '0') > now_ms then return 'linear' end
+  return 'off'
+end
+
+-- After how many steps the last preview of each image was made; '0' where there is none.
+local function previews_of(id)
+  local steps = {}
+  for step in string.gmatch(redis.call('HGET', job_key(id), 'previews') or '', '%d+') do steps[#steps + 1] = step end
+  return steps
+end
 
 local function is_past_deadline(job) return job.deadline_ms ~= nil and job.deadline_ms <= now_ms end
 
@@ -218,6 +237,7 @@ local function finish(id, job, state, ...)
     if job.state == 'running' then leave_running(job) end
     leave_ready(id, job)
     for index = 0, job.num_checkpoints - 1 do redis.call('UNLINK', checkpoint_key(id, index)) end
+    for index = 0, #previews_of(id) - 1 do redis.call('UNLINK', preview_key(id, index)) end
     release(job.reserved, job.idempotency, job.payer, job.cost)
   else
     redis.call('ZREM', queued, id)
@@ -228,7 +248,8 @@ local function finish(id, job, state, ...)
   -- Finished records are what a busy server holds most of: they keep what a client may see and what fences off writers.
   -- First out, then in, so that the hash need not grow.
   redis.call('HDEL', job_key(id), 'model', 'rank', 'rows', 'score', 'reserved', 'idempotency', 'cancel',
-    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer', 'alone')
+    'cost', 'checkpoints', 'tenant', 'weight', 'claimed_ms', 'from_step', 'payer', 'alone', 'look_linear', 'look_vae',
+    'previews')
   redis.call('HSET', job_key(id), 'state', state, 'finished_ms', now_ms, ...)
   redis.call('PEXPIRE', job_key(id), JOB_TTL_MS)
   redis.call('HINCRBY', counters, state, 1)

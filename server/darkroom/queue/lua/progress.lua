@@ -1,7 +1,8 @@
 -- Record how far running jobs are, and tell those who watch.
 --
 -- ARGV 1 worker   2.. job id, attempt, step, num_steps, job id ...
--- Writes job:<id>, events:<id>. Returns one number per job: 1 recorded (or recorded before), 0 not the owner any more.
+-- Writes job:<id>, events:<id>. Returns for each job what those who watch it want to see, '' for one of which the worker
+-- is not the owner any more.
 
 write_at_memory_limit()
 local reply = {}
@@ -14,9 +15,9 @@ for i = 2, #ARGV, 4 do
       add_event(id, 'progress', step, num_steps, JOB_TTL_MS)
       redis.call('PUBLISH', prefix .. 'progress', id)
     end
-    reply[#reply + 1] = 1
+    reply[#reply + 1] = looked_at(id)
   else
-    reply[#reply + 1] = 0
+    reply[#reply + 1] = ''
   end
 end
 return reply
