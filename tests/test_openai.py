@@ -136,6 +136,108 @@ async def test_the_settings_of_a_url_are_those_of_the_call(client: httpx.AsyncCl
     assert [one.getpixel((0, 0)) for one in pictures] == [colour(3), colour(4)]
 
 
+# Edits
+
+
+def png(size: tuple[int, int] = (64, 48), colour: tuple[int, ...] = (200, 30, 20)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB" if len(colour) == 3 else "RGBA", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+async def edited(client: httpx.AsyncClient, reply: httpx.Response) -> dict[str, Any]:
+    """The manifest of an edit that must succeed."""
+    assert reply.status_code == 200, reply.text
+    job = (await client.get(f"/jobs/{reply.headers['darkroom-job-id']}")).json()
+    manifest: dict[str, Any] = job["manifest"]
+    return manifest
+
+
+async def test_an_edit_in_json_is_that_of_a_form(client: httpx.AsyncClient, worker: InstantWorker) -> None:
+    mask = png(colour=(0, 0, 0, 0))
+    sent = {"images": [{"image_url": data_url(png())}], "mask": {"image_url": data_url(mask)}}
+    as_json = await edited(client, await client.post("/v1/images/edits", json={**FOX, **sent, "seed": 3}))
+    files = {"image[]": ("a.png", png()), "mask": ("m.png", mask)}
+    as_form = await edited(client, await client.post("/v1/images/edits", data={**FOX, "seed": "3"}, files=files))
+    assert (as_json["width"], as_json["height"], as_json["strength"]) == (64, 48, 1.0)
+    same = ("seed", "init_image", "mask_image", "strength", "num_inference_steps", "guidance_scale")
+    assert [as_json[name] for name in same] == [as_form[name] for name in same]
+
+
+@pytest.mark.parametrize(
+    ("fields", "strength"),
+    [({}, 0.8), ({"input_fidelity": "low"}, 0.8), ({"input_fidelity": "high"}, 0.5), ({"strength": 0.3}, 0.3)],
+)
+async def test_fidelity_is_how_much_may_change(
+    client: httpx.AsyncClient, fields: dict[str, Any], strength: float
+) -> None:
+    sent = {**FOX, "images": [{"image_url": data_url(png())}], "quality": "max", **fields}
+    assert (await edited(client, await client.post("/v1/images/edits", json=sent)))["strength"] == strength
+
+
+async def test_a_variation_is_guided_by_its_picture_alone(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/v1/images/variations", data={"n": "2", "user": "ann"}, files={"image": png()})
+    manifest = await edited(client, reply)
+    assert (manifest["guidance_scale"], manifest["strength"], manifest["prompt"]) == (1.0, 0.6, " ")
+    assert len(reply.json()["data"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"images": []}, "images", "images: got an array, expected"),
+        ({"images": None}, "images", "images: got 'nothing'"),
+        ({"images": [{"file_id": "file-1"}]}, "images.0.image_url", "images.0.image_url: got 'nothing'"),
+        ({"images": [{"image_url": "https://one.example/a.png"}]}, "image", "image: got a https: address"),
+        ({"images": [{"image_url": "data:image/png;base64,AAAA"}]}, "image", "image: got"),
+        ({"mask": {"image_url": "data:image/png;base64,AAAA"}}, "mask", "mask: got"),
+        ({"strength": 0}, "strength", "strength: got 0"),
+        ({"style": "vivid"}, "style", "style: got 'vivid', expected no such field"),
+    ],
+)
+async def test_what_cannot_be_edited_is_refused(
+    client: httpx.AsyncClient, fields: dict[str, Any], param: str, message: str
+) -> None:
+    sent = {**FOX, "images": [{"image_url": data_url(png())}], **fields}
+    reply = await client.post("/v1/images/edits", json=sent)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+    assert reply.json()["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "content"),
+    [
+        ("multipart/form-data", b""),
+        ("multipart/form-data; boundary=x", b""),
+        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n"),
+        ("multipart/form-data; boundary=x", b"--x\r\nno header at all\r\n\r\n"),
+        ("multipart/form-data; boundary=x", b"\0" * 100),
+        (
+            "multipart/form-data; charset=utf-16; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\na',
+        ),
+        ("multipart/form-data; boundary=" + "x" * 5000, b"--x"),
+    ],
+    ids=["no boundary", "nothing", "no name", "no header", "no form", "another charset", "long boundary"],
+)
+async def test_forms_that_are_none_are_refused(client: httpx.AsyncClient, content_type: str, content: bytes) -> None:
+    reply = await client.post("/v1/images/variations", content=content, headers={"Content-Type": content_type})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_request"), reply.text
+
+
+async def test_forms_keep_to_their_size(settings: Settings, queue: JobQueue) -> None:
+    small = settings.model_copy(update={"max_image_bytes": 4096})
+    async with in_process(small, queue) as client:
+        reply = await client.post("/v1/images/variations", files={"image": b"a" * 5000})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+        reply = await client.post("/v1/images/variations", data={f"f{i}": "a" for i in range(70)}, files={"image": b""})
+        assert reply.status_code in (400, 413)
+
+
 # Errors
 
 
@@ -442,10 +544,10 @@ class Guarded:
         python = await asyncio.to_thread(client_python, "openai")
         process = await asyncio.create_subprocess_exec(
             str(python), "-I", str(CLIENTS / "openai_client.py"), scene, str(self.site.port), self.token,
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        _, told = await asyncio.wait_for(process.communicate(), 60)
-        assert process.returncode == 0, told.decode()
+        told, problem = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0, problem.decode()
         seen: dict[str, Any] = json.loads(told)
         return seen
 
@@ -494,6 +596,27 @@ async def test_the_sdk_streams_previews_and_pictures(guarded: Guarded, worker: I
     assert all(one["usage"]["output_tokens"] == 16 for one in completed)
 
 
+async def test_the_sdk_edits(guarded: Guarded, worker: InstantWorker) -> None:
+    seen = await guarded.play("edit")
+    masked, plain, streamed = worker.inputs.values()
+    mask = Image.open(io.BytesIO(masked["mask_image"]))
+    # What was transparent is drawn anew.
+    assert (mask.getpixel((5, 5)), mask.getpixel((5, 60))) == (255, 0)
+    assert Image.open(io.BytesIO(masked["init_image"])).getpixel((5, 5)) == (255, 0, 0)
+    assert set(plain) == set(streamed) == {"init_image"}
+    assert [picture(one["b64_json"]).format for one in seen["masked"]["data"]] == ["WEBP"] * 2
+    assert seen["masked"]["quality"] == "low"
+    assert seen["masked"]["usage"]["input_tokens_details"] == {"text_tokens": 2, "image_tokens": 32}
+    assert picture(seen["plain"]["data"][0]["b64_json"]).size == (64, 64)
+    assert [event["type"] for event in seen["events"]] == ["image_edit.completed"]
+
+
+async def test_the_sdk_makes_variations(guarded: Guarded, worker: InstantWorker) -> None:
+    seen = await guarded.play("vary")
+    assert [picture(one["b64_json"]).getpixel((0, 0)) for one in seen["data"]] == [colour(7), colour(8)]
+    assert [set(inputs) for inputs in worker.inputs.values()] == [{"init_image"}]
+
+
 async def test_the_sdk_is_told_why_a_stream_ended(guarded: Guarded, worker: InstantWorker) -> None:
     worker.failure = Failure(code="out_of_memory", message="the device ran out of memory")
     assert await guarded.play("stream_that_fails") == {
@@ -528,6 +651,9 @@ async def test_the_sdk_raises_what_its_users_expect(guarded: Guarded) -> None:
         "field": ("BadRequestError", 400, "hires", "invalid_request"),
         "address": ("NotFoundError", 404, None, "not_found"),
         "method": ("APIStatusError", 405, None, "method_not_allowed"),
+        "image": ("BadRequestError", 400, "image", "invalid_request"),
+        "images": ("BadRequestError", 400, "image", "invalid_request"),
+        "markup": ("BadRequestError", 400, "markup", "invalid_request"),
         "large": ("APIStatusError", 413, None, "body_too_large"),
     }
     assert {one["should_retry"] for one in seen.values()} == {"false"}

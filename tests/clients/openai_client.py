@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import struct
 import sys
 import threading
+import zlib
 from importlib.metadata import version
 from typing import Any
 
@@ -73,6 +75,36 @@ def download() -> dict[str, Any]:
     return {"url": url, "content": base64.b64encode(found.content).decode()}
 
 
+def png(alpha: int | None = None) -> bytes:
+    """A picture of 2 × 2 pixels, its upper half of this alpha; without any, opaque and red."""
+    upper, lower = ((255, 0, 0, alpha), (255, 0, 0, 255)) if alpha is not None else ((255, 0, 0),) * 2
+    rows = b"".join(b"\0" + bytes(row) * 2 for row in (upper, lower))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 6 if alpha is not None else 2, 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+              for name, data in parts]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def edit() -> dict[str, Any]:
+    """With one file, and with a list of one; with a mask, and without."""
+    sdk = client()
+    seed = {"seed": 7}
+    masked = sdk.images.edit(
+        image=("../../etc/passwd", png()), mask=("mask.png", png(alpha=0)), prompt="a hat", size="64x64", n=2,
+        quality="low", output_format="webp", extra_body=seed,
+    )  # fmt: skip
+    plain = sdk.images.edit(image=[png()], prompt="a hat", input_fidelity="high", size="64x64", extra_body=seed)
+    stream = sdk.images.edit(image=png(), prompt="a hat", stream=True, size="64x64", extra_body=seed)
+    return {
+        "masked": masked.to_dict(), "plain": plain.to_dict(), "events": [event.to_dict() for event in stream],
+    }  # fmt: skip
+
+
+def vary() -> dict[str, Any]:
+    return client().images.create_variation(image=png(), n=2, size="64x64", extra_body={"seed": 7}).to_dict()
+
+
 def models() -> dict[str, Any]:
     sdk = client()
     return {"all": [model.to_dict() for model in sdk.models.list()], "one": sdk.models.retrieve("test-world").to_dict()}
@@ -93,6 +125,9 @@ def refused() -> dict[str, Any]:
         "field": lambda: sdk.images.generate(prompt="a fox", extra_body={"hires": True}),
         "address": lambda: sdk.get("/embeddings", cast_to=object),
         "method": lambda: sdk.get("/images/generations", cast_to=object),
+        "image": lambda: sdk.images.edit(image=b"GIF89a", prompt="a fox"),
+        "images": lambda: sdk.images.edit(image=[png(), png()], prompt="a fox"),
+        "markup": lambda: sdk.images.edit(image=png(), markup=png(), prompt="a fox"),
         "large": lambda: sdk.images.generate(prompt="a" * 3000),
     }
     return {name: told_by(call) for name, call in calls.items()}
@@ -136,4 +171,4 @@ def two_retries() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()), file=sys.stderr)
+    print(json.dumps(globals()[sys.argv[1]]()))

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -124,9 +125,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     replies += [openai_shapes.Images, openai_shapes.PartialImage, openai_shapes.CompletedImage]
     replies += [openai_shapes.Model, openai_shapes.ModelList, openai_shapes.OpenAIError]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
-    bodies = (
-        schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo, openai_shapes.ImagesGenerate,
-    )  # fmt: skip
+    bodies: list[type[BaseModel]] = [schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo]
+    bodies += [openai_shapes.ImagesGenerate, openai_shapes.ImagesEdit]
+    bodies += [openai_shapes.ImagesEditForm, openai_shapes.ImagesVariationForm]
     _, requests = models_json_schema(
         [(kind, "validation") for kind in bodies],
         ref_template="#/components/schemas/{model}",

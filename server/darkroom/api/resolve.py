@@ -38,7 +38,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
     """What each field of a request accepts, in words for error messages."""
     prompt = f"{settings.max_prompt_chars} characters of valid Unicode, none of them NUL"
     return {
-        "prompt": f"1 to {prompt}, not only blanks",
+        "prompt": f"1 to {prompt}, not only blanks but beside init_image",
         "negative_prompt": f"0 to {prompt}",
         "model": "the id of one of the models of GET /models",
         "width": "a whole number of pixels, at least 1",
@@ -72,7 +72,7 @@ def check_limits(
     has_init_image = has_init_image or body.init_image is not None
     steps = body.num_inference_steps
     wrong = {
-        "prompt": not body.prompt.strip() or _is_bad_text(body.prompt, settings),
+        "prompt": (not body.prompt.strip() and not has_init_image) or _is_bad_text(body.prompt, settings),
         "negative_prompt": _is_bad_text(body.negative_prompt, settings),
         "num_inference_steps": steps is not None and steps > settings.max_num_inference_steps,
         "num_images_per_prompt": body.num_images_per_prompt > settings.max_num_images,

@@ -10,11 +10,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom.api.auth import take_call
-from darkroom.api.body import read_json
+from darkroom.api.body import FORM, is_form, read_form, read_json
+from darkroom.api.intake import Pictures
 from darkroom.api.openai.retries import Retries
-from darkroom.api.openai.shapes import ImageData, Images, ImagesGenerate, documented_here, parse
+from darkroom.api.openai.shapes import (
+    ImageData,
+    Images,
+    ImagesEdit,
+    ImagesEditForm,
+    ImagesGenerate,
+    ImagesVariationForm,
+    documented_here,
+    one_of_each,
+    parse,
+)
 from darkroom.api.openai.stream import Stream
-from darkroom.api.openai.translate import Call, translate, usage_of
+from darkroom.api.openai.translate import Call, edit, generation, usage_of, variation
 from darkroom.api.resolve import choose_card, fingerprint
 from darkroom.api.service import service_of
 from darkroom.api.submit import answer, result_of, submit
@@ -64,24 +75,32 @@ _REPLIES: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _documented(summary: str, description: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "description": description,
+        "response_class": Response,
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": _REPLIES,
+    }
+
+
+def _body(name: str, **more: Any) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{name}"}, **more}
+
+
 @router.post(
     "/v1/images/generations",
-    summary="Make pictures (OpenAI)",
-    description="Waits for the pictures. A client that goes away cancels its job; OpenAI's SDK, which calls again by "
-    "itself, finds it running if it is back within 30 seconds, or as many as the server grants.",
-    response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/ImagesGenerate"},
-                    "example": {"prompt": "a red fox in the snow", "size": "64x64", "quality": "high"},
-                }
-            },
-        }
-    },
-    responses=_REPLIES,
+    **_documented(
+        "Make pictures (OpenAI)",
+        "Waits for the pictures. A client that goes away cancels its job; OpenAI's SDK, which calls again by itself, "
+        "finds it running if it is back within 30 seconds, or as many as the server grants.",
+        {
+            "application/json": _body(
+                "ImagesGenerate", example={"prompt": "a red fox in the snow", "size": "64x64", "quality": "high"}
+            )
+        },
+    ),
 )
 async def generations(request: Request) -> Response:
     service = service_of(request)
@@ -89,19 +108,65 @@ async def generations(request: Request) -> Response:
     await take_call(request)
     body = parse(ImagesGenerate, await read_json(request, service.settings.max_body_bytes))
     card = choose_card(body.model, await service.queue.cards())
-    return await draw(request, translate(body, card, max_steps=service.settings.max_num_inference_steps))
+    return await draw(request, generation(body, card, max_steps=service.settings.max_num_inference_steps))
 
 
-async def draw(request: Request, call: Call) -> Response:
+@router.post(
+    "/v1/images/edits",
+    **_documented(
+        "Make pictures of a picture (OpenAI)",
+        "As a form with files, or as JSON with data URLs. Otherwise like `POST /v1/images/generations`.",
+        {FORM: _body("ImagesEditForm"), "application/json": _body("ImagesEdit")},
+    ),
+)
+async def edits(request: Request) -> Response:
+    service = service_of(request)
+    settings = service.settings
+    service.refuse_if_draining()
+    await take_call(request)
+    body: ImagesEditForm | ImagesEdit
+    image: str | bytes
+    mask: str | bytes | None
+    if is_form(request):
+        body = parse(ImagesEditForm, one_of_each(await read_form(request, settings.max_image_bytes)), is_form=True)
+        image, mask = body.image, body.mask
+    else:
+        body = parse(ImagesEdit, await read_json(request, settings.max_image_bytes))
+        image, mask = body.images[0].image_url, body.mask.image_url if body.mask else None
+    card = choose_card(body.model, await service.queue.cards())
+    call = edit(body, card, max_steps=settings.max_num_inference_steps)
+    return await draw(request, call, await service.intake.read(image, mask, mask_is_alpha=True))
+
+
+@router.post(
+    "/v1/images/variations",
+    **_documented(
+        "Draw a picture again, a little differently (OpenAI)",
+        "Like `POST /v1/images/edits`, without a prompt.",
+        {FORM: _body("ImagesVariationForm")},
+    ),
+)
+async def variations(request: Request) -> Response:
+    service = service_of(request)
+    service.refuse_if_draining()
+    await take_call(request)
+    form = await read_form(request, service.settings.max_image_bytes)
+    body = parse(ImagesVariationForm, one_of_each(form), is_form=True)
+    card = choose_card(body.model, await service.queue.cards())
+    return await draw(request, variation(body, card), await service.intake.read(body.image))
+
+
+async def draw(request: Request, call: Call, pictures: Pictures | None = None) -> Response:
     """Submit the job of a call, and write the reply: at its end, or as a stream of events. Raises whatever else becomes
     of it."""
     service = service_of(request)
     if call.partial_images is not None:
-        submitted = await submit(request, call.body, call.output_format)
+        submitted = await submit(request, call.body, call.output_format, pictures=pictures)
         return Stream(service, submitted.job, call)
-    retries = Retries(request, fingerprint(call.body, call.output_format))
+    retries = Retries(request, fingerprint(call.body, call.output_format, pictures))
     try:
-        submitted = await submit(request, call.body, call.output_format, idempotency_key=await retries.key())
+        key = await retries.key()
+        submitted = await submit(request, call.body, call.output_format, idempotency_key=key, pictures=pictures)
     except (NotReplicated, QueueUnavailable):
         # It may have become a job all the same.
         await retries.leave()

@@ -10,7 +10,7 @@ from msgspec import Meta
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
-from darkroom.api.body import describe, safe_name
+from darkroom.api.body import Described, describe, safe_name
 from darkroom.api.problems import InvalidFields, Problem, documented
 from darkroom.api.schema import MAX_GUIDANCE_SCALE, MAX_SEED, OutputFormat
 from darkroom.errors import InvalidRequest
@@ -23,6 +23,8 @@ _THEIR_NAMES = {
     "num_inference_steps": "steps",
     "width": "size",
     "height": "size",
+    "init_image": "image",
+    "mask_image": "mask",
 }
 _THEIR_CODES = {
     "unauthorized": "invalid_api_key",
@@ -45,7 +47,7 @@ _LEFT_ALONE = "Taken and left alone: it has no meaning here."
 _NOT_DONE = "Darkroom does not do this; only the values that ask for nothing are taken."
 
 
-class _Asked(BaseModel):
+class Asked(BaseModel):
     """What all calls that make pictures share. null stands for nothing. The last fields are Darkroom's own, which the
     SDK sends as `extra_body`."""
 
@@ -68,8 +70,8 @@ class _Asked(BaseModel):
     sigma_schedule: str | None = Field(None, max_length=100)
 
 
-class ImagesGenerate(_Asked):
-    """What to draw."""
+class Prompted(Asked):
+    """What calls with a prompt share."""
 
     prompt: str = Field(min_length=1, max_length=32000, examples=["a red fox in the snow"])
     quality: Quality = Field("auto", description="Steps, from half of the model's own (`low`) to three times (`max`).")
@@ -79,13 +81,57 @@ class ImagesGenerate(_Asked):
     partial_images: int = Field(0, ge=0, le=3, description="With `stream`: previews of the first image.")
     background: Literal["auto", "opaque"] = Field("auto", description=_NOT_DONE)
     moderation: Literal["auto", "low"] = Field("auto", description=_LEFT_ALONE)
-    style: Literal["vivid", "natural"] | None = Field(None, description=_LEFT_ALONE)
     complexity: Literal["low", "medium", "high"] | None = Field(None, description=_LEFT_ALONE)
     safety_identifier: str | None = Field(None, max_length=1000, description="Given back.")
 
-    @property
-    def end_user(self) -> str | None:
-        return self.safety_identifier or self.user or None
+
+class ImagesGenerate(Prompted):
+    """What to draw."""
+
+    style: Literal["vivid", "natural"] | None = Field(None, description=_LEFT_ALONE)
+
+
+class _Edited(Prompted):
+    input_fidelity: Literal["low", "high"] | None = Field(
+        None, description="Without a mask: `high` is a `strength` of 0.5, `low` what `strength` is anyway."
+    )
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="How much may change. Left out: 0.8, with a mask 1."
+    )
+
+
+class ImageRef(BaseModel):
+    """A picture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_url: str = Field(
+        description="A PNG, JPEG or WebP as a data URL. Nothing is fetched.",
+        examples=["data:image/png;base64,iVBORw0KGgo..."],
+    )
+
+
+class ImagesEdit(_Edited):
+    """What to make of a picture, in JSON. A size of `auto` follows the picture."""
+
+    images: list[ImageRef] = Field(min_length=1, max_length=1)
+    mask: ImageRef | None = Field(None, description="What is transparent is drawn anew.")
+
+
+class ImagesEditForm(_Edited):
+    """The same as a form. `image[]` is another name of `image`."""
+
+    image: bytes = Field(description="A PNG, JPEG or WebP.")
+    mask: bytes | None = Field(None, description="What is transparent is drawn anew.")
+
+
+class ImagesVariationForm(Asked):
+    """A picture to draw again, a little differently."""
+
+    image: bytes = Field(description="A PNG, JPEG or WebP.")
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="How much may change. Left out: 0.6."
+    )
 
 
 class TokenDetails(msgspec.Struct, frozen=True):
@@ -182,6 +228,17 @@ class OpenAIError(msgspec.Struct, frozen=True):
 
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+def one_of_each(form: list[tuple[str, str | bytes]]) -> dict[str, Any]:
+    """The fields of a form, without the brackets that clients add to names. Raises `InvalidRequest`."""
+    fields: dict[str, Any] = {}
+    for sent, value in form:
+        name = sent.removesuffix("[]")
+        if name in fields:
+            raise InvalidRequest(safe_name(name), Described("more than one"), "one")
+        fields[name] = value
+    return fields
 
 
 def parse(kind: type[Body], fields: dict[str, Any], *, is_form: bool = False) -> Body:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from darkroom.api.openai.shapes import ImagesGenerate, TokenDetails, Usage
+from darkroom.api.openai.shapes import (
+    Asked,
+    ImagesEdit,
+    ImagesEditForm,
+    ImagesGenerate,
+    ImagesVariationForm,
+    Prompted,
+    TokenDetails,
+    Usage,
+)
 from darkroom.api.schema import GenerateRequest
 from darkroom.errors import InvalidRequest
 from darkroom.jobs import GenerationRequest, ModelCard
@@ -17,6 +27,7 @@ ToldQuality = Literal["low", "medium", "high", "xhigh", "max"]
 _QUALITIES: dict[str, ToldQuality] = {"auto": "medium", "standard": "medium", "hd": "high"}
 # Of the steps that the model's card says.
 _SHARE_OF_STEPS: dict[ToldQuality, float] = {"low": 0.5, "medium": 1.0, "high": 1.5, "xhigh": 2.0, "max": 3.0}
+_FAITHFUL_STRENGTH, _VARIATION_STRENGTH = 0.5, 0.6
 _TOKEN_PX = 16
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -35,24 +46,59 @@ class Call:
     kind: Literal["image_generation", "image_edit"] = "image_generation"
 
 
-def translate(body: ImagesGenerate, card: ModelCard, *, max_steps: int) -> Call:
+def generation(body: ImagesGenerate, card: ModelCard, *, max_steps: int) -> Call:
     """What a call means with the model of `card`. Raises `InvalidRequest`."""
-    quality = _QUALITIES.get(body.quality) or cast("ToldQuality", body.quality)
-    preset = min(math.ceil(card.num_inference_steps * _SHARE_OF_STEPS[quality]), max_steps)
+    return _prompted(body, card, _drawn(body, card), max_steps=max_steps)
+
+
+def edit(body: ImagesEdit | ImagesEditForm, card: ModelCard, *, max_steps: int) -> Call:
+    """As `generation`."""
+    asked = _drawn(body, card)
+    if body.strength is not None:
+        asked["strength"] = body.strength
+    elif body.input_fidelity == "high" and body.mask is None:
+        asked["strength"] = _FAITHFUL_STRENGTH
+    return dataclasses.replace(_prompted(body, card, asked, max_steps=max_steps), kind="image_edit")
+
+
+def variation(body: ImagesVariationForm, card: ModelCard) -> Call:
+    """As `generation`. Nobody says what the picture shows, so nothing but the picture guides."""
+    asked = _drawn(body, card)
+    asked |= {"prompt": " ", "strength": body.strength or _VARIATION_STRENGTH}
+    if body.guidance_scale is None:
+        asked["guidance_scale"] = 1.0
+    return Call(
+        body=GenerateRequest(**asked),
+        output_format="png",
+        quality="medium",
+        as_url=body.response_format == "url",
+        end_user=body.user,
+        partial_images=None,
+    )
+
+
+def _drawn(body: Asked, card: ModelCard) -> dict[str, Any]:
+    """The fields of a `GenerateRequest` that every call has."""
     asked: dict[str, Any] = {
-        "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
         "model": card.id,
-        "num_inference_steps": body.steps or preset,
+        "num_inference_steps": body.steps,
         "guidance_scale": body.guidance_scale,
         "num_images_per_prompt": body.n,
         "seed": body.seed,
         "sampler": body.sampler,
         "sigma_schedule": body.sigma_schedule,
-        "output_format": body.output_format,
     }
     if body.size != "auto":
         asked["width"], asked["height"] = map(int, body.size.split("x"))
+    return asked
+
+
+def _prompted(body: Prompted, card: ModelCard, asked: dict[str, Any], *, max_steps: int) -> Call:
+    quality = _QUALITIES.get(body.quality) or cast("ToldQuality", body.quality)
+    asked |= {"prompt": body.prompt, "output_format": body.output_format}
+    if body.steps is None:
+        asked["num_inference_steps"] = min(math.ceil(card.num_inference_steps * _SHARE_OF_STEPS[quality]), max_steps)
     if body.output_compression is not None:
         if body.output_format == "png" and body.output_compression != 100:
             raise InvalidRequest("output_compression", body.output_compression, "nothing with output_format png")
@@ -66,19 +112,20 @@ def translate(body: ImagesGenerate, card: ModelCard, *, max_steps: int) -> Call:
         output_format=body.output_format,
         quality=quality,
         as_url=body.response_format == "url",
+        end_user=body.safety_identifier or body.user or None,
         partial_images=body.partial_images if body.stream else None,
-        end_user=body.end_user,
     )
 
 
 def usage_of(request: GenerationRequest, num_images: int) -> Usage:
     """The numbers that are told of so many of a job's images."""
     text = len(_WORD.findall(request.prompt)) + len(_WORD.findall(request.negative_prompt))
-    image = math.ceil(request.width / _TOKEN_PX) * math.ceil(request.height / _TOKEN_PX) * num_images
+    image = math.ceil(request.width / _TOKEN_PX) * math.ceil(request.height / _TOKEN_PX)
+    before, after = image * len(request.input_names), image * num_images
     return Usage(
-        input_tokens=text,
-        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=0),
-        output_tokens=image,
-        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=image),
-        total_tokens=text + image,
+        input_tokens=text + before,
+        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=before),
+        output_tokens=after,
+        output_tokens_details=TokenDetails(text_tokens=0, image_tokens=after),
+        total_tokens=text + before + after,
     )
