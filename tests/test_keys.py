@@ -24,6 +24,7 @@ from darkroom.errors import ConfigError
 from darkroom.jobs import Failure, Priority
 from darkroom.queue import EmbeddedRedis, JobQueue, Rate, new_key
 from darkroom.up import first_request, run_up
+from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from tests.support.http import in_process, served
@@ -82,7 +83,7 @@ def paths_of(routes: list[BaseRoute]) -> list[tuple[str, str]]:
     found = []
     for route in routes:
         if isinstance(route, Route):
-            path = route.path.format(job_id="0" * 26, index=0, name="app.css")
+            path = route.path.replace(":path", "").format(job_id="0" * 26, index=0, name="app.css", model="one")
             found += [(method, path) for method in route.methods or ()]
         else:
             found += paths_of(route.original_router.routes)  # type: ignore[attr-defined]
@@ -108,6 +109,8 @@ async def test_every_route_but_the_open_ones_wants_a_key(settings: Settings, que
             assert reply.headers["www-authenticate"].startswith("Bearer")
             if path.startswith("/sdapi/"):
                 assert reply.json()["error"] == "unauthorized"
+            elif path.startswith("/v1/"):
+                assert reply.json()["error"]["code"] == "invalid_api_key"
             elif method != "HEAD":
                 assert reply.headers["content-type"] == "application/problem+json"
                 assert reply.json()["code"] == "unauthorized"
@@ -259,9 +262,7 @@ async def test_while_redis_is_away_a_key_cannot_be_told_from_another(settings: S
 async def test_a_surface_writes_its_errors_in_its_own_form(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        problems.SHAPES, "/generate", lambda problem: (f'{{"error":"{problem.code}"}}'.encode(), "application/json")
-    )
+    monkeypatch.setitem(problems.SHAPES, "/generate", lambda problem: JSONResponse({"error": problem.code}, 401))
     reply = await client.post("/generate", json=FOX)
     assert (reply.status_code, reply.json()) == (401, {"error": "unauthorized"})
     assert is_refused(await client.get("/models"), 401, "unauthorized")

@@ -35,7 +35,7 @@ def document() -> dict[str, Any]:
 
 def test_every_route_has_examples_and_its_errors(document: dict[str, Any]) -> None:
     routes = {f"{method} {path}" for path, methods in document["paths"].items() for method in methods}
-    theirs = {route for route in routes if " /sdapi/v1/" in route}
+    theirs = {route for route in routes if " /sdapi/v1/" in route or " /v1/" in route}
     assert theirs >= {f"{call} /sdapi/v1/{name}" for call, name in (("post", "txt2img"), ("get", "progress"))}
     assert routes - theirs == {
         "post /generate",
@@ -54,7 +54,12 @@ def test_every_route_has_examples_and_its_errors(document: dict[str, Any]) -> No
             for status, reply in operation["responses"].items():
                 assert reply["description"]
                 for kind, content in reply.get("content", {}).items():
-                    if int(status) >= 400 and path.startswith("/sdapi/"):
+                    if int(status) >= 400 and path.startswith("/v1/"):
+                        assert kind == "application/json"
+                        for code, example in content["examples"].items():
+                            assert {"message", "type", "code"} <= set(example["value"]["error"])
+                            assert HTTP_STATUS[code] in ({int(status)} if int(status) != 400 else {400, 422})
+                    elif int(status) >= 400 and path.startswith("/sdapi/"):
                         assert kind == "application/json"
                         for code, example in content["examples"].items():
                             assert example["value"]["error"] == code
@@ -426,6 +431,7 @@ async def test_every_error_code_reaches_a_client(code: str, settings: Settings, 
 def test_replies_follow_their_documented_schemas(document: dict[str, Any]) -> None:
     """The examples in the document are decoded by the very structs that replies are made of."""
     from darkroom.api import schema
+    from darkroom.api.openai import shapes as openai_shapes
     from darkroom.api.sdapi import shapes
 
     for methods in document["paths"].values():
@@ -434,7 +440,7 @@ def test_replies_follow_their_documented_schemas(document: dict[str, Any]) -> No
                 content = reply.get("content", {}).get("application/json", {})
                 name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
                 if name:
-                    kind = getattr(schema, name, None) or getattr(shapes, name)
+                    (kind,) = (getattr(one, name) for one in (schema, shapes, openai_shapes) if hasattr(one, name))
                     for example in [content["example"]] if "example" in content else content["examples"].values():
                         value = example if "example" in content else example["value"]
                         msgspec.json.decode(json.dumps(value), type=kind)

@@ -1041,6 +1041,7 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     await queue.api_keys.take(api_key.id, Rate(count=1, period_s=60, burst=1))
     await queue.callers.begin("ann", "0" * 26, "first")
     await queue.callers.choose("ann", {"model": MODEL})
+    await queue.left_calls.leave("0" * 64, "key", kept_s=30)
     for index in range(3):
         options: dict[str, Any] = {"cancel_when_left": True, "inputs": {"init_image": b"picture"}}
         await enqueue(queue, costing(100.0), idempotency_key=str(index), payer=api_key.id, **options)

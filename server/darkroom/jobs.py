@@ -15,6 +15,8 @@ import msgspec
 from darkroom.errors import JobError
 
 MESSAGE_VERSION = 1
+# Of JPEG and WebP, from 1 to 100.
+DEFAULT_OUTPUT_QUALITY = 95
 
 # The fields of a request that stand for a picture beside it.
 INPUT_NAMES = ("init_image", "mask_image")
@@ -74,6 +76,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: int = 0
     prompt_syntax: str = "plain"
     output_format: str = "png"
+    output_quality: int = DEFAULT_OUTPUT_QUALITY
     init_image: str = ""
     mask_image: str = ""
     strength: float = 1.0

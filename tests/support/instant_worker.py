@@ -42,6 +42,12 @@ def card(model: str = "test-world", **changes: object) -> ModelCard:
     return ModelCard(**fields)  # type: ignore[arg-type]
 
 
+def _jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, format="jpeg")
+    return out.getvalue()
+
+
 def colour(seed: int) -> tuple[int, int, int]:
     return seed % 251, seed // 251 % 251, 128
 
@@ -52,6 +58,8 @@ class InstantWorker:
     `failure` makes every job fail with it; while `gate` is not set, claimed jobs stop after their first step and leave
     only when cancelled.
     """
+
+    preview = _jpeg()
 
     def __init__(self, queue: JobQueue, *cards: ModelCard, worker_id: str = "instant") -> None:
         self.queue = queue
@@ -92,6 +100,13 @@ class InstantWorker:
                 await self.queue.tell_batch(self.worker_id, self._batch())
             await self.queue.wait_for_work(models, 0.5)
 
+    async def show(self, step: int) -> None:
+        """Let all held jobs come to a step, and their first images be seen at it."""
+        for job in self._jobs.values():
+            steps = num_evaluations(job.request.sampler, job.request.num_inference_steps, job.request.strength)
+            await self.queue.progress(self.worker_id, [(job.id, job.attempt, step, steps)])
+            await self.queue.show(self.worker_id, {(job.id, job.attempt, 0): (step, self.preview)})
+
     def _batch(self) -> BatchView:
         rows = [
             BatchRow(id=index, job_id=job.id, state="in_tick", step=1, num_steps=4)
@@ -113,7 +128,7 @@ class InstantWorker:
         await self.queue.progress(self.worker_id, [(job.id, job.attempt, 1, steps)])
         self.started.set()
         if not self.gate.is_set():
-            cancelled = asyncio.ensure_future(self._cancelled(job.id))
+            cancelled = asyncio.ensure_future(self._cancelled(job))
             opened = asyncio.ensure_future(self.gate.wait())
             try:
                 await asyncio.wait((cancelled, opened), return_when=asyncio.FIRST_COMPLETED)
@@ -153,10 +168,17 @@ class InstantWorker:
             return
         await self.queue.succeed(self.worker_id, job, result, images)
 
-    async def _cancelled(self, job_id: str) -> None:
-        async for cancelled in self.queue.cancellations(self.worker_id):
-            if cancelled == job_id:
-                return
+    async def _cancelled(self, job: Job) -> None:
+        hints = self.queue.cancellations(self.worker_id)
+        hint = asyncio.ensure_future(anext(hints))
+        try:
+            # One that came before anybody listened is told here.
+            while job.id not in (await self.queue.renew(self.worker_id, {job.id: job.attempt})).cancelled:
+                await asyncio.wait((hint,), timeout=0.2)
+                if hint.done():
+                    hint = asyncio.ensure_future(anext(hints))
+        finally:
+            hint.cancel()
 
     def _picture(self, job: Job, index: int) -> bytes:
         request = job.request

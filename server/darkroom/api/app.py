@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -19,6 +20,9 @@ from darkroom import __version__, metrics, tracing
 from darkroom.api import batch, generate, health, jobs, page, problems, schema
 from darkroom.api.auth import Guard
 from darkroom.api.observe import Observe
+from darkroom.api.openai import images as openai_images
+from darkroom.api.openai import models as openai_models
+from darkroom.api.openai import shapes as openai_shapes
 from darkroom.api.problems import Problem, problem_of, respond, respond_to
 from darkroom.api.sdapi import control, lists, pictures, shapes
 from darkroom.api.service import Service
@@ -30,7 +34,7 @@ from darkroom.queue import JobQueue
 _NOT_TRACED = ("/health/", "/metrics")
 _EXPOSED_HEADERS = (
     "Content-Location", "Darkroom-Job-Id", "Darkroom-Seed", "Location", "RateLimit", "RateLimit-Policy", "Retry-After",
-    "Retry-After-Ms", "X-Request-Id",
+    "Retry-After-Ms", "X-Request-Id", "X-Should-Retry",
 )  # fmt: skip
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -65,8 +69,9 @@ def create_app(settings: Settings, queue: JobQueue | None = None) -> FastAPI:
         },
     )
     app.state.service = Service(settings, queue)
-    problems.SHAPES[shapes.PREFIX] = shapes.error_body
-    for surface in (generate, jobs, batch, health, page, pictures, control, lists):
+    problems.SHAPES[shapes.PREFIX] = shapes.error_reply
+    problems.SHAPES[openai_shapes.PREFIX] = openai_shapes.error_reply
+    for surface in (generate, jobs, batch, health, page, pictures, control, lists, openai_images, openai_models):
         app.include_router(surface.router)
     if settings.metrics_public:
         app.add_api_route("/metrics", health.exposed_metrics, include_in_schema=False)
@@ -117,12 +122,14 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     )
     replies = [schema.Generated, schema.Accepted, schema.JobView, schema.Models, schema.Ready, schema.Live, Problem]
     replies += [shapes.Pictures, shapes.Progress, shapes.WebUIError]
+    replies += [openai_shapes.Images, openai_shapes.PartialImage, openai_shapes.CompletedImage]
+    replies += [openai_shapes.Model, openai_shapes.ModelList, openai_shapes.OpenAIError]
     _, components = msgspec.json.schema_components(replies, ref_template="#/components/schemas/{name}")
+    bodies: list[type[BaseModel]] = [schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo]
+    bodies += [openai_shapes.ImagesGenerate, openai_shapes.ImagesEdit]
+    bodies += [openai_shapes.ImagesEditForm, openai_shapes.ImagesVariationForm]
     _, requests = models_json_schema(
-        [
-            (kind, "validation")
-            for kind in (schema.GenerateRequest, shapes.TextToImage, shapes.ImageToImage, lists.PngInfo)
-        ],
+        [(kind, "validation") for kind in bodies],
         ref_template="#/components/schemas/{model}",
     )
     document["components"] = {

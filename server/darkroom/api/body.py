@@ -1,13 +1,15 @@
-"""From the bytes of a request to a checked model: the cap, the JSON, the fields, and a good word for each mistake."""
+"""From the bytes of a request to a checked model: the cap, the JSON or form, the fields, a word for each mistake."""
 
 from __future__ import annotations
 
 import asyncio
 import difflib
 import json
+from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from darkroom.api.problems import InvalidFields
@@ -19,6 +21,8 @@ from darkroom.jobs import INPUT_NAMES
 _DISCARD_FACTOR = 16
 _BODY_TIMEOUT_S = 30.0
 _MAX_ERRORS = 16
+_MAX_PARTS = 64
+FORM = "multipart/form-data"
 # Longer than any prompt that may be allowed.
 _LONGEST_SHOWN = 40_000
 
@@ -54,19 +58,7 @@ async def read_json(request: Request, max_bytes: int, *, max_image_bytes: int = 
     Raises `RequestError` with code `unsupported_media_type`, `body_too_large`, `request_timeout`, `malformed_json` or
     `invalid_request` (not an object, or a key given twice).
     """
-    content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        sent = repr(content_type[:60]) if content_type else "none"
-        raise RequestError(f"the Content-Type must be application/json, got {sent}", code="unsupported_media_type")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError("the body must not be compressed (Content-Encoding)", code="unsupported_media_type")
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            body = await _read(request, max(max_bytes, max_image_bytes), max_bytes)
-    except TimeoutError as error:
-        raise RequestError(
-            f"the body did not arrive within {_BODY_TIMEOUT_S:g} seconds", code="request_timeout"
-        ) from error
+    body = await _body(request, "application/json", max(max_bytes, max_image_bytes), max_bytes)
     if len(body) <= max_bytes:
         return parse_json(body)
     try:
@@ -76,6 +68,56 @@ async def read_json(request: Request, max_bytes: int, *, max_image_bytes: int = 
     if not any(name in fields for name in INPUT_NAMES):
         raise _too_large(max_bytes)
     return fields
+
+
+async def read_form(request: Request, max_bytes: int) -> list[tuple[str, str | bytes]]:
+    """Read a multipart form of at most `max_bytes`: names with texts, or with the bytes of files, whose own names and
+    types are dropped. All of it stays in memory.
+
+    Raises `RequestError` as `read_json` does, and `InvalidRequest` for a form that is none.
+    """
+    body = await _body(request, FORM, max_bytes, max_bytes)
+
+    async def whole() -> AsyncGenerator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        request.headers, whole(), max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=max_bytes
+    )
+    parser.spool_max_size = max_bytes
+    try:
+        form = await parser.parse()
+    except (MultiPartException, UnicodeError) as error:
+        raise InvalidRequest("body", Described("a form that cannot be read"), f"{FORM} with a boundary") from error
+    try:
+        return [(name, value if isinstance(value, str) else await value.read()) for name, value in form.multi_items()]
+    finally:
+        await form.close()
+
+
+def is_form(request: Request) -> bool:
+    return _media_type(request) == FORM
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _body(request: Request, media_type: str, max_bytes: int, discard_bytes: int) -> bytes:
+    """The whole body, in time, of the type that it must have."""
+    if _media_type(request) != media_type:
+        sent = request.headers.get("content-type", "")
+        shown = repr(sent[:60]) if sent else "none"
+        raise RequestError(f"the Content-Type must be {media_type}, got {shown}", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError("the body must not be compressed (Content-Encoding)", code="unsupported_media_type")
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            return await _read(request, max_bytes, discard_bytes)
+    except TimeoutError as error:
+        raise RequestError(
+            f"the body did not arrive within {_BODY_TIMEOUT_S:g} seconds", code="request_timeout"
+        ) from error
 
 
 def _too_large(max_bytes: int) -> RequestError:

@@ -181,7 +181,7 @@ async def events_to_follow(
     if previews not in get_args(Previews):
         raise InvalidRequest("previews", describe(previews), f"one of {', '.join(get_args(Previews))}")
     await service.queue.status(checked(job_id), tenant=caller_of(request).sees, is_back=True)
-    return _until_handed_over(service, job_id, last, cast("Previews", previews))
+    return until_handed_over(service, job_id, last, cast("Previews", previews))
 
 
 @router.get(
@@ -236,7 +236,7 @@ async def events(
         log.info("events_broke_off", job_id=job_id, reason=error.code)
 
 
-async def _until_handed_over(
+async def until_handed_over(
     service: Service, job_id: str, last: str | None, previews: Previews
 ) -> AsyncIterator[JobEvent]:
     """The job's events, ended early when this process drains: another one will take the stream up."""

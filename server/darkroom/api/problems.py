@@ -112,16 +112,17 @@ def problem_of(code: str, detail: str, *, errors: Sequence[InvalidRequest] = (),
     )
 
 
-# How surfaces that follow another API write an error, by the prefix of their addresses: content and media type.
-SHAPES: dict[str, Callable[[Problem], tuple[bytes, str]]] = {}
+# How surfaces that follow another API write an error, by the prefix of their addresses.
+SHAPES: dict[str, Callable[[Problem], Response]] = {}
 
 
 def respond(problem: Problem, path: str, headers: Mapping[str, str] | None = None) -> Response:
     """The reply to a call of `path`, in the form that its surface's clients read."""
     for prefix, shape in SHAPES.items():
         if path.startswith(prefix):
-            content, media_type = shape(problem)
-            return Response(content, problem.status, headers, media_type=media_type)
+            reply = shape(problem)
+            reply.headers.update(headers or {})
+            return reply
     return Response(msgspec.json.encode(problem), problem.status, headers, media_type=MEDIA_TYPE)
 
 

@@ -38,7 +38,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
     """What each field of a request accepts, in words for error messages."""
     prompt = f"{settings.max_prompt_chars} characters of valid Unicode, none of them NUL"
     return {
-        "prompt": f"1 to {prompt}, not only blanks",
+        "prompt": f"1 to {prompt}, not only blanks but beside init_image",
         "negative_prompt": f"0 to {prompt}",
         "model": "the id of one of the models of GET /models",
         "width": "a whole number of pixels, at least 1",
@@ -56,6 +56,7 @@ def accepted_values(settings: Settings) -> dict[str, str]:
         "mask_image": "a picture in base64, or a data URL, beside init_image",
         "strength": "a number above 0, at most 1, beside init_image",
         "resize_mode": f"one of {', '.join(RESIZE_MODES)}",
+        "output_quality": "an integer from 1 to 100",
         "priority": "one of low, normal, high",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "mode": "one of wait, async",
@@ -71,7 +72,7 @@ def check_limits(
     has_init_image = has_init_image or body.init_image is not None
     steps = body.num_inference_steps
     wrong = {
-        "prompt": not body.prompt.strip() or _is_bad_text(body.prompt, settings),
+        "prompt": (not body.prompt.strip() and not has_init_image) or _is_bad_text(body.prompt, settings),
         "negative_prompt": _is_bad_text(body.negative_prompt, settings),
         "num_inference_steps": steps is not None and steps > settings.max_num_inference_steps,
         "num_images_per_prompt": body.num_images_per_prompt > settings.max_num_images,
@@ -173,6 +174,7 @@ def complete(
         prompt_syntax=body.prompt_syntax,
         output_format=output_format,
         strength=strength,
+        output_quality=body.output_quality,
     )
 
 

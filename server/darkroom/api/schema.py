@@ -14,7 +14,17 @@ from msgspec import Meta
 from pydantic import BaseModel, ConfigDict, Field
 
 from darkroom import __version__
-from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, JobStatus, ModelCard, Result, Timings
+from darkroom.jobs import (
+    DEFAULT_OUTPUT_QUALITY,
+    GenerationRequest,
+    ImageInfo,
+    Job,
+    JobState,
+    JobStatus,
+    ModelCard,
+    Result,
+    Timings,
+)
 from darkroom.sampling import SAMPLERS, SIGMA_SCHEDULES
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -72,6 +82,9 @@ class GenerateRequest(BaseModel):
         "`(word)`, `[word]` and `BREAK` as AUTOMATIC1111 does, and prompts of any length by chunks of 75 tokens.",
     )
     output_format: OutputFormat | None = Field(None, description="Left out: what `Accept` asks for, else png.")
+    output_quality: int = Field(
+        DEFAULT_OUTPUT_QUALITY, ge=1, le=100, description="Of a JPEG or WebP; less is smaller. PNG is always lossless."
+    )
     init_image: str | None = Field(
         None,
         description="A picture to begin with: PNG, JPEG or WebP in base64, or as a data URL. Nothing is fetched. Where "
@@ -148,6 +161,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sigma_schedule: str
     clip_skip: int
     prompt_syntax: str
+    output_quality: int
     seed: int
     seeds: Annotated[list[int], Meta(description="One for each image.")]
     timings: Annotated[Timings, Meta(description="Seconds in the queue, in the text encoder, denoising, decoding.")]
@@ -275,6 +289,7 @@ def manifest_of(status: JobStatus, result: Result) -> Manifest:
         sigma_schedule=request.sigma_schedule,
         clip_skip=request.clip_skip,
         prompt_syntax=request.prompt_syntax,
+        output_quality=request.output_quality,
         seed=request.seed,
         seeds=[image.seed for image in result.images],
         timings=result.timings,

@@ -60,7 +60,7 @@ def encode_image(
 
     `pixels` `[H, W, 3]` uint8 RGB; `model_hash` is the model card's weights hash, `version` Darkroom's; `is_marked`
     adds the mark of its source. PNG is lossless at level 1, which takes a quarter of the default's time; JPEG and WebP
-    have quality 95. Raises `ValueError` on another shape, dtype or format.
+    have the request's `output_quality`. Raises `ValueError` on another shape, dtype or format.
     """
     output_format = request.output_format
     if output_format not in _FORMATS:
@@ -80,18 +80,18 @@ def encode_image(
         image.save(out, "PNG", compress_level=1, pnginfo=chunks)
     elif output_format == "jpeg":
         exif = _exif(text)
-        # Full-resolution colour: at quality 95 the bytes saved by halving it show on hard edges.
+        # Full-resolution colour: at the usual quality of 95 the bytes saved by halving it show on hard edges.
         image.save(
             out,
             "JPEG",
-            quality=95,
+            quality=request.output_quality,
             subsampling=0,
             exif=exif if len(exif) <= _EXIF_BYTES else b"",
             extra=_comment_segments(record.encode()),
             xmp=xmp,
         )
     else:
-        image.save(out, "WEBP", quality=95, method=0, exif=_exif(text, record), xmp=xmp)
+        image.save(out, "WEBP", quality=request.output_quality, method=0, exif=_exif(text, record), xmp=xmp)
     return out.getvalue()
 
 

@@ -33,6 +33,7 @@ from darkroom.queue.callers import Callers
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.events import read_events
 from darkroom.queue.keys import digest
+from darkroom.queue.left_calls import LeftCalls
 from darkroom.queue.notices import Notices, wait_for
 from darkroom.queue.records import (
     LOOK_MS,
@@ -91,6 +92,7 @@ class ClientSide:
         self._memory = MemoryGauge(connection)
         self.api_keys = KeyStore(connection)
         self.callers = Callers(connection)
+        self.left_calls = LeftCalls(connection)
         self._cards = Cards({}, {}, {})
         self._cards_read_at = float("-inf")
         self._batches: list[BatchView] = []

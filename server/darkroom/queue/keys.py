@@ -69,6 +69,11 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
         "input:<id>:<name>: a picture that the job begins with, as PNG",
         "the job's end; of a dead letter job_ttl_s after it",
     ),
+    "left": (
+        "list",
+        "left:<sha256 of who asked for what>: idempotency keys of calls whose client has left",
+        "disconnect_grace_s",
+    ),
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "staged": (
         "string",
@@ -147,6 +152,9 @@ class Keys:
 
     def choices(self, caller: str) -> str:
         return f"{self.prefix}choices:{caller}"
+
+    def left(self, asked: str) -> str:
+        return f"{self.prefix}left:{asked}"
 
     @property
     def counters(self) -> str:

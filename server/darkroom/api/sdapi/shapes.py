@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.responses import Response
 
 from darkroom import __version__
 from darkroom.api.body import describe
@@ -156,8 +157,12 @@ def parse_lenient(kind: type[Body], fields: dict[str, Any]) -> Body:
         ) from None
 
 
-def error_body(problem: Problem) -> tuple[bytes, str]:
+def error_reply(problem: Problem) -> Response:
     """An error as those clients read it."""
+    return Response(error_body(problem), problem.status, media_type="application/json")
+
+
+def error_body(problem: Problem) -> bytes:
     detail = problem.detail
     if problem.errors:
         detail = "; ".join(
@@ -165,7 +170,7 @@ def error_body(problem: Problem) -> tuple[bytes, str]:
             for error in problem.errors
         )
     body = {"error": problem.code, "detail": detail, "body": "", "errors": detail}
-    return msgspec.json.encode(body), "application/json"
+    return msgspec.json.encode(body)
 
 
 def documented_here(*codes: str) -> dict[int | str, dict[str, Any]]:
@@ -176,7 +181,7 @@ def documented_here(*codes: str) -> dict[int | str, dict[str, Any]]:
         for content in reply["content"].values():
             for code, example in content["examples"].items():
                 problem = msgspec.convert(example["value"], Problem)
-                examples[code] = {"value": json.loads(error_body(problem)[0])}
+                examples[code] = {"value": json.loads(error_body(problem))}
         schema = {"$ref": "#/components/schemas/WebUIError"}
         reply["content"] = {"application/json": {"schema": schema, "examples": examples}}
     return responses
