@@ -8,7 +8,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean chaos test-chaos \
+.PHONY: serve test test-images lint typecheck format bench bench-gpu test-gpu train-model install dev clean chaos test-chaos fuzz-api \
 	loadtest loadtest-peers loadtest-compare
 
 $(BIN)/python:
@@ -63,6 +63,11 @@ chaos: $(VENV)/.dev
 
 test-chaos: $(VENV)/.dev
 	$(BIN)/pytest -m chaos tests/chaos
+
+# So many calls that schemathesis makes up from the OpenAPI document.
+CASES ?= 100000
+fuzz-api: $(VENV)/.dev
+	$(BIN)/python -m tests.support.api_fuzzer --cases $(CASES) --seed $(SEED)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu

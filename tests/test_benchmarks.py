@@ -26,7 +26,7 @@ from darkroom_kernels.bench.report import sizes_to_tune, tune_attention, tune_ke
 from darkroom_kernels.bench.timing import Limits, relative_error, time_calls
 from darkroom_kernels.winners import load_winners
 
-from benchmarks import fleet, quality
+from benchmarks import event_streams, fleet, quality
 from benchmarks.arrivals import MIXED_STEPS, Arrival, percentile, poisson_trace
 from benchmarks.families import TOY as TOY_FAMILY
 from benchmarks.families import write_model
@@ -555,3 +555,10 @@ def test_the_assumed_tick_times_stay_below_what_the_device_could_do() -> None:
     for model, row_flops in (("sd15", 803.3e9), ("sdxl", 6761e9)):
         limit = fleet.PEAK_FLOPS / (2 * 20 * row_flops)
         assert 0.5 * limit < fleet.LOADS[model].capacity < 0.7 * limit
+
+
+async def test_event_streams_are_measured_in_a_process_of_their_own() -> None:
+    figures = {figure.name: figure.value for figure in await event_streams.measure(num_streams=8, num_samples=4)}
+    assert 0 <= figures.pop("memory of 8 idle event streams") < 100
+    assert len(figures) == 4
+    assert all(value > 0 for value in figures.values())

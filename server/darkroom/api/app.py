@@ -148,8 +148,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 if name in examples:
                     content["example"] = examples[name]
             # FastAPI adds its own 422 to routes with parameters; ours are strings that cannot fail there.
-            reply = operation["responses"].get("422", {})
-            if "application/json" in reply.get("content", {}):
+            content = operation["responses"].get("422", {}).get("content", {}).get("application/json", {})
+            if content.get("schema", {}).get("$ref") == "#/components/schemas/HTTPValidationError":
                 del operation["responses"]["422"]
     app.openapi_schema = document
     return document

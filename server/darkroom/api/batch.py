@@ -57,7 +57,7 @@ async def first_look(
     responses={
         200: {
             "description": "A stream of events, each with JSON data.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+            "content": {"text/event-stream": {"example": _EXAMPLE}},
         },
         **documented("queue_unavailable"),
     },

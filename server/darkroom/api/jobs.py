@@ -204,7 +204,6 @@ async def events_to_follow(
             "description": "A stream of events, each with JSON data.",
             "content": {
                 "text/event-stream": {
-                    "schema": {"type": "string"},
                     "example": 'event: progress\ndata: {"step":12,"num_steps":20,"eta_s":0.8}\nid: 1700000000000-0\n\n',
                 }
             },

@@ -118,15 +118,15 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> list[str]:
     ]
     if rows:
         parts.append(_table(["parameter", "in", ""], rows))
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json")
-    if body:
-        parts.append(f"<p>Body: {_type(body['schema'])}</p>")
+    for kind, body in operation.get("requestBody", {}).get("content", {}).items():
+        parts.append(f"<p>Body: {escape(kind)} {_type(body['schema'])}</p>")
         for example in body.get("examples", {}).values():
             parts.append(f"<pre><code>{escape(json.dumps(example['value'], indent=2))}</code></pre>")
     rows = []
     for status, reply in sorted(operation["responses"].items()):
         kinds = ", ".join(
-            f"{escape(kind)} {_type(content['schema'])}" for kind, content in reply.get("content", {}).items()
+            f"{escape(kind)} {'events' if 'itemSchema' in content else _type(content['schema'])}"
+            for kind, content in reply.get("content", {}).items()
         )
         rows.append([status, escape(reply["description"]), kinds])
     parts.append(_table(["status", "when", "body"], rows))

@@ -53,13 +53,24 @@ _EXAMPLE = {
         "total_tokens": 22,
     },
 }
+_EVENTS = ("PartialImage", "CompletedImage", "OpenAIError")
 _REPLIES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The pictures; with `stream` they come as events, each with the name of its data's `type`.",
         "content": {
             "application/json": {"schema": {"$ref": "#/components/schemas/Images"}, "example": _EXAMPLE},
             "text/event-stream": {
-                "schema": {"type": "string"},
+                "itemSchema": {
+                    "type": "object",
+                    "properties": {
+                        "event": {"type": "string"},
+                        "data": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "contentSchema": {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in _EVENTS]},
+                        },
+                    },
+                },
                 "example": "event: image_generation.completed\n"
                 'data: {"type":"image_generation.completed","b64_json":"iVBORw0KGgoAAAANSUhEUgAA",...}\n\n',
             },
