@@ -163,7 +163,12 @@ class KnownAnswerEngine:
         self._stopped.set()
 
     def submit(
-        self, job: Job, *, deadline_in_s: float | None = None, checkpoints: Mapping[int, bytes] | None = None
+        self,
+        job: Job,
+        *,
+        deadline_in_s: float | None = None,
+        checkpoints: Mapping[int, bytes] | None = None,
+        inputs: Mapping[str, bytes] | None = None,
     ) -> None:
         self._rows[job.id, job.attempt] = _Row(job)
         if not self._is_ticking:

@@ -34,7 +34,9 @@ from darkroom.queue import EmbeddedRedis, JobQueue, Rate, new_key
 from darkroom.queue.admission import MEMORY_SHARE
 from darkroom.queue.embedded import find_redis_server
 from darkroom.queue.keys import CHANNEL_TABLE, KEY_TABLE, Keys, digest
+from redis import exceptions
 from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
 
 from tests.support.jobs import MODEL, make_card, make_job, make_result
 from tests.support.proxy import lossy_proxy
@@ -1346,3 +1348,31 @@ async def test_the_backlog_is_divided_by_what_all_live_workers_do_in_a_second(qu
     for worker in ("w1", "w2"):
         await queue.unregister(worker)
     assert (await queue.stats()).backlog_s[MODEL] == pytest.approx(8.0, rel=0.05), "one worker would take this long"
+
+
+async def test_a_cancellation_that_gets_lost_in_the_client_does_not_keep_a_process_from_ending(
+    settings: Settings, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An API that was told to end while its way to Redis was cut did not, now and then."""
+    get_message = PubSub.get_message
+    num_lost = 0
+
+    async def losing(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal num_lost
+        try:
+            return await get_message(*arguments, **keywords)
+        except asyncio.CancelledError:
+            num_lost += 1
+            if num_lost > 1:
+                raise
+            raise exceptions.TimeoutError from None
+
+    monkeypatch.setattr(PubSub, "get_message", losing)
+    queue = await JobQueue.connect(settings, redis_url)
+    job = make_job()
+    await queue.enqueue(job, result_bytes=1000)
+    await queue.wait(job.id, 0.1)
+    closing = asyncio.ensure_future(queue.close())
+    ended, _ = await asyncio.wait((closing,), timeout=5)
+    assert num_lost > 0
+    assert ended == {closing}

@@ -245,7 +245,9 @@ async def test_a_drained_worker_under_load_repeats_no_step(stack: Stack) -> None
     api = await stack.start("api-0")
     first = await stack.start("worker-0")
     async with stack.client(api) as client:
-        jobs = await together(*(submit(client, seed=seed, num_inference_steps=200) for seed in range(3)))
+        # Long enough that none is done before the signal, on the slowest machine.
+        asked = {"num_inference_steps": 200, "sampler": "heun", "num_images_per_prompt": 4}
+        jobs = await together(*(submit(client, seed=seed, **asked) for seed in range(3)))
     await stepped(stack.queue, jobs[0], 10)
     first.child.signal(signal.SIGTERM)
     assert await first.child.wait(3.0) == 0

@@ -83,11 +83,11 @@ class Notices:
             self._listeners[channel].discard(listener)
 
     async def close(self) -> None:
-        if self._task is not None:
+        # Again and again: a cancellation can get lost where the Redis client times out at the same moment.
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+            await asyncio.wait((self._task,), timeout=0.1)
+        self._task = None
 
     async def _listen(self) -> None:
         while True:

@@ -203,8 +203,8 @@ class Worker:
                     *(self._queue.hand_back(self.id, job, is_failure=job.id in to_blame) for job in held)
                 )
                 await self._queue.unregister(self.id)
-        except (QueueUnavailable, TimeoutError) as error:
-            log.warning("jobs_not_handed_back", worker=self.id, jobs=sorted(self._held), reason=str(error))
+        except (QueueUnavailable, TimeoutError) as outage:
+            log.warning("jobs_not_handed_back", worker=self.id, jobs=sorted(self._held), reason=str(outage))
         for (job_id, _), trace in self._traces.items():
             trace.end("lost" if job_id in to_blame else "handed_back")
         log.info("worker_stopped", worker=self.id, handed_back=len(held), to_blame=len(to_blame))
