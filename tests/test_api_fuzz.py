@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.support.api_fuzzer import fuzz
+from tests.support.api_fuzzer import fuzz, num_cases
 from tests.support.http import served
 from tests.support.instant_worker import InstantWorker
 from tests.support.jobs import make_card, make_job, make_result
@@ -38,6 +38,7 @@ async def test_schemathesis_finds_no_fault_in_any_surface(settings: Settings, qu
     assert code == 0, said
     (tested,) = re.findall(r"Tested: (\d+)", said)
     assert int(tested) > 40
+    assert num_cases(said) > 1000
 
 
 def decoded(data: bytes, kind: type[Any]) -> Any:

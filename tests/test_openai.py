@@ -430,6 +430,27 @@ async def test_calls_that_only_ask_for_the_same_never_meet(
     assert await count(queue) == 4
 
 
+async def test_a_retry_of_a_call_that_was_refused_has_the_key_of_the_first_try(
+    settings: Settings, queue: JobQueue, worker: InstantWorker
+) -> None:
+    """A place in a full queue is promised to a key."""
+    small = settings.model_copy(update={"max_queue_jobs": 1})
+    crowded = await JobQueue.connect(small, small.redis_url or "")
+    try:
+        await crowded.register("nobody", [card("busy")])
+        async with in_process(small, crowded) as client:
+            assert (await client.post("/generate", json={**FOX, "model": "busy", "mode": "async"})).status_code == 202
+            refused = await a_try(client, 0, model="test-world")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert (refused.headers["x-should-retry"], await num_left(queue)) == ("true", 1)
+            await a_try(client, 1, model="test-world")
+            assert await num_left(queue) == 1
+            await a_try(client, 0, model="test-world")
+            assert await num_left(queue) == 2
+    finally:
+        await crowded.close()
+
+
 async def test_tenants_never_take_up_each_others_calls(
     settings: Settings, queue: JobQueue, worker: InstantWorker
 ) -> None:

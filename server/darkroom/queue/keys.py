@@ -71,8 +71,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "left": (
         "list",
-        "left:<sha256 of who asked for what>: idempotency keys of calls whose client has left",
-        "disconnect_grace_s",
+        "left:<sha256 of who asked for what>: idempotency keys of calls that may be repeated",
+        "disconnect_grace_s and the time that a refused one was told",
     ),
     "image": ("string", "image:<id>:<index>: encoded picture, unless there is a result store", "result_ttl_s"),
     "staged": (

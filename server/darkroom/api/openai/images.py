@@ -29,7 +29,7 @@ from darkroom.api.openai.translate import Call, edit, generation, usage_of, vari
 from darkroom.api.resolve import choose_card, fingerprint
 from darkroom.api.service import service_of
 from darkroom.api.submit import answer, result_of, submit
-from darkroom.errors import DarkroomError, Draining, NotReplicated, QueueUnavailable
+from darkroom.errors import DarkroomError, Draining, Unavailable
 from darkroom.jobs import JobStatus
 
 router = APIRouter()
@@ -178,9 +178,9 @@ async def draw(request: Request, call: Call, pictures: Pictures | None = None) -
     try:
         key = await retries.key()
         submitted = await submit(request, call.body, call.output_format, idempotency_key=key, pictures=pictures)
-    except (NotReplicated, QueueUnavailable):
-        # It may have become a job all the same.
-        await retries.leave()
+    except Unavailable as error:
+        # It may have become a job all the same, or have been promised a place.
+        await retries.leave(error.retry_after_s)
         raise
     job_id = submitted.enqueued.job_id
     try:

@@ -1,7 +1,8 @@
 """OpenAI's SDK calls again where a call broke off, and sends no key to know it by, only the number of the try.
 
-So each of its calls gets a key of its own, and one whose client has left leaves that key for a later try of the same
-body to take. Calls that merely ask for the same never meet, and no two tries take up the same job.
+So each of its calls gets a key of its own, and one that was refused, or whose client has left, leaves that key for a
+later try of the same body to take. Calls that merely ask for the same never meet, and no two tries take up the same
+job.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Retries:
         self._key = self._key or secrets.token_hex(16)
         return self._key
 
-    async def leave(self) -> bool:
-        """The client may be back with another try. False if it will not, or not be known again."""
+    async def leave(self, retry_after_s: float = 0.0) -> bool:
+        """The client may be back with another try, this late at least. False if it will not, or not be known again."""
         if self._key is None:
             return self._own is not None
         with contextlib.suppress(QueueUnavailable):
-            kept_s = self._service.settings.disconnect_grace_s
+            kept_s = self._service.settings.disconnect_grace_s + retry_after_s
             await self._service.queue.left_calls.leave(self._asked, self._key, kept_s=kept_s)
             return True
         return False
