@@ -72,7 +72,7 @@ def test_a_service_of_ours_waits_for_redis_and_is_built_from_a_target_of_the_doc
 
 
 def test_a_worker_is_killed_long_after_its_drain_has_ended() -> None:
-    drain_s = worker_module.CLAIM_STOP_S + worker_module.ENGINE_STOP_S + worker_module.PUBLISH_STOP_S
+    drain_s = worker_module.HAND_BACK_STOP_S
     for name in ("worker-cpu", "worker-gpu"):
         assert seconds(SERVICES[name]["stop_grace_period"]) > 2 * drain_s
 

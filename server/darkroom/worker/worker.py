@@ -38,8 +38,8 @@ WAKE_TIMEOUT_S = 2.0
 # the tick under way, results under way, and jobs being handed back.
 CLAIM_STOP_S = 0.4
 ENGINE_STOP_S = 1.1
-PUBLISH_STOP_S = 1.6
-HAND_BACK_STOP_S = 2.2
+PUBLISH_STOP_S = 1.5
+HAND_BACK_STOP_S = 2.0
 MAX_EARLY_CANCELLATIONS = 1024
 FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
