@@ -29,12 +29,13 @@ dev: $(VENV)/.dev
 serve: $(VENV)/.serve
 	exec $(BIN)/darkroom up --port $(PORT)
 
+# One process for each core, with one thread for its networks; a file's tests share what it sets up.
 test: $(VENV)/.dev
 	sh tests/system-packages.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 # CI does this when one of IMAGE_INPUTS is not the file that it was done with last.
 IMAGE_INPUTS := docker/Dockerfile docker/compose.yaml docker/requirements.py .dockerignore pyproject.toml \
