@@ -14,8 +14,8 @@ import httpx
 import pytest
 import pytest_asyncio
 from darkroom.api.openai.shapes import WORTH_A_RETRY
-from darkroom.config import Settings
-from darkroom.errors import HTTP_STATUS
+from darkroom.config import Settings, load_settings
+from darkroom.errors import HTTP_STATUS, ConfigError
 from darkroom.jobs import Failure
 from darkroom.queue import JobQueue, new_key
 from PIL import Image
@@ -100,6 +100,19 @@ async def test_no_quality_asks_for_more_steps_than_may_be(settings: Settings, qu
     slow = card(num_inference_steps=15)
     async with InstantWorker(queue, slow).running(), in_process(few, queue) as client:
         assert (await generate(client, quality="max"))["manifest"]["num_inference_steps"] == 20
+
+
+async def test_a_model_goes_by_its_aliases_too(settings: Settings, queue: JobQueue, worker: InstantWorker) -> None:
+    named = settings.model_copy(update={"model_aliases": "gpt-image-2=test-world, dall-e-3 = test-world,other=nothing"})
+    async with in_process(named, queue) as client:
+        assert (await generate(client, model="dall-e-3"))["manifest"]["model"] == "test-world"
+        models = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in models] == ["dall-e-3", "gpt-image-2", "test-world"]
+        assert (await client.get("/v1/models/gpt-image-2")).status_code == 200
+        assert (await client.get("/v1/models/other")).status_code == 404
+    for wrong in ("gpt-image-2", "=test-world", "a=b,"):
+        with pytest.raises(ConfigError, match="DARKROOM_MODEL_ALIASES"):
+            load_settings(model_aliases=wrong)
 
 
 async def test_what_the_sdk_calls_extra_is_heeded(client: httpx.AsyncClient) -> None:

@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         description="Web pages of other sites that may call the API from a browser, as https://one.example,"
         "https://two.example, or * for all.",
     )
+    model_aliases: str | None = Field(
+        None,
+        description="Other names that OpenAI's API knows models by, as gpt-image-2=emoji-world,dall-e-3=emoji-world: "
+        "for applications whose model is fixed.",
+    )
     metrics_host: str = Field("127.0.0.1", description="Address the metrics endpoints bind to.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of a process's metrics; 0 picks a free one.")
     metrics_public: bool = Field(
@@ -250,6 +255,14 @@ class Settings(BaseSettings):
                 raise ValueError("expected origins as https://one.example,http://localhost:3000, or *")
         return value
 
+    @field_validator("model_aliases")
+    @classmethod
+    def _known_aliases(cls, value: str | None) -> str | None:
+        for pair in value.split(",") if value else ():
+            if not all(part.strip() for part in pair.partition("=")):
+                raise ValueError(f"expected pairs as gpt-image-2=emoji-world, got {shorten(pair)}")
+        return value
+
     @field_validator("result_store")
     @classmethod
     def _known_store(cls, value: str | None) -> str | None:
@@ -285,6 +298,12 @@ class Settings(BaseSettings):
     def allowed_origins(self) -> tuple[str, ...]:
         """Each origin in `cors_origins`."""
         return tuple(origin.strip() for origin in self.cors_origins.split(",")) if self.cors_origins else ()
+
+    @property
+    def models_by_alias(self) -> dict[str, str]:
+        """Model id by each name of `model_aliases`."""
+        pairs = (pair.partition("=") for pair in self.model_aliases.split(",")) if self.model_aliases else ()
+        return {alias.strip(): model.strip() for alias, _, model in pairs}
 
     @property
     def graph_sizes_px(self) -> tuple[tuple[int, int], ...]:

@@ -27,10 +27,10 @@ from darkroom.api.openai.shapes import (
 from darkroom.api.openai.stream import Stream
 from darkroom.api.openai.translate import Call, edit, generation, usage_of, variation
 from darkroom.api.resolve import choose_card, fingerprint
-from darkroom.api.service import service_of
+from darkroom.api.service import Service, service_of
 from darkroom.api.submit import answer, result_of, submit
 from darkroom.errors import DarkroomError, Draining, Unavailable
-from darkroom.jobs import JobStatus
+from darkroom.jobs import JobStatus, ModelCard
 
 router = APIRouter()
 
@@ -118,7 +118,7 @@ async def generations(request: Request) -> Response:
     service.refuse_if_draining()
     await take_call(request)
     body = parse(ImagesGenerate, await read_json(request, service.settings.max_body_bytes))
-    card = choose_card(body.model, await service.queue.cards())
+    card = await _card(service, body.model)
     return await draw(request, generation(body, card, max_steps=service.settings.max_num_inference_steps))
 
 
@@ -144,7 +144,7 @@ async def edits(request: Request) -> Response:
     else:
         body = parse(ImagesEdit, await read_json(request, settings.max_image_bytes))
         image, mask = body.images[0].image_url, body.mask.image_url if body.mask else None
-    card = choose_card(body.model, await service.queue.cards())
+    card = await _card(service, body.model)
     call = edit(body, card, max_steps=settings.max_num_inference_steps)
     return await draw(request, call, await service.intake.read(image, mask, mask_is_alpha=True))
 
@@ -163,8 +163,15 @@ async def variations(request: Request) -> Response:
     await take_call(request)
     form = await read_form(request, service.settings.max_image_bytes)
     body = parse(ImagesVariationForm, one_of_each(form), is_form=True)
-    card = choose_card(body.model, await service.queue.cards())
+    card = await _card(service, body.model)
     return await draw(request, variation(body, card), await service.intake.read(body.image))
+
+
+async def _card(service: Service, model: str | None) -> ModelCard:
+    """The card of a model or alias. Raises as `choose_card`."""
+    if model is not None:
+        model = service.settings.models_by_alias.get(model, model)
+    return choose_card(model, await service.queue.cards())
 
 
 async def draw(request: Request, call: Call, pictures: Pictures | None = None) -> Response:

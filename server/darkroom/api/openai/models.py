@@ -38,8 +38,7 @@ _EXAMPLE = {"id": "emoji-world", "object": "model", "created": 0, "owned_by": "d
     },
 )
 async def models(request: Request) -> Response:
-    offered = (await service_of(request).queue.cards()).offered
-    reply = ModelList(data=[Model(id=name) for name in sorted(offered)])
+    reply = ModelList(data=[Model(id=name) for name in await _names(request)])
     return Response(msgspec.json.encode(reply), headers=_HEADERS, media_type="application/json")
 
 
@@ -58,7 +57,15 @@ async def models(request: Request) -> Response:
 async def model(
     request: Request, model: Annotated[str, Path(description="Its id.", examples=["emoji-world"])]
 ) -> Response:
-    offered = (await service_of(request).queue.cards()).offered
-    if model not in offered:
-        raise UnknownModel("model", describe(model), f"one of {', '.join(sorted(offered))}")
+    names = await _names(request)
+    if model not in names:
+        raise UnknownModel("model", describe(model), f"one of {', '.join(names)}")
     return Response(msgspec.json.encode(Model(id=model)), headers=_HEADERS, media_type="application/json")
+
+
+async def _names(request: Request) -> list[str]:
+    """The models that are served, and other names of theirs."""
+    service = service_of(request)
+    offered = (await service.queue.cards()).offered
+    aliases = {alias for alias, model in service.settings.models_by_alias.items() if model in offered}
+    return sorted({*offered, *aliases})

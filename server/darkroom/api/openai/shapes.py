@@ -277,10 +277,12 @@ def error_body(problem: Problem) -> OpenAIError:
     if problem.errors:
         names = [_THEIR_NAMES.get(error.field, error.field) for error in problem.errors]
         param = names[0]
-        message = "; ".join(
-            f"{name}: got {error.value}, expected {error.accepted}"
+        # Width and height may be told of in the same words.
+        told = {
+            f"{name}: got {error.value}, expected {error.accepted}": None
             for name, error in zip(names, problem.errors, strict=True)
-        )
+        }
+        message = "; ".join(told)
     kind = "invalid_request_error"
     if problem.code == "prompt_refused":
         kind, param = "image_generation_user_error", "prompt"
