@@ -105,6 +105,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=list(CONCURRENCY))
     parser.add_argument("--seconds", type=float, default=10.0, help="measured in each stage")
     parser.add_argument("--warm-up-s", type=float, default=2.0, help="before each stage, at least")
+    parser.add_argument("--overload-factor", type=float, default=overload.OVERLOAD, help="arrivals over capacity")
     parser.add_argument("--peer-clients", nargs="+", type=int, default=list(peers.CLIENTS))
     parser.add_argument("--peer-seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -123,7 +124,10 @@ def main(words: Sequence[str] | None = None) -> None:
                 run_crowds(target, report, arguments)
     if "overload" in parts:
         stages, report.overload, report.visits = overload.measure(
-            seconds=arguments.seconds, warm_up_s=arguments.warm_up_s, seed=arguments.seed
+            seconds=arguments.seconds,
+            warm_up_s=arguments.warm_up_s,
+            factor=arguments.overload_factor,
+            seed=arguments.seed,
         )
         for stage in stages:
             report.add(stage)

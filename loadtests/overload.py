@@ -36,11 +36,13 @@ RESIDENT_JOBS = round(32 / 1.75)
 class Visit:
     """One client: its arrival, the waits it was told, and when the server accepted and claimed it (epoch seconds).
 
-    `told_s` has None for a refusal that named no time. What did not happen is None.
+    `told_s` has None for a refusal that named no time; `refused_in_s` is how long each refusal took to come. What did
+    not happen is None.
     """
 
     arrived_at: float
     told_s: tuple[float | None, ...]
+    refused_in_s: tuple[float, ...]
     accepted_at: float | None
     claimed_at: float | None
     latency_s: float | None
@@ -56,6 +58,8 @@ class Overload:
     clients: int
     refused: int
     refused_without_retry_after: int
+    p50_refusal_s: float | None
+    p99_refusal_s: float | None
     accepted_on_first_retry: float | None
     never_accepted: int
     median_told_s: float | None
@@ -87,6 +91,7 @@ def visit_of(seen: dict[str, Any]) -> Visit:
     return Visit(
         arrived_at=seen["arrived_at"],
         told_s=tuple(refusal["told_s"] for refusal in seen["refusals"]),
+        refused_in_s=tuple(refusal["took_s"] for refusal in seen["refusals"]),
         accepted_at=epoch(seen.get("accepted_at")),
         claimed_at=epoch(seen.get("claimed_at")),
         latency_s=seen["latency_s"],
@@ -125,6 +130,7 @@ def analyse(
             over_waits_s.append(max(0.0, visit.accepted_at - free))
             over_waits.append(over_waits_s[-1] / told_s)
     latencies = [visit.latency_s for visit in visits if visit.latency_s is not None]
+    refusals = [took_s for visit in refused for took_s in visit.refused_in_s]
     first = [told for visit in refused if (told := visit.told_s[0]) is not None]
     on_first_retry = sum(len(visit.told_s) == 1 and visit.accepted_at is not None for visit in refused)
     return Overload(
@@ -134,6 +140,8 @@ def analyse(
         clients=len(visits),
         refused=len(refused),
         refused_without_retry_after=sum(None in visit.told_s for visit in refused),
+        p50_refusal_s=percentile(refusals, 0.5) if refusals else None,
+        p99_refusal_s=percentile(refusals, 0.99) if refusals else None,
         accepted_on_first_retry=on_first_retry / len(refused) if refused else None,
         never_accepted=sum(visit.accepted_at is None for visit in visits),
         median_told_s=percentile(first, 0.5) if first else None,

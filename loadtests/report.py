@@ -67,6 +67,11 @@ def overload_rows(overload: Overload) -> list[list[str]]:
     return [
         ["refused, of all clients", f"{overload.refused} of {overload.clients}", ""],
         ["refusals without Retry-After", str(overload.refused_without_retry_after), "0"],
+        [
+            "time to a refusal, p50 and p99",
+            f"{shown(overload.p50_refusal_s)} and {shown(overload.p99_refusal_s)} s",
+            "≤ 0.05",
+        ],
         ["accepted on the first retry at Retry-After", shown(overload.accepted_on_first_retry), "≥ 0.90"],
         ["never accepted", str(overload.never_accepted), "0"],
         ["wait told at first, median", f"{shown(overload.median_told_s)} s", ""],

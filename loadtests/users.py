@@ -281,7 +281,8 @@ class Arrivals(Client):
             answered_at = time.time()
             if reply.status_code == 429:
                 told = (reply.headers or {}).get("Retry-After")
-                visit["refusals"].append({"at": answered_at, "told_s": None if told is None else float(told)})
+                told_s = None if told is None else float(told)
+                visit["refusals"].append({"at": answered_at, "told_s": told_s, "took_s": answered_at - sent_at})
                 gevent.sleep(max(0.0, answered_at + float(told or 1) - time.time()))
                 continue
             if reply.status_code == 200:

@@ -66,7 +66,7 @@ def stage(clients: int = 8, images_s: float = 10.0, *, cpu_share: float = 0.1, *
 def test_every_kind_of_client_gets_what_it_asks_for(target: Target) -> None:
     """Well-behaved ones get pictures and abusive ones the refusals they should."""
     kinds = {kind for _, crowd in CROWDS for kind in crowd} | {"Quick", "Fickle", "Arrivals"}
-    seen = generate(target, dict.fromkeys(kinds, 1), seconds=1, warm_up_s=0, rate=2, seed=1)
+    seen = generate(target, dict.fromkeys(kinds, 1), seconds=4, warm_up_s=0, rate=2, seed=1)
     assert {sample[4] for sample in seen["samples"]} == {""}
     drawn = {name for name, _, _, images, _ in seen["samples"] if images}
     assert drawn >= {
@@ -236,7 +236,7 @@ def test_darkroom_is_set_beside_each_peer_at_the_same_load() -> None:
 
 def visit(arrived: float, *told: float | None, accepted: float | None, claimed: float | None) -> Visit:
     latency = None if accepted is None else 1.0
-    return Visit(arrived, told, accepted_at=accepted, claimed_at=claimed, latency_s=latency)
+    return Visit(arrived, told, (0.01,) * len(told), accepted_at=accepted, claimed_at=claimed, latency_s=latency)
 
 
 def test_a_place_is_free_for_a_client_when_all_before_it_could_have_had_one() -> None:
