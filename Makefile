@@ -35,7 +35,7 @@ test: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # CI does this when one of IMAGE_INPUTS is not the file that it was done with last.
 IMAGE_INPUTS := docker/Dockerfile docker/compose.yaml docker/requirements.py .dockerignore pyproject.toml \

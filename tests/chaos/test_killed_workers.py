@@ -246,7 +246,7 @@ async def test_a_drained_worker_under_load_repeats_no_step(stack: Stack) -> None
     first = await stack.start("worker-0")
     async with stack.client(api) as client:
         # Long enough that none is done before the signal, on the slowest machine.
-        asked = {"num_inference_steps": 200, "sampler": "heun", "num_images_per_prompt": 4}
+        asked = {"num_inference_steps": 200, "sampler": "heun"}
         jobs = await together(*(submit(client, seed=seed, **asked) for seed in range(3)))
     await stepped(stack.queue, jobs[0], 10)
     first.child.signal(signal.SIGTERM)
