@@ -97,10 +97,14 @@ class Link:
         return trap
 
     async def close(self) -> None:
+        # Connections that were taken last are still on their way to `_accept`.
+        self._refuses = True
         if self._server is not None:
             self._server.close()
         self.reset()
         await asyncio.gather(*self._serving, return_exceptions=True)
+        # Aborted transports close in turns of the loop to come.
+        await asyncio.sleep(0.01)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._refuses:

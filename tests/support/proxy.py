@@ -20,6 +20,7 @@ class LossyProxy:
         self._frozen: set[asyncio.StreamWriter] = set()
         self._open: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
+        self._is_closed = False
 
     def lose_replies_to(self, marker: str, num_replies: int) -> None:
         self._marker, self._left = marker.encode(), num_replies
@@ -29,13 +30,20 @@ class LossyProxy:
         self._frozen |= self._open
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._is_closed:
+            # It was taken before the server was closed.
+            writer.transport.abort()
+            return
         self._open.add(writer)
         self._serving.add(asyncio.create_task(self._serve(reader, writer)))
 
     async def close(self) -> None:
+        self._is_closed = True
         for writer in self._open:
             writer.close()
         await asyncio.gather(*self._serving)
+        # Transports close in turns of the loop to come.
+        await asyncio.sleep(0.01)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server_reader, server_writer = await asyncio.open_unix_connection(str(self._target))
