@@ -247,9 +247,10 @@ async def test_a_job_fails_with_its_own_code_when_the_store_stays_away(
 async def test_a_server_that_never_answers_costs_no_more_than_the_time_allowed(
     bucket: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
+    callers: list[asyncio.StreamWriter] = []
+
+    def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        callers.append(writer)
 
     monkeypatch.setattr(results, "_DISCARD_TIMEOUT_S", 0.1)
     silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
@@ -261,6 +262,10 @@ async def test_a_server_that_never_answers_costs_no_more_than_the_time_allowed(
             await finish(queue, job, [b"x"])
         assert time.monotonic() - began < 9, "the library's own timeout is 10 s"
     silent.close()
+    assert callers
+    for caller in callers:
+        caller.close()
+    await asyncio.gather(*(caller.wait_closed() for caller in callers), return_exceptions=True)
 
 
 async def test_what_was_written_before_the_store_gave_up_is_removed(directory: Settings, tmp_path: Path) -> None:
