@@ -22,7 +22,9 @@ BREAKS: dict[str, tuple[Callable[[Link], None], Callable[[Link], int]]] = {
     "slow": (lambda link: setattr(link, "latency_s", 1.0), lambda link: link.num_delayed),
     "reset in a reply": (lambda link: link.reset_after(200), lambda link: link.num_reset),
 }
-FAST = ["cut", "silent"]
+BROKEN = ["cut", "silent"]
+# The worse of the two; the others take their time with `make test-chaos`.
+FAST = ["silent"]
 
 
 def breaks() -> list[object]:
@@ -88,7 +90,7 @@ async def test_an_api_cut_off_answers_503_and_waits_are_answered_when_the_link_i
     assert (verdict := await stack.verdict([job_id, later])), verdict.wrong
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", BROKEN)
 async def test_a_worker_told_to_end_while_its_link_is_broken_does_so_in_time(stack: Stack, name: str) -> None:
     api = await stack.start("api-0")
     lonely = await stack.start("worker-0")
@@ -105,7 +107,7 @@ async def test_a_worker_told_to_end_while_its_link_is_broken_does_so_in_time(sta
     assert (verdict := await stack.verdict([job_id])), verdict.wrong
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", BROKEN)
 async def test_an_api_told_to_end_while_its_link_is_broken_tells_its_callers_and_does_so_in_time(
     stack: Stack, name: str
 ) -> None:
