@@ -39,6 +39,7 @@ class Built:
     has_products: bool
     products: tuple[str, ...]
     has_narrow_tf32: bool
+    most_stack_bytes: int
 
 
 def kernel_modules() -> list[str]:
@@ -89,6 +90,7 @@ def build_one(index: int) -> Built:
         build.has_products,
         products,
         has_narrow_tf32,
+        build.most_stack_bytes,
     )
 
 
