@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from darkroom.engine.engine import Engine
 from darkroom.engine.events import Cancelled, Expired, Failed, Finished, TickReport
 from darkroom.engine.local import generate_images
 from darkroom.engine.prompts import Prompt, PromptCache
+from darkroom.engine.row import Row
 from darkroom.jobs import Job, Priority
 from darkroom.worker.main import load_models
 from safetensors.torch import load_file, save_file
@@ -303,6 +305,33 @@ class Attempt:
             except ValueError as error:
                 raise torch.OutOfMemoryError("no") from error
         return self.call(x, *rest)
+
+
+def test_nothing_of_a_job_that_has_ended_waits_for_the_garbage_collector(model: DiffusionModel) -> None:
+    """Jobs and rows referred to each other: latents and pictures stayed until a collection of everything, which comes
+    after thousands of jobs."""
+    rows: dict[str, list[weakref.ref[Row]]] = {}
+
+    def note(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == 1:
+            for row in engine._rows.values():
+                rows.setdefault(row.active.job.id, []).append(weakref.ref(row))
+            engine.cancel("cancelled")
+
+    names = ("cancelled", "whole")
+    jobs = [job_for(model, name, num_images_per_prompt=2, guidance_scale=1.0) for name in names]
+    jobs.append(job_for(model, "long", num_inference_steps=40, guidance_scale=1.0))
+    gc.disable()
+    try:
+        outcome = run_jobs(model, jobs, settings_with(), on_tick=note)
+        # The rows of the last tick stay until another takes its place.
+        alive = {job_id: sum(row() is not None for row in refs) for job_id, refs in rows.items()}
+    finally:
+        gc.enable()
+    assert outcome.ticks[-1].num_rows == 1
+    assert alive == {"cancelled": 0, "whole": 0, "long": 1}
+    assert isinstance(outcome.events["cancelled"], Cancelled)
+    assert len(outcome.images("whole")) == 2
 
 
 def test_nothing_of_a_failed_tick_is_alive_when_its_rows_are_tried_alone(

@@ -19,6 +19,7 @@ from darkroom.api.app import create_app
 from darkroom.api.service import Service
 from darkroom.config import Settings
 from darkroom.errors import ConfigError
+from darkroom.garbage import spare_what_is_there
 from darkroom.queue import JobQueue
 
 log = structlog.get_logger("darkroom.api")
@@ -61,6 +62,7 @@ def serve(settings: Settings, url: str, *, on_listening: Callable[[str], None] |
     )
 
     def announce() -> None:
+        spare_what_is_there()
         log.info("api_listening", url=base_url, metrics=f"http://{settings.metrics_host}:{metrics_port}/metrics")
         if on_listening is not None:
             on_listening(base_url)

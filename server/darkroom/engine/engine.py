@@ -433,10 +433,11 @@ class Engine:
         # From completion to completion where ticks follow each other without a gap.
         seconds = now_s - max(flight.started_s, self._last_done_s)
         self._last_done_s = now_s
+        # A job that ends meanwhile, on another thread, has none any more.
+        rows_of = {row.active: row.active.rows for row in tick.rows}
         self._settle(tick, choice, now_s)
         self.batcher.account(choice.key, seconds, max(row.active.job.priority.rank for row in tick.rows))
         if self._on_tick is not None:
-            jobs = list(dict.fromkeys(row.active for row in tick.rows))
             self._on_tick(
                 TickReport(
                     choice=choice,
@@ -446,7 +447,7 @@ class Engine:
                     joined=flight.joined,
                     left=len(tick.finished),
                     not_taken=flight.not_taken,
-                    progress=[(active.job, active.step, active.num_steps) for active in jobs],
+                    progress=[(active.job, *_progress_of(rows)) for active, rows in rows_of.items()],
                 )
             )
 
@@ -631,7 +632,7 @@ class Engine:
             self._failed_beside(active, developed.outcome)
             return
         if self._roster.add_image(row, developed.outcome, developed.decode, developed.image_encode):
-            self._end(active, finished(active, self._worker))
+            self._end(active, finished(active, row.model, self._worker))
 
     def _end(self, active: ActiveJob, event: Event) -> None:
         """Send a job's one terminal event and forget the job; a second end of the same job is ignored.
@@ -640,3 +641,8 @@ class Engine:
         """
         if self._roster.end(active):
             active.on_end(event)
+
+
+def _progress_of(rows: Sequence[Row]) -> tuple[int, int]:
+    """Evaluations done by the slowest image, and those of the longest."""
+    return min((row.num_done for row in rows), default=0), max((row.table.num_evaluations for row in rows), default=0)

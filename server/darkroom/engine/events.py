@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import structlog
 import torch
 
+from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import Choice
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.row import ActiveJob, Interval
@@ -71,7 +72,8 @@ class TickReport:
     """What one tick did, in the `seconds` before `ended_s` on the engine's clock.
 
     `joined` images are in a batch for the first time, `left` had their last evaluation. `not_taken` counts the images
-    that it left waiting, by reason. `progress` is (job, evaluations done by its slowest image, evaluations in all).
+    that it left waiting, by reason. `progress` is (job, evaluations done by its slowest image, evaluations in all);
+    both are 0 of a job that ended before its tick did.
     """
 
     choice: Choice
@@ -84,10 +86,10 @@ class TickReport:
     progress: list[tuple[Job, int, int]]
 
 
-def finished(active: ActiveJob, worker: str) -> Finished:
+def finished(active: ActiveJob, model: DiffusionModel, worker: str) -> Finished:
     """The end of a job whose images are all there, with the manifest of what `worker` did."""
     request = active.job.request
-    images = [active.images[i] for i in range(len(active.rows))]
+    images = [active.images[i] for i in range(request.num_images_per_prompt)]
     if active.first_tick_s is not None:
         active.note("denoise", Interval(active.first_tick_s, active.last_tick_s))
     result = Result(
@@ -108,7 +110,7 @@ def finished(active: ActiveJob, worker: str) -> Finished:
             decode_s=active.decode_s,
             image_encode_s=active.image_encode_s,
         ),
-        weights_hash=active.rows[0].model.card.weights_hash,
+        weights_hash=model.card.weights_hash,
         worker=worker,
         max_batch_rows=active.max_batch_rows,
     )

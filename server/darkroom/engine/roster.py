@@ -100,14 +100,17 @@ class Roster:
         return News(arrived, cancelled)
 
     def join(self, active: ActiveJob, rows: list[Row]) -> None:
-        """A job has its rows."""
+        """A job has its rows, if it has not ended."""
         with self._wake:
-            active.rows = rows
+            if not active.is_over:
+                active.rows = rows
 
     def replace(self, row: Row, again: Row) -> None:
         """Another row makes the image of `row` from now on."""
         with self._wake:
-            row.active.rows[row.index] = again
+            row.is_replaced = True
+            if not row.active.is_over:
+                row.active.rows[row.index] = again
 
     def end(self, active: ActiveJob) -> bool:
         """Mark a job's end and forget it. False when it has ended before."""
@@ -115,6 +118,8 @@ class Roster:
             if active.is_over:
                 return False
             active.is_over = True
+            # Rows and job know each other: held like that, they and their tensors would wait for the garbage collector.
+            active.rows = []
             # A job that was lost and claimed again may be here twice, as two attempts.
             if self._jobs.get(active.job.id) is active:
                 del self._jobs[active.job.id]

@@ -48,7 +48,8 @@ class ActiveJob:
 
     `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image; `inputs` the
     pictures to begin from, by name, and `start` what became of them. `previews` is what is to be shown of it while it
-    runs. `phases` are those that are over, by name; `decode_s` and `image_encode_s` are the slowest image's.
+    runs. `rows` are there from its joining to its end. `phases` are those that are over, by name; `decode_s` and
+    `image_encode_s` are the slowest image's.
     """
 
     job: Job
@@ -80,15 +81,6 @@ class ActiveJob:
     def is_late(self, now_s: float) -> bool:
         return self.deadline_s is not None and now_s > self.deadline_s
 
-    @property
-    def step(self) -> int:
-        """Evaluations done by the slowest image."""
-        return min((row.num_done for row in self.rows), default=0)
-
-    @property
-    def num_steps(self) -> int:
-        return max((row.table.num_evaluations for row in self.rows), default=0)
-
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -108,7 +100,8 @@ class Row:
     image; `condition`, until it holds a slot, what the UNet reads beside the latents. `saved` is the last state that
     was made safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row
     joined, and `shown_s` and `shown_step` when a preview was; `previewed_step` is that of the last preview that is
-    there. `conditionings` holds the prompt's and, with guidance, the negative prompt's.
+    there. `conditionings` holds the prompt's and, with guidance, the negative prompt's. `is_replaced` is set once its
+    image was begun again, and another row has its place.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -135,6 +128,7 @@ class Row:
     shown_s: float = -math.inf
     shown_step: int = 0
     previewed_step: int = 0
+    is_replaced: bool = False
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
@@ -147,11 +141,6 @@ class Row:
     def is_denoised(self) -> bool:
         """Whether its last evaluation is done or under way."""
         return self.step_index >= self.table.num_evaluations
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether its image was begun again, and another row has its place."""
-        return self.active.rows[self.index] is not self
 
     @property
     def needs_noise(self) -> bool:

@@ -21,6 +21,7 @@ from darkroom.diffusion.memory import GIB, ModelMemory, Needed, check_memory
 from darkroom.engine.engine import Engine
 from darkroom.engine.threads import use_cpu_threads
 from darkroom.errors import ConfigError, QueueUnavailable
+from darkroom.garbage import spare_what_is_there
 from darkroom.jobs import ModelCard
 from darkroom.queue import JobQueue
 from darkroom.worker.compile import check_compile, prepare_compile
@@ -187,6 +188,7 @@ async def _serve(
             loop.add_signal_handler(number, _drain_or_exit, worker, is_ready)
 
         def ready() -> None:
+            spare_what_is_there()
             if not worker.is_draining:
                 is_ready.set()
             compile_on_ready()
