@@ -135,7 +135,8 @@ def test_a_running_image_is_saved_when_its_time_has_come_and_not_before(
     run_jobs(
         model,
         [job_for(model, "one", num_inference_steps=10)],
-        settings.model_copy(update={"checkpoint_interval_s": 1.0}),
+        # A quarter of a second of it is for the way to Redis.
+        settings.model_copy(update={"checkpoint_interval_s": 1.25}),
         on_tick=on_tick,
         clock=clock,
         on_saved=lambda one: saved.append(one.checkpoint.num_done),

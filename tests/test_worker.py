@@ -17,12 +17,15 @@ from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.engine.batcher import Choice
+from darkroom.engine.checkpoint import HEADER, Checkpoint
 from darkroom.engine.engine import Engine
+from darkroom.engine.events import Saved
 from darkroom.engine.local import generate_images
 from darkroom.engine.pulse import Phase, Pulse
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
 from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
+from darkroom.queue.keys import Keys
 from darkroom.worker import worker as worker_module
 from darkroom.worker.worker import Worker
 
@@ -386,6 +389,63 @@ async def test_a_worker_that_loses_its_device_hands_back_all_jobs_and_counts_tho
     statuses = [await queue.status(job.id) for job in jobs]
     assert [status.job.failures for status in statuses] == [1, 1, 0]
     assert {status.state for status in statuses} == {JobState.QUEUED}
+
+
+@contextlib.asynccontextmanager
+async def holding(settings: Settings, queue: JobQueue, model: DiffusionModel) -> AsyncIterator[tuple[Worker, Job]]:
+    """A worker that does not run and has claimed a job."""
+    worker = Worker(settings, queue, functools.partial(Engine, {model.id: model}, settings))
+    await enqueue(queue, job_for(model, ""))
+    [job] = await queue.claim(worker.id, [model.id], 1, 8)
+    worker._held[job.id] = job
+    try:
+        yield worker, job
+    finally:
+        await asyncio.to_thread(worker._engine._decoder.close)
+
+
+def state_at(job: Job, num_done: int) -> Saved:
+    latents = torch.zeros(4, 8, 8)
+    return Saved(job, Checkpoint(0, num_done, latents, latents.new_zeros(2, 4, 8, 8), 0, b"f" * 16))
+
+
+async def step_kept(queue: JobQueue, settings: Settings, job: Job) -> int | None:
+    """The step of the checkpoint that Redis has."""
+    packed = await queue._connection.command("GET", Keys(settings.shard).checkpoint(job.id, 0))
+    return None if packed is None else int(HEADER.unpack_from(packed)[4])
+
+
+async def test_a_state_that_comes_while_others_are_about_to_be_written_is_written_after_them(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    """It was put among those that had been written already, and forgotten with them."""
+    async with holding(settings, queue, model) as (worker, job):
+        worker._saved(state_at(job, 3))
+        await worker._keep_checkpoints()
+        assert await step_kept(queue, settings, job) is None
+        await worker._keep_checkpoints()
+        assert await step_kept(queue, settings, job) == 3
+
+
+async def test_states_that_redis_did_not_take_are_written_when_it_is_back_unless_newer_ones_came(
+    settings: Settings, queue: JobQueue, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise QueueUnavailable("not now")
+
+    async with holding(settings, queue, model) as (worker, job):
+        for newer in (None, 5):
+            worker._saved(state_at(job, 3))
+            await asyncio.sleep(0)
+            with monkeypatch.context() as outage:
+                outage.setattr(queue, "keep_checkpoints", refuse)
+                with pytest.raises(QueueUnavailable):
+                    await worker._keep_checkpoints()
+            if newer is not None:
+                worker._saved(state_at(job, newer))
+                await asyncio.sleep(0)
+            await worker._keep_checkpoints()
+            assert await step_kept(queue, settings, job) == (newer or 3)
 
 
 async def test_a_worker_that_hangs_loses_its_lease_and_is_ended(

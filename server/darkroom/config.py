@@ -29,6 +29,10 @@ def default_data_dir() -> Path:
     return Path.home() / ".local" / "share" / "darkroom"
 
 
+# Redis pays for each write of each busy worker: at ten a second some hundred workers would fill it with nothing else.
+CHECKPOINT_WRITE_S = 0.25
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DARKROOM_", frozen=True, extra="ignore")
 
@@ -320,6 +324,11 @@ class Settings(BaseSettings):
             "DARKROOM_AUTH=keys and make keys with `darkroom keys create`, or DARKROOM_ALLOW_ANONYMOUS=true if "
             "something in front of it decides who may come"
         )
+
+    @property
+    def checkpoint_write_s(self) -> float:
+        """How long a state that was made may wait until it is written. `checkpoint_interval_s` has room for it."""
+        return min(CHECKPOINT_WRITE_S, self.checkpoint_interval_s / 2) or CHECKPOINT_WRITE_S
 
     @property
     def redis_dir(self) -> Path:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import signal
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from darkroom.engine.checkpoint import HEADER
 from darkroom.errors import QueueUnavailable
@@ -20,6 +21,7 @@ from darkroom.jobs import Job, decode
 from darkroom.queue.keys import Keys
 
 from benchmarks.record import Figure
+from tests.chaos import shims
 from tests.chaos.load import Book, Client, make_bodies
 from tests.chaos.stack import Member, Stack
 from tests.chaos.verdict import Record, Verdict, read_records, server_ms, wait_until
@@ -29,31 +31,37 @@ NUM_WORKERS, NUM_APIS, NUM_CLIENTS = 3, 2, 6
 LEASE_S, CHECKPOINT_S, ROWS = 2.0, 0.3, 4
 PERIOD_S = 1.0
 PAUSE_S = 0.4
+# So long after an outage a worker writes checkpoints again: it tries each second, each two while Redis loads its data.
+CALM_S = 4.0
 # Redis answers, a supervisor starts processes again, and a client's last request ends.
 REST_S = 240.0
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A job that a killed or drained worker had. `step` is what was last told of it, `num_done` what its checkpoint
-    holds, 0 without one."""
+    """A job that a killed or drained worker had. `repeated_steps` are those that its image with the most of them did
+    and no checkpoint holds, `repeated_s` from the beginning of the first to the end of the last. The worker had Redis
+    within reach for `calm_s`."""
 
     job_id: str
     attempt: int
     failures: int
     at_ms: int
-    step: int
-    num_done: int
+    repeated_steps: int
+    repeated_s: float
+    calm_s: float
 
 
 @dataclass
 class Figures:
-    """Seconds from a kill to the next claim of the job, where rows were free; seconds and steps of work done again."""
+    """Seconds from a kill to the next claim of the job, where rows were free; seconds and steps of work done again, of
+    workers that had Redis within reach, and seconds of those that had not."""
 
     reclaimed_s: list[float] = field(default_factory=list)
     num_crowded: int = 0
     repeated_s: list[float] = field(default_factory=list)
     repeated_steps: list[int] = field(default_factory=list)
+    repeated_after_outage_s: list[float] = field(default_factory=list)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -82,6 +90,8 @@ class Campaign:
         self.drained: list[Hit] = []
         self.drains_s: list[float] = []
         self.figures: list[Figure] = []
+        self._redis_back_s = -math.inf
+        self._mended_s: dict[str, float] = {}
         self._up_since: dict[str, int] = {}
         self._up_spans: list[tuple[int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,7 +126,7 @@ class Campaign:
         for job_id, record in records.items():
             if int(record.fields.get("failures", 0)):
                 verdict.wrong.append(f"job {job_id} counts a failure, and nothing but drains happened")
-        repeated = sum(max(0, hit.step - hit.num_done) for hit in self.drained)
+        repeated = sum(hit.repeated_steps for hit in self.drained)
         self._say(
             f"drains: p50 {statistics.median(self.drains_s):.2f} s, most {max(self.drains_s):.2f} s; "
             f"{len(self.drained)} jobs handed back, {repeated} steps repeated"
@@ -232,7 +242,7 @@ class Campaign:
         task.add_done_callback(self._tasks.discard)
 
     async def _start(self, name: str) -> None:
-        member = await self.stack.start(name)
+        member = await self.stack.start(name, prepare=shims.write_down_ticks if name.startswith("worker") else None)
         if member.kind == "worker":
             self._up_since[name] = await self._now_ms()
 
@@ -255,13 +265,14 @@ class Campaign:
         if member is None:
             return False
         worker_id = member.worker_id if member.kind == "worker" else None
+        calm_s = time.monotonic() - max(self._redis_back_s, self._mended_s.get(member.name, -math.inf))
         await self.stack.kill(member)
         self._killed(fault)
         at_ms = await self._now_ms()
         self._went_down(member, at_ms)
         self._later(self._start(member.name))
         if worker_id is not None:
-            self.hits += await self._jobs_of(worker_id, at_ms)
+            self.hits += await self._jobs_of(member, worker_id, at_ms, calm_s)
         return True
 
     async def _kill_worker(self) -> bool:
@@ -287,6 +298,7 @@ class Campaign:
 
     async def _kill_redis(self) -> bool:
         await self.stack.kill_redis()
+        self._redis_back_s = time.monotonic()
         self._killed("kill -9 of redis-server")
         return True
 
@@ -345,7 +357,7 @@ class Campaign:
         if code != 0:
             self.problems.append(f"{member.name} ended with {code} after SIGTERM: {member.log}")
         if worker_id is not None:
-            self.drained += await self._jobs_of(worker_id, await self._now_ms(), state=b"queued")
+            self.drained += await self._jobs_of(member, worker_id, await self._now_ms(), state=b"queued")
         await member.link.close()
         await self._start(member.name)
 
@@ -381,17 +393,21 @@ class Campaign:
         await asyncio.sleep(seconds)
         await wait_until(is_proven, 10.0, f"partition ({mode}) of {member.name}")
         link.mend()
+        self._mended_s[member.name] = time.monotonic()
         self.faults[f"partition, {mode}"] += 1
         member.state = "up"
 
-    async def _jobs_of(self, worker_id: str, at_ms: int, state: bytes = b"running") -> list[Hit]:
+    async def _jobs_of(
+        self, member: Member, worker_id: str, at_ms: int, calm_s: float = 0.0, state: bytes = b"running"
+    ) -> list[Hit]:
         """The jobs that a worker had when it ended."""
         queue, keys = self.stack.queue, Keys(self.stack.settings.shard)
+        steps = _steps_of(member)
         found = []
         try:
             for job_id in await self._unfinished():
-                owner, is_in, attempt, failures, step, payload = await queue._connection.command(
-                    "HMGET", keys.job(job_id), "owner", "state", "attempt", "failures", "step", "payload"
+                owner, is_in, attempt, failures, payload = await queue._connection.command(
+                    "HMGET", keys.job(job_id), "owner", "state", "attempt", "failures", "payload"
                 )
                 if owner != worker_id.encode() or is_in != state:
                     continue
@@ -400,8 +416,14 @@ class Campaign:
                     await queue._connection.command("GET", keys.checkpoint(job_id, index))
                     for index in range(num_images)
                 ]
-                done = [HEADER.unpack_from(packed)[4] if packed else 0 for packed in states]
-                found.append(Hit(job_id, int(attempt), int(failures), at_ms, int(step or 0), min(done)))
+                repeated_steps, repeated_s = 0, 0.0
+                for index, packed in enumerate(states):
+                    kept = HEADER.unpack_from(packed)[4] if packed else 0
+                    again = [step for step in steps.get((job_id, int(attempt), index), ()) if step.num_done > kept]
+                    if again:
+                        repeated_steps = max(repeated_steps, len(again))
+                        repeated_s = max(repeated_s, again[-1].ended_s - again[0].began_s)
+                found.append(Hit(job_id, int(attempt), int(failures), at_ms, repeated_steps, repeated_s, calm_s))
         except QueueUnavailable:
             pass
         return found
@@ -446,8 +468,11 @@ class Campaign:
             claims = [at for at, kind, _ in record.events if kind == "running"]
             if len(record.events) >= 256 or len(claims) < hit.attempt:
                 continue
-            figures.repeated_steps.append(max(0, hit.step - hit.num_done))
-            figures.repeated_s.append((hit.at_ms - _last_at(record, claims[hit.attempt - 1], hit)) / 1000)
+            if hit.calm_s < CALM_S:
+                figures.repeated_after_outage_s.append(hit.repeated_s)
+            else:
+                figures.repeated_steps.append(hit.repeated_steps)
+                figures.repeated_s.append(hit.repeated_s)
             requeued = [at for at, kind, _ in record.events if kind == "queued" and at >= hit.at_ms]
             if len(claims) == hit.attempt or not requeued:
                 continue  # it was cancelled or expired meanwhile
@@ -493,13 +518,37 @@ class Campaign:
             self.figures.append(Figure("killed worker, work of a job done again, p99", value, "s", detail=detail))
             self._say(
                 f"work done again after a kill: p50 {statistics.median(figures.repeated_s):.2f} s, "
-                f"p99 {quantile(figures.repeated_s, 0.99):.2f} s, most {max(figures.repeated_steps)} steps as "
-                f"reported; a checkpoint each {CHECKPOINT_S} s, written and reported each 0.25 s"
+                f"p99 {value:.2f} s, most {max(figures.repeated_s):.2f} s and {max(figures.repeated_steps)} steps of "
+                f"{len(figures.repeated_s)} jobs whose workers had Redis within reach for {CALM_S:g} s; a checkpoint "
+                f"each {CHECKPOINT_S} s"
+            )
+        if figures.repeated_after_outage_s:
+            self._say(
+                f"work done again after a kill that followed an outage: "
+                f"p50 {statistics.median(figures.repeated_after_outage_s):.2f} s, "
+                f"most {max(figures.repeated_after_outage_s):.2f} s of {len(figures.repeated_after_outage_s)} jobs"
             )
 
 
 def _state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+class _Step(NamedTuple):
+    began_s: float
+    ended_s: float
+    num_done: int
+
+
+def _steps_of(member: Member) -> dict[tuple[str, int, int], list[_Step]]:
+    """What a worker has done, by job, attempt and image."""
+    file = shims.ticks_file(member.log)
+    steps: dict[tuple[str, int, int], list[_Step]] = defaultdict(list)
+    if file.exists():
+        for line in file.read_text().splitlines():
+            began_s, ended_s, job_id, attempt, index, num_done = line.split()
+            steps[job_id, int(attempt), int(index)].append(_Step(float(began_s), float(ended_s), int(num_done)))
+    return steps
 
 
 def _running_spans(record: Record) -> list[tuple[int, int, int]]:
@@ -520,9 +569,3 @@ def _suspected(record: Record) -> tuple[int, int] | None:
     """From when to when the job may have been a suspect: from the second time it was queued again to its end."""
     queued = [at for at, kind, _ in record.events if kind == "queued"]
     return (queued[2], record.events[-1][0]) if len(queued) > 2 else None
-
-
-def _last_at(record: Record, claimed_ms: int, hit: Hit) -> int:
-    """When the job was last known to be no further than its checkpoint: that, at most, is done again."""
-    known = [at for at, kind, step in record.events if kind == "progress" and at <= hit.at_ms and step <= hit.num_done]
-    return max([claimed_ms, *known])

@@ -343,7 +343,9 @@ class Engine:
     def _is_to_save(self, row: Row, now_s: float) -> bool:
         """Whether the state that the row's next evaluation leaves is to be made safe."""
         every_s, every_steps = self._settings.checkpoint_interval_s, self._settings.checkpoint_steps
-        is_due = 0 < every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
+        # What is lost with a worker is no older than the interval, its way to Redis included.
+        made_every_s = every_s - self._settings.checkpoint_write_s
+        is_due = 0 < made_every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
         return self._on_saved is not None and is_due
 
     def _to_show(self, rows: Sequence[Row], now_s: float) -> list[Row]:

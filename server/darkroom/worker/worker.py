@@ -45,11 +45,12 @@ FULL_POLL_S = 0.5
 SHARE_PAUSE_S = 0.05
 # A lease that was renewed in time is never this near to its end, so only lost ones are looked at as often.
 REAP_PAUSE_S = 0.1
-# Redis pays for each report of each busy worker: at ten a second some hundred workers would fill it with nothing else.
-SAVE_INTERVAL_S = 0.25
 WATCH_INTERVAL_S = 1.0
+# Redis pays for each report of each busy worker, as `config.CHECKPOINT_WRITE_S` says.
 PROGRESS_INTERVAL_S = 0.25
 BATCH_INTERVAL_S = 0.25
+# The states that a tick leaves come one by one from the engine's thread.
+TICK_STATES_S = 0.005
 CANCEL_AGAIN_S = 0.2
 
 
@@ -99,6 +100,7 @@ class Worker:
         self._registered = asyncio.Event()
         self._progress: dict[str, tuple[int, int]] = {}
         self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
+        self._has_unsaved = asyncio.Event()
         self._is_watched = False
         self._unshown: dict[tuple[str, int, int], tuple[int, bytes]] = {}
         self._has_unshown = asyncio.Event()
@@ -131,7 +133,7 @@ class Worker:
                 self._every(self._settings.lease_s / 3, self._renew),
                 self._reap(),
                 self._every(PROGRESS_INTERVAL_S, self._publish_progress),
-                self._every(SAVE_INTERVAL_S, self._keep_checkpoints),
+                self._keep_new_checkpoints(),
                 self._every(BATCH_INTERVAL_S, self._tell_batch),
                 self._follow_cancellations(),
                 self._follow_looks(),
@@ -452,12 +454,35 @@ class Worker:
     def _saved(self, saved: Saved) -> None:
         """Engine thread: a newer state of the same image takes the place of one that was not written yet."""
         image = (saved.job.id, saved.job.attempt, saved.checkpoint.index)
-        self._loop.call_soon_threadsafe(self._unsaved.__setitem__, image, saved.checkpoint)
+        self._loop.call_soon_threadsafe(self._note_saved, image, saved.checkpoint)
+
+    def _note_saved(self, image: tuple[str, int, int], checkpoint: Checkpoint) -> None:
+        self._unsaved[image] = checkpoint
+        self._has_unsaved.set()
+
+    async def _keep_new_checkpoints(self) -> None:
+        """Write states at once, with those of the same tick, and then not for a while."""
+        while True:
+            await self._has_unsaved.wait()
+            await asyncio.sleep(TICK_STATES_S)
+            try:
+                await self._keep_checkpoints()
+            except QueueUnavailable as error:
+                await self._pause(error)
+            else:
+                await asyncio.sleep(self._settings.checkpoint_write_s)
 
     async def _keep_checkpoints(self) -> None:
+        """Write the states that are not written. Those that Redis does not take stay, unless newer ones come."""
+        self._has_unsaved.clear()
         unsaved, self._unsaved = self._unsaved, {}
         states = {image: checkpoint.pack() for image, checkpoint in unsaved.items() if self._holds(*image[:2])}
-        await self._queue.keep_checkpoints(self.id, states)
+        try:
+            await self._queue.keep_checkpoints(self.id, states)
+        except BaseException:
+            self._unsaved = {**unsaved, **self._unsaved}
+            self._has_unsaved.set()
+            raise
 
     def _from_engine(self, event: Event) -> None:
         """Engine threads: hand a terminal event to the loop."""
