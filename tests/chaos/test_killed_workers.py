@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from darkroom.errors import EXIT_DEVICE_LOST
 from darkroom.jobs import JobState
 
 from tests.chaos import shims
@@ -191,6 +192,20 @@ async def test_a_worker_told_to_end_before_it_is_ready_ends_and_has_taken_nothin
         assert not starting.events("job_claimed")
     status = await ended(stack.queue, job_id)
     assert (status.state, status.job.attempt) == (JobState.SUCCEEDED, 1)
+    assert (verdict := await stack.verdict([job_id])), verdict.wrong
+
+
+async def test_a_worker_that_loses_its_device_ends_with_its_own_code_and_another_goes_on(stack: Stack) -> None:
+    api = await stack.start("api-0")
+    first = await stack.start("worker-0", prepare=shims.lose_the_device)
+    async with stack.client(api) as client:
+        job_id = await submit(client, num_inference_steps=STEPS)
+    assert await first.child.wait() == EXIT_DEVICE_LOST
+    # It was under way, so it may be to blame; it need not wait for the lease to run out.
+    status = await stack.queue.status(job_id)
+    assert (status.state, status.job.attempt, status.job.failures) == (JobState.QUEUED, 1, 1)
+    await stack.start("worker-1")
+    assert (await ended(stack.queue, job_id)).state is JobState.SUCCEEDED
     assert (verdict := await stack.verdict([job_id])), verdict.wrong
 
 
