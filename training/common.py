@@ -1,4 +1,4 @@
-"""What both training runs share: the clock behind the schedule, weight averaging, checkpoints, logs and grids."""
+"""What the training runs share: the clock behind the schedule, weight averaging, checkpoints, logs and grids."""
 
 from __future__ import annotations
 
@@ -86,11 +86,17 @@ def follow_cpu_share() -> None:
         torch.set_num_threads(num_cores)
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision in bf16, where the device multiplies it fast: on every GPU, and on some CPUs."""
+    has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+
+
 def device_name(device: torch.device) -> str:
     """Return words for the hardware, for the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} shared CPU cores, bf16"
+    return f"{os.cpu_count()} shared CPU cores"
 
 
 def save_checkpoint(
@@ -143,10 +149,12 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class CsvLog:
-    """Appends rows to a CSV file; the first row's keys are the header."""
+    """Appends rows to a CSV file; the first row's keys are the header. `fresh` begins the file anew."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
+        if fresh:
+            path.unlink(missing_ok=True)
 
     def write(self, **row: float | int) -> None:
         is_new = not self.path.exists()
@@ -156,10 +164,33 @@ class CsvLog:
                 writer.writeheader()
             writer.writerow(row)
 
+    def last(self) -> dict[str, str]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))[-1]
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` fp32 in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    def plot(self, *columns: str) -> None:
+        """Draw the columns over the updates, one above the other, as a PNG beside the file."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        figure, axes = pyplot.subplots(len(columns), 1, figsize=(8, 3 * len(columns)), sharex=True, squeeze=False)
+        for axis, column in zip(axes[:, 0], columns, strict=True):
+            axis.plot([int(row["updates"]) for row in rows], [float(row[column]) for row in rows])
+            axis.set_ylabel(column)
+            axis.grid(alpha=0.3)
+        axes[-1, 0].set_xlabel("updates")
+        figure.tight_layout()
+        figure.savefig(self.path.with_suffix(".png"))
+        pyplot.close(figure)
+
+
+def to_tensor(pixels: Tensor) -> Tensor:
+    """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` fp32 in [-1, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
