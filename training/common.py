@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+FINISHED = "finished"
 
 
 @dataclass
@@ -30,7 +33,12 @@ class Progress:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.updates is None):
             raise ValueError("Give exactly one of --minutes and --updates.")
-        self._started_s = time.monotonic()
+        self._started_s, self._saved_s = time.monotonic(), time.monotonic()
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
 
     @property
     def elapsed_minutes(self) -> float:
@@ -46,6 +54,18 @@ class Progress:
     @property
     def finished(self) -> bool:
         return self.fraction >= 1.0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this update: it is finished, or SIGTERM asks it to save and go."""
+        return self.finished or self._stopping
+
+    def is_save_due(self, every_minutes: float) -> bool:
+        """Whether to save now; says so once for each time that it is due, and when the run ends."""
+        is_due = self.stopping or time.monotonic() - self._saved_s >= 60 * every_minutes
+        if is_due:
+            self._saved_s = time.monotonic()
+        return is_due
 
 
 def learning_rate(progress: Progress, peak: float, warmup_updates: int = 100, floor: float = 0.01) -> float:
@@ -90,6 +110,26 @@ def autocast(device: torch.device) -> torch.autocast:
     """Mixed precision in bf16, where the device multiplies it fast: on every GPU, and on some CPUs."""
     has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+
+
+def by_device(device: torch.device, gpu: int, cpu: int) -> int:
+    """A size that suits the device."""
+    return gpu if device.type == "cuda" else cpu
+
+
+def finish(run: Path) -> None:
+    """Mark a run as finished: its results are whole, and the next stage may read them."""
+    (run / FINISHED).touch()
+
+
+def is_finished(run: Path) -> bool:
+    return (run / FINISHED).exists()
+
+
+def wait_for(run: Path) -> None:
+    """Wait until another process has finished this run. Whoever started both ends this one if that one dies."""
+    while not is_finished(run):
+        time.sleep(0.5)
 
 
 def device_name(device: torch.device) -> str:

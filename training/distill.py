@@ -12,26 +12,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from training import common
-from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
 from training.scenes import make_scenes
-from training.tokenizer import tokenize
+from training.tokenizer import build_tokenizer, tokenize
 from training.train_unet import (
     CAPTIONS_PER_SCENE,
     NOISE_CONFIG,
     PROMPTS,
-    UNET_CONFIG,
+    build_unet,
     draw,
     embed,
     encode_scenes,
-    load_parts,
+    load_text_encoder,
+    load_vae,
+    random_inputs,
 )
 
 STUDENT_STEPS = 4
@@ -92,9 +92,10 @@ def teacher_end(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
-    parser.add_argument("--text", type=Path, required=True, help="folder that train_text wrote")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
+    parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
@@ -114,22 +115,53 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 1024, 64)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    vae, text_encoder, tokenizer = load_parts(args.vae, args.text, device)
-    scenes = make_scenes(args.seed, args.scenes, CAPTIONS_PER_SCENE).to(device)
-    latents = encode_scenes(vae, Painter(device), scenes, device)
+    tokenizer = build_tokenizer()
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 100_000, 20_000), CAPTIONS_PER_SCENE)
+    scenes = scenes.to(device)
+    painter = Painter(device)
+    noise_scheduler = DDIMScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
+    noise_scheduler.set_timesteps(STUDENT_STEPS)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    times = step_times(STUDENT_STEPS).to(device)
+    stride = int(times[0] - times[1])
+    teacher, student = build_unet(device), build_unet(device)
+    teacher.eval().requires_grad_(False)
+    teach, learn = (torch.compile(teacher), torch.compile(student)) if args.compile else (teacher, student)
+
+    def batch_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
+        end = teacher_end(
+            teach,
+            noisy,
+            timesteps,
+            prompt_embeds,
+            empty_embeds,
+            alphas_cumprod,
+            stride,
+            args.substeps,
+            args.guidance_scale,
+        )
+        now = signal_and_spread(alphas_cumprod, timesteps)
+        then = signal_and_spread(alphas_cumprod, timesteps - stride)
+        with common.autocast(device):
+            predicted = learn(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), velocity_between(noisy, end, now, then))
+
+    if args.compile:
+        noisy, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        batch_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
+    if args.wait:
+        for run in (args.text, args.vae, args.teacher):
+            common.wait_for(run)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    latents = encode_scenes(vae, painter, scenes, device, args.compile)
     empty_embeds = embed(text_encoder, tokenize(tokenizer, [""]).to(device))
 
     taught = common.with_prefix(load_file(args.teacher / "weights.safetensors"), "ema.")
-    teacher, student = (UNet2DConditionModel.from_config(UNET_CONFIG) for _ in range(2))
-    for unet in (teacher, student):
-        unet.load_state_dict(taught)
-        unet.to(device, memory_format=torch.channels_last)
-        if device.type == "cpu":
-            use_fast_group_norm(unet)
-            unet.set_attn_processor(AttnProcessor())
-    teacher.eval().requires_grad_(False)
+    teacher.load_state_dict(taught)
+    student.load_state_dict(taught)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
@@ -137,13 +169,7 @@ def main() -> None:
     if weights:
         student.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
-    noise_scheduler = DDIMScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
-    noise_scheduler.set_timesteps(STUDENT_STEPS)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
-    times = step_times(STUDENT_STEPS).to(device)
-    stride = int(times[0] - times[1])
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
-    teach, learn = (torch.compile(teacher), torch.compile(student)) if args.compile else (teacher, student)
 
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in student.named_parameters()}
@@ -168,23 +194,8 @@ def main() -> None:
         clean = latents[picks].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = times[torch.randint(STUDENT_STEPS, size, generator=generator, device=device)]
-        now = signal_and_spread(alphas_cumprod, timesteps)
-        then = signal_and_spread(alphas_cumprod, timesteps - stride)
-        noisy = now[0] * clean + now[1] * noise
-        end = teacher_end(
-            teach,
-            noisy,
-            timesteps,
-            prompt_embeds,
-            empty_embeds,
-            alphas_cumprod,
-            stride,
-            args.substeps,
-            args.guidance_scale,
-        )
-        with common.autocast(device):
-            predicted = learn(noisy, timesteps, prompt_embeds, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), velocity_between(noisy, end, now, then))
+        signal, spread = signal_and_spread(alphas_cumprod, timesteps)
+        loss = batch_loss(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

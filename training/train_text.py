@@ -83,7 +83,7 @@ def main() -> None:
     while not progress.finished:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, args.updates // 10))
+            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, 1 + args.updates // 10))
         picks = torch.randint(len(scenes), (args.batch_size,), generator=generator).to(device)
         tellings = torch.randint(2, (args.batch_size,), generator=generator).to(device)
         token_ids = scenes.token_ids[tellings, picks].long()

@@ -1,4 +1,4 @@
-"""Train the denoiser: `python -m training.train_unet --vae VAE_RUN/vae --text TEXT_RUN --out RUN --minutes 65`."""
+"""Train the denoiser: `python -m training.train_unet --vae VAE_RUN --text TEXT_RUN --out RUN --minutes 65`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training import common
 from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
 from training.scenes import SceneSet, batches, make_scenes
-from training.tokenizer import build_tokenizer, tokenize
+from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
 from training.train_text import TEXT_WIDTH
 from training.train_vae import VAE_CONFIG
 from training.world import IMAGE_PX
@@ -78,13 +78,23 @@ def step_loss(
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, painter: Painter, scenes: SceneSet, device: torch.device) -> Tensor:
+def encode_scenes(
+    vae: AutoencoderKL, painter: Painter, scenes: SceneSet, device: torch.device, compiled: bool = False
+) -> Tensor:
     """Paint and encode scenes. Returns `[N, C, H/8, W/8]` fp16 latents of unit variance, on the device."""
+
+    def encode(pictures: Tensor) -> Tensor:
+        mean: Tensor = vae.encode(pictures).latent_dist.mode()
+        return mean
+
+    run = torch.compile(encode) if compiled else encode
     parts = []
     picks = torch.arange(len(scenes), device=device)
     for part in tqdm(list(batches(len(scenes), 256)), desc="encode", mininterval=5):
+        pictures = scenes.pictures(painter, picks[part])
         with common.autocast(device):
-            latents = vae.encode(scenes.pictures(painter, picks[part])).latent_dist.mode()
+            # The last, smaller batch is not worth another compilation.
+            latents = run(pictures) if len(pictures) == 256 else encode(pictures)
         parts.append((latents.float() * vae.config.scaling_factor).half().contiguous())
     return torch.cat(parts)
 
@@ -152,21 +162,44 @@ def teacher_schedule(num_inference_steps: int = 20) -> SchedulerMixin:
     return noise_scheduler
 
 
-def load_parts(
-    vae_folder: Path, text_folder: Path, device: torch.device
-) -> tuple[AutoencoderKL, CLIPTextModel, CLIPTokenizer]:
-    """The finished autoencoder and text encoder, frozen, and the tokenizer."""
-    vae = AutoencoderKL.from_pretrained(vae_folder).to(device, memory_format=torch.channels_last)
-    text_encoder = CLIPTextModel.from_pretrained(text_folder).to(device)
-    vae.eval().requires_grad_(False)
-    text_encoder.eval().requires_grad_(False)
-    return vae, text_encoder, build_tokenizer()
+def load_text_encoder(run: Path, device: torch.device) -> CLIPTextModel:
+    """The finished text encoder of a `train_text` run, frozen."""
+    text_encoder = CLIPTextModel.from_pretrained(run).to(device)
+    if device.type == "cpu":
+        text_encoder.set_attn_implementation("eager")
+    return text_encoder.eval().requires_grad_(False)
+
+
+def load_vae(run: Path, device: torch.device) -> AutoencoderKL:
+    """The finished autoencoder of a `train_vae` run, frozen."""
+    vae = AutoencoderKL.from_pretrained(run / "vae").to(device, memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False)
+
+
+def build_unet(device: torch.device) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        use_fast_group_norm(unet)
+        # The fused attention's backward pass is slow at these short lengths.
+        unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def random_inputs(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and text states of the shapes of a run: what a compiled network is compiled with."""
+    channels, side = UNET_CONFIG["in_channels"], UNET_CONFIG["sample_size"]
+    return (
+        torch.randn(batch_size, channels, side, side, device=device),
+        torch.randint(NOISE_CONFIG["num_train_timesteps"], (batch_size,), device=device),
+        torch.randn(batch_size, MAX_TOKENS, TEXT_WIDTH, device=device),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
-    parser.add_argument("--text", type=Path, required=True, help="folder that train_text wrote")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
+    parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
@@ -184,19 +217,26 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 1024, 64)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    vae, text_encoder, tokenizer = load_parts(args.vae, args.text, device)
-    scenes = make_scenes(args.seed, args.scenes, CAPTIONS_PER_SCENE).to(device)
-    latents = encode_scenes(vae, Painter(device), scenes, device)
+    tokenizer = build_tokenizer()
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 500_000, 30_000), CAPTIONS_PER_SCENE)
+    scenes = scenes.to(device)
+    painter = Painter(device)
     empty_ids = tokenize(tokenizer, [""]).to(device)
+    alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
+    unet = build_unet(device)
+    network = torch.compile(unet) if args.compile else unet
+    if args.compile:
+        inputs, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        step_loss(network, inputs, inputs, alphas_cumprod, timesteps, prompt_embeds).backward()
+    if args.wait:
+        common.wait_for(args.text)
+        common.wait_for(args.vae)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    latents = encode_scenes(vae, painter, scenes, device, args.compile)
 
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(device, memory_format=torch.channels_last)
-    if device.type == "cpu":
-        use_fast_group_norm(unet)
-        # The fused attention's backward pass is slow at these short lengths.
-        unet.set_attn_processor(AttnProcessor())
-        text_encoder.set_attn_implementation("eager")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
@@ -204,9 +244,7 @@ def main() -> None:
     if weights:
         unet.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
-    alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
-    network = torch.compile(unet) if args.compile else unet
 
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in unet.named_parameters()}

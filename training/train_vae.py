@@ -33,6 +33,7 @@ VAE_CONFIG = {
 }
 KL_WEIGHT = 1e-6
 GRADIENT_WEIGHT = 0.5
+SQUARED_WEIGHT = 5.0
 HELD_OUT_SEED = 1_000_003
 
 
@@ -51,6 +52,19 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     for dim in (2, 3):
         loss = loss + GRADIENT_WEIGHT * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
+
+
+def decoder_loss(forward: Callable[[AutoencoderKL, Tensor], Any], vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Loss of the decoder alone on frozen latents, with a term for the squared error, which is what PSNR counts."""
+    with common.autocast(images.device):
+        output = forward(vae, images).float()
+    return reconstruction_loss(output, images) + SQUARED_WEIGHT * F.mse_loss(output, images)
+
+
+def _decode_frozen(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mode()
+    return vae.decode(latents).sample
 
 
 def step_loss(forward: Callable[[AutoencoderKL, Tensor], Any], vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -95,6 +109,9 @@ def held_out_pictures(painter: Painter, num: int = 256) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
+    parser.add_argument(
+        "--polish", type=Path, help="folder of a finished autoencoder whose decoder alone is trained on"
+    )
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--scenes", type=int, default=200_000, help="scenes drawn for training")
@@ -115,10 +132,20 @@ def main() -> None:
     painter = Painter(device)
     scenes = make_scenes(args.seed, args.scenes, tellings=1).to(device)
     held_out = held_out_pictures(painter)
-    vae = build_vae().to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(args.polish) if args.polish else build_vae()
+    vae.to(device, memory_format=torch.channels_last)
+    if args.polish:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     if device.type == "cpu":
         use_fast_group_norm(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in vae.parameters() if parameter.requires_grad],
+        lr=args.lr,
+        betas=(0.9, 0.99),
+        weight_decay=1e-4,
+        fused=True,
+    )
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
     ema = common.Ema(vae, args.ema)
@@ -126,7 +153,9 @@ def main() -> None:
         vae.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
-    forward = torch.compile(_forward) if args.compile else _forward
+    forward, loss_of = (_decode_frozen, decoder_loss) if args.polish else (_forward, step_loss)
+    if args.compile:
+        forward = torch.compile(forward)
 
     def report(loss: float) -> None:
         ema.swap()
@@ -149,7 +178,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(progress, args.lr)
         picks = torch.randint(len(scenes), (args.batch_size,), generator=generator).to(device)
-        loss = step_loss(forward, vae, scenes.pictures(painter, picks))
+        loss = loss_of(forward, vae, scenes.pictures(painter, picks))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -164,9 +193,10 @@ def main() -> None:
     bar.close()
 
     ema.swap()
-    picks = torch.arange(min(1024, len(scenes)), device=device)
-    scale = 1 / latent_std(vae, torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)]))
-    vae.register_to_config(scaling_factor=round(scale, 5))
+    if not args.polish:
+        picks = torch.arange(min(1024, len(scenes)), device=device)
+        pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
+        vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 5))
     vae.cpu().save_pretrained(args.out / "vae")
     log.plot("loss", "psnr_db")
 
