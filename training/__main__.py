@@ -1,4 +1,4 @@
-"""Train the shipped models: `python -m training --out runs --minutes 16`. The same command goes on where it was stopped.
+"""Train the shipped models: `python -m training --minutes 16`. The same command goes on where it was stopped.
 
 The autoencoder and the text encoder come first, then the denoiser, then the student that is distilled from it. On a GPU
 the later stages get ready (scenes, compilation) while the earlier ones train.

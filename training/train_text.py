@@ -57,9 +57,9 @@ def answered(logits: Tensor, targets: Tensor) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--updates", type=int, default=1500)
-    parser.add_argument("--scenes", type=int, default=200_000, help="scenes whose captions are made once")
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--updates", type=int, help="3000; 1000 on a CPU")
+    parser.add_argument("--scenes", type=int, help="scenes whose captions are made once (300,000; 60,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="512; 128 on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -68,24 +68,26 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
+    updates = args.updates or common.by_device(device, 3000, 1000)
+    batch_size = args.batch_size or common.by_device(device, 512, 128)
     tokenizer = build_tokenizer()
-    scenes = make_scenes(args.seed, args.scenes, tellings=2).to(device)
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 300_000, 60_000), tellings=2).to(device)
     held_out = make_scenes(HELD_OUT_SEED, 2048, tellings=1).to(device)
     encoder = build_text_encoder(tokenizer).to(device)
     head = nn.Linear(TEXT_WIDTH, sum(NUM_CLASSES)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = common.Progress(None, args.updates)
+    progress = common.Progress(None, updates)
     args.out.mkdir(parents=True, exist_ok=True)
     log = common.CsvLog(args.out / "log.csv", fresh=True)
     generator = torch.Generator().manual_seed(args.seed)
-    bar = tqdm(total=args.updates, desc="text", mininterval=5)
+    bar = tqdm(total=updates, desc="text", mininterval=5)
     while not progress.finished:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, 1 + args.updates // 10))
-        picks = torch.randint(len(scenes), (args.batch_size,), generator=generator).to(device)
-        tellings = torch.randint(2, (args.batch_size,), generator=generator).to(device)
+            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, 1 + updates // 10))
+        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
+        tellings = torch.randint(2, (batch_size,), generator=generator).to(device)
         token_ids = scenes.token_ids[tellings, picks].long()
         with common.autocast(device):
             logits = head(encoder(token_ids).last_hidden_state)
@@ -108,8 +110,9 @@ def main() -> None:
     print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
     encoder.cpu().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out / "tokenizer")
-    common.write_record(args.out, progress, args.batch_size, common.device_name(device))
+    common.write_record(args.out, progress, batch_size, common.device_name(device))
     log.plot("loss")
+    common.finish(args.out)
 
 
 if __name__ == "__main__":

@@ -203,15 +203,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, default=30_000, help="scenes drawn and encoded once")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (500,000; 30,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument("--save-every", type=int, default=300, help="updates between checkpoints and sample grids")
+    parser.add_argument(
+        "--save-minutes", type=float, default=1.0, help="between checkpoints, each with a sheet of samples"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -249,7 +251,7 @@ def main() -> None:
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in unet.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, args.batch_size, common.device_name(device))
+        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
         ema.swap()
         pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
         ema.swap()
@@ -258,19 +260,19 @@ def main() -> None:
     generator = torch.Generator(device).manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
     bar = tqdm(total=args.updates, initial=progress.done_updates, desc="unet", mininterval=10)
-    while not progress.finished:
+    while not progress.stopping:
         common.follow_cpu_share()
         rate = common.learning_rate(progress, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        picks = pick_scenes(scenes.alone, progress.fraction, args.batch_size, generator)
+        picks = pick_scenes(scenes.alone, progress.fraction, batch_size, generator)
         tellings = torch.randint(CAPTIONS_PER_SCENE, picks.shape, generator=generator, device=device)
         ids = scenes.token_ids[tellings, picks].long()
-        is_untold = torch.rand(args.batch_size, 1, generator=generator, device=device) < EMPTY_CAPTION_SHARE
+        is_untold = torch.rand(batch_size, 1, generator=generator, device=device) < EMPTY_CAPTION_SHARE
         prompt_embeds = embed(text_encoder, torch.where(is_untold, empty_ids, ids))
         clean = latents[picks].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, args.batch_size, generator)
+        timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, batch_size, generator)
         loss = step_loss(network, clean, noise, alphas_cumprod, timesteps, prompt_embeds)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -285,10 +287,12 @@ def main() -> None:
             running.clear()
             log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean, lr=rate)
             bar.set_postfix(loss=f"{mean:.4f}")
-        if progress.done_updates % args.save_every == 0 or progress.finished:
+        if progress.is_save_due(args.save_minutes):
             save()
     bar.close()
     log.plot("loss", "lr")
+    if progress.finished:
+        common.finish(args.out)
 
 
 if __name__ == "__main__":

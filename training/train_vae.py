@@ -26,14 +26,14 @@ VAE_CONFIG = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [32, 64, 96, 96],
     "layers_per_block": 1,
-    "latent_channels": 8,
+    "latent_channels": 12,
     "norm_num_groups": 16,
     "sample_size": IMAGE_PX,
     "mid_block_add_attention": False,
 }
 KL_WEIGHT = 1e-6
 GRADIENT_WEIGHT = 0.5
-SQUARED_WEIGHT = 5.0
+SQUARED_WEIGHT = 3.0
 HELD_OUT_SEED = 1_000_003
 
 
@@ -47,24 +47,11 @@ def build_vae() -> AutoencoderKL:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 plus L1 of the neighbour differences, which keeps edges sharp. Both `[B, 3, H, W]`."""
-    loss = F.l1_loss(output, target)
+    """L1, squared error and L1 of the neighbour differences, which keeps edges sharp. Both `[B, 3, H, W]`."""
+    loss = F.l1_loss(output, target) + SQUARED_WEIGHT * F.mse_loss(output, target)
     for dim in (2, 3):
         loss = loss + GRADIENT_WEIGHT * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
-
-
-def decoder_loss(forward: Callable[[AutoencoderKL, Tensor], Any], vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Loss of the decoder alone on frozen latents, with a term for the squared error, which is what PSNR counts."""
-    with common.autocast(images.device):
-        output = forward(vae, images).float()
-    return reconstruction_loss(output, images) + SQUARED_WEIGHT * F.mse_loss(output, images)
-
-
-def _decode_frozen(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mode()
-    return vae.decode(latents).sample
 
 
 def step_loss(forward: Callable[[AutoencoderKL, Tensor], Any], vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -109,43 +96,32 @@ def held_out_pictures(painter: Painter, num: int = 256) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
-    parser.add_argument(
-        "--polish", type=Path, help="folder of a finished autoencoder whose decoder alone is trained on"
-    )
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, default=200_000, help="scenes drawn for training")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
-    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows, grids and checkpoints")
+    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 96, 16)
     args.out.mkdir(parents=True, exist_ok=True)
 
     painter = Painter(device)
-    scenes = make_scenes(args.seed, args.scenes, tellings=1).to(device)
-    held_out = held_out_pictures(painter)
-    vae = AutoencoderKL.from_pretrained(args.polish) if args.polish else build_vae()
-    vae.to(device, memory_format=torch.channels_last)
-    if args.polish:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 200_000, 16_000), tellings=1).to(device)
+    held_out = held_out_pictures(painter, common.by_device(device, 256, 64))
+    vae = build_vae().to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(vae)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in vae.parameters() if parameter.requires_grad],
-        lr=args.lr,
-        betas=(0.9, 0.99),
-        weight_decay=1e-4,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
     ema = common.Ema(vae, args.ema)
@@ -153,32 +129,33 @@ def main() -> None:
         vae.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
-    forward, loss_of = (_decode_frozen, decoder_loss) if args.polish else (_forward, step_loss)
-    if args.compile:
-        forward = torch.compile(forward)
+    forward = torch.compile(_forward) if args.compile else _forward
 
-    def report(loss: float) -> None:
+    def report() -> None:
         ema.swap()
         output = reconstruct(vae, held_out)
-        score = psnr_db(output, held_out)
         ema.swap()
+        loss, score = float(torch.stack(running).mean()), psnr_db(output, held_out)
+        running.clear()
         log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss, psnr_db=score)
+        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
         pairs = torch.stack([held_out[:32], output[:32]], dim=1).flatten(0, 1)
-        common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16)
+        common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16, zoom=1)
+
+    def save() -> None:
         tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, args.batch_size, common.device_name(device))
-        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
+        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
 
     generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
     bar = tqdm(total=args.updates, initial=progress.done_updates, desc="vae", mininterval=10)
-    while not progress.finished:
+    while not progress.stopping:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(progress, args.lr)
-        picks = torch.randint(len(scenes), (args.batch_size,), generator=generator).to(device)
-        loss = loss_of(forward, vae, scenes.pictures(painter, picks))
+        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
+        loss = step_loss(forward, vae, scenes.pictures(painter, picks))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -187,18 +164,20 @@ def main() -> None:
         ema.update(progress.done_updates)
         running.append(loss.detach())
         bar.update()
-        if progress.done_updates % args.report_every == 0 or progress.finished:
-            report(float(torch.stack(running).mean()))
-            running.clear()
+        if progress.done_updates % args.report_every == 0 or progress.stopping:
+            report()
+        if progress.is_save_due(args.save_minutes):
+            save()
     bar.close()
 
     ema.swap()
-    if not args.polish:
-        picks = torch.arange(min(1024, len(scenes)), device=device)
-        pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
-        vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 5))
+    picks = torch.arange(min(1024, len(scenes)), device=device)
+    pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
+    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 5))
     vae.cpu().save_pretrained(args.out / "vae")
     log.plot("loss", "psnr_db")
+    if progress.finished:
+        common.finish(args.out)
 
 
 if __name__ == "__main__":
