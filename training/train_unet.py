@@ -211,9 +211,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument(
-        "--save-minutes", type=float, default=1.0, help="between checkpoints, each with a sheet of samples"
-    )
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints, each with samples")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
