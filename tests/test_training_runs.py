@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from training import common
+from training import common, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.train_unet import NOISE_CONFIG
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", f"training.{module}", "--device", "cpu", *arguments],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """A run takes SIGTERM for itself; afterwards it is as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_student_takes_the_steps_of_the_sampler_that_serves_it() -> None:
@@ -50,15 +49,25 @@ def test_the_velocity_between_two_points_leads_from_the_one_to_the_other() -> No
     torch.testing.assert_close(ddim_step(start, velocity, now, then), end, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("sigterm")
 def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_path: Path) -> None:
-    arguments = ["--out", str(tmp_path), "--scenes", "16", "--batch-size", "2", "--report-every", "1"]
-    first = run("train_vae", *arguments, "--updates", "1")
-    assert first.returncode == 0, first.stderr
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--scenes", "8", "--batch-size", "1", "--held-out", "1"]
+    train_vae.main([*arguments, "--updates", "1"])
     assert common.is_finished(tmp_path)
-    second = run("train_vae", *arguments, "--updates", "2")
-    assert second.returncode == 0, second.stderr
+    train_vae.main([*arguments, "--updates", "2"])
     with (tmp_path / "log.csv").open(newline="") as file:
         assert [row["updates"] for row in csv.DictReader(file)] == ["1", "2"]
     assert json.loads((tmp_path / "progress.json").read_text())["updates"] == 2
     assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").exists()
     assert (tmp_path / "log.png").exists()
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_a_run_that_is_told_to_stop_ends_after_its_update_and_saves() -> None:
+    progress = common.Progress(minutes=None, updates=1000)
+    assert not progress.stopping
+    assert not progress.is_save_due(every_minutes=1.0)
+    signal.raise_signal(signal.SIGTERM)
+    assert progress.stopping
+    assert progress.is_save_due(every_minutes=1.0)
+    assert not progress.finished

@@ -77,10 +77,14 @@ def answers(scene: Scene) -> list[int]:
 def make_scenes(seed: int, num_scenes: int, tellings: int) -> SceneSet:
     """Draw the first `num_scenes` of the series `seed`, each with `tellings` captions, in a process for each core."""
     jobs = [(seed, start, min(start + CHUNK, num_scenes), tellings) for start in range(0, num_scenes, CHUNK)]
-    parts: list[tuple[np.ndarray, ...]] = []
     workers = min(len(jobs), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-        parts.extend(tqdm(pool.map(_chunk, *zip(*jobs, strict=True)), total=len(jobs), desc="scenes", mininterval=5))
+    if workers == 1:
+        parts = [_chunk(*job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+            parts = list(
+                tqdm(pool.map(_chunk, *zip(*jobs, strict=True)), total=len(jobs), desc="scenes", mininterval=5)
+            )
     layers, backgrounds, token_ids, told, alone = zip(*parts, strict=True)
     joined = (np.concatenate(layers), np.concatenate(backgrounds), np.concatenate(token_ids, axis=1))
     return SceneSet(*(torch.from_numpy(part) for part in (*joined, np.concatenate(told), np.concatenate(alone))))

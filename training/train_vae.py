@@ -87,18 +87,19 @@ def latent_std(vae: AutoencoderKL, images: Tensor) -> float:
     return float(torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)]).std())
 
 
-def held_out_pictures(painter: Painter, num: int = 256) -> Tensor:
+def held_out_pictures(painter: Painter, num: int) -> Tensor:
     """Scenes that no training run draws, `[N, 3, H, W]` in [-1, 1]."""
     scenes = make_scenes(HELD_OUT_SEED, num, tellings=1)
     return torch.cat([scenes.pictures(painter, torch.arange(num)[part]) for part in batches(num, 64)])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
+    parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
     parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--ema", type=float, default=0.998)
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=200, help="updates between log rows")
     parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -117,7 +118,7 @@ def main() -> None:
 
     painter = Painter(device)
     scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 200_000, 16_000), tellings=1).to(device)
-    held_out = held_out_pictures(painter, common.by_device(device, 256, 64))
+    held_out = held_out_pictures(painter, args.held_out)
     vae = build_vae().to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(vae)
