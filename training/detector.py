@@ -4,7 +4,8 @@ It shares nothing with the model that drew the picture. A picture is explained s
 alone, then by sprites before it, each of which has to explain what is not explained yet. In one round
 
 1. every sprite at every place is tried at a quarter of the resolution, as one convolution per size: how much smaller
-   the squared error becomes (the gain of matching pursuit, Mallat and Zhang 1993);
+   the squared error becomes (the gain of matching pursuit, Mallat and Zhang 1993); sprites that others stand before are
+   tried once more by how many pixels have about their colours, which is blind to what hides them;
 2. the best are moved and scaled a little at half the resolution;
 3. they are scored there with an error that is bounded per pixel and forgives a shift of one pixel, so that neither
    what hides a part nor softness counts for much, and those that explain most are taken, if they pass `Thresholds`.
@@ -14,7 +15,7 @@ Pixels that a found sprite explains are out of the account from then on, whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -23,13 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.painting import NUM_VARIANTS, background_picture, scaled_glyph
-from training.world import BACKGROUNDS, IMAGE_PX, OBJECTS, PLAIN, SPRITES
+from training.world import (
+    BACKGROUNDS,
+    CONTAINERS,
+    IMAGE_PX,
+    LOOKERS,
+    MADE_NAMES,
+    MOUNTS,
+    OBJECTS,
+    PLAIN,
+    SPRITES,
+)
 
 HALF = IMAGE_PX // 2
 QUARTER = IMAGE_PX // 4
 # Longer sides at half resolution that can be told apart, and at quarter resolution that are looked for first.
-HALF_SIZES = range(16, 61)
-QUARTER_SIZES = (8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+HALF_SIZES = range(17, 61)
+QUARTER_SIZES = (9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+# What others stand before is large.
+BACK_SIZES = range(16, 31)
+BACK_NAMES = {*MOUNTS, *CONTAINERS, *MADE_NAMES, "mirror", "tree", "train", "cactus"}
+# Values of a channel that are told apart in counting pixels of about a colour.
+NUM_LEVELS = 5
 # Squared distance of colours (RGB in [0, 1]) that counts as entirely wrong.
 TOLERANCE = 0.09
 # A sprite may stick out of the picture by so many pixels of the quarter.
@@ -39,11 +55,14 @@ PARTS = 3
 WINDOW = 6
 NUM_CANDIDATES = 32
 NUM_SCORED = 12
+NUM_BACKS = 5
 MAX_ROUNDS = 6
-MAX_PER_ROUND = 4
+MAX_PER_ROUND = 6
 MAX_FOUND = 8
-# Two sprites of one round may share so much of the smaller one, a sprite and one of an earlier round so much of both.
+# Two sprites of one round may share so much of the smaller one; a sprite and one of an earlier round so much of both, or
+# of the smaller one where they are the same.
 MAX_OVERLAP = 0.1
+SAME_PLACE = 0.5
 MAX_UNION = 0.55
 
 
@@ -51,15 +70,17 @@ MAX_UNION = 0.55
 class Thresholds:
     """What a sprite must reach to be found.
 
-    `gain`: what it explains, as a share of what it would explain were the picture drawn with it there. `inliers`: share
-    of its visible pixels that have its colours. `visible`: share of its pixels that no sprite found before explains.
-    `contrast`: pixels (of the half) by which it must differ from what is there without it.
+    `gain`: what it explains, as a share of what it would explain were the picture drawn with it there; `pixels`: the
+    same in pixels of the half. `inliers`: share of its visible pixels that have its colours. `visible`: share of its
+    pixels that no sprite found before explains. `contrast`: pixels by which it must differ from what is there without
+    it.
     """
 
-    gain: float = 0.55
-    inliers: float = 0.6
-    visible: float = 0.4
-    contrast: float = 25.0
+    gain: float = 0.45
+    inliers: float = 0.65
+    visible: float = 0.25
+    contrast: float = 75.0
+    pixels: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,20 @@ class _Candidates:
     top: Tensor
     left: Tensor
 
+    def scaled(self, steps: tuple[int, ...]) -> _Candidates:
+        """Each with every of `steps` added to its size, `[B, K * steps]`, around the same centre."""
+        template, old, top, left = (
+            getattr(self, field.name).repeat_interleave(len(steps), 1) for field in fields(self)
+        )
+        delta = torch.tensor(steps, device=old.device).repeat(self.size.shape[1])
+        size = (old + delta).clamp(HALF_SIZES.start, HALF_SIZES.stop - 1)
+        return _Candidates(template, size, top - (size - old) // 2, left - (size - old) // 2)
+
+    def and_these(self, other: _Candidates) -> _Candidates:
+        return _Candidates(
+            *(torch.cat([getattr(self, field.name), getattr(other, field.name)], 1) for field in fields(self))
+        )
+
     def take(self, index: Tensor) -> _Candidates:
         return _Candidates(*(value.gather(1, index) for value in (self.template, self.size, self.top, self.left)))
 
@@ -108,7 +143,8 @@ class _Candidates:
 class _State:
     """How far pictures are explained. `image`, `explained` `[B, 3, 64, 64]`; the others `[B, 64, 64]` are 0 where a
     sprite was found: `is_open` where it explains the pixel, `is_vague` where it does so closely, `is_free` everywhere
-    that it covers. `found` `[B, MAX_FOUND, 64, 64]` has the alpha of each sprite, `num_found` `[B]` says how many."""
+    that it covers. `found` `[B, MAX_FOUND, 64, 64]` has the alpha of each sprite, `sprites` `[B, MAX_FOUND]` which it
+    is, `num_found` `[B]` says how many."""
 
     image: Tensor
     explained: Tensor
@@ -116,13 +152,15 @@ class _State:
     is_vague: Tensor
     is_free: Tensor
     found: Tensor
+    sprites: Tensor
     num_found: Tensor
 
     @classmethod
     def of(cls, image: Tensor, explained: Tensor) -> _State:
         found = image.new_zeros(len(image), MAX_FOUND, HALF, HALF)
         maps = (torch.ones_like(image[:, 0]) for _ in range(3))
-        return cls(image, explained, *maps, found, image.new_zeros(len(image), dtype=torch.long))
+        sprites = torch.full((len(image), MAX_FOUND), -1, device=image.device)
+        return cls(image, explained, *maps, found, sprites, image.new_zeros(len(image), dtype=torch.long))
 
     def take(self, index: Tensor) -> _State:
         return _State(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -167,17 +205,27 @@ class Detector:
         self._where = torch.from_numpy(where).to(self.device)
 
     def _load_kernels(self) -> None:
-        """For each size of the quarter `[T, 9, q, q]`: what gives the gain from `_channels`."""
-        self._kernels: list[Tensor] = []
-        for size in QUARTER_SIZES:
-            kernels = np.zeros((len(self._templates), 4, size, size), np.float32)
-            for index, (number, flip) in enumerate(self._templates):
-                half = np.asarray(scaled_glyph(self.names[number], 4 * size).convert("RGBa"), np.float32) / 255
-                sprite = _halved(_halved(half))
-                top, left = (size - sprite.shape[0]) // 2, (size - sprite.shape[1]) // 2
-                placed = kernels[index, :, top : top + sprite.shape[0], left : left + sprite.shape[1]]
-                placed[:] = (sprite[:, ::-1] if flip else sprite).transpose(2, 0, 1)
-            self._kernels.append(_gain_kernel(torch.from_numpy(kernels).to(self.device)))
+        """For each size of the quarter `[T, C, q, q]`: what gives the gain from `_channels`, or from `_back_channels`."""
+        everything = range(len(self._templates))
+        self._kernels = [_gain_kernel(self._squares(everything, size)) for size in QUARTER_SIZES]
+        is_back = [
+            self.names[number] in BACK_NAMES and (not flip or self.names[number] in LOOKERS)
+            for number, flip in self._templates
+        ]
+        backs = [index for index in everything if is_back[index]]
+        self._backs = torch.tensor(backs, device=self.device)
+        self._back_kernels = [_back_kernel(self._squares(backs, size)) for size in BACK_SIZES] if backs else []
+
+    def _squares(self, templates: Sequence[int], size: int) -> Tensor:
+        """Sprites with the longer side `size` at a quarter of the resolution, premultiplied, `[T, 4, size, size]`."""
+        squares = np.zeros((len(templates), 4, size, size), np.float32)
+        for square, (number, flip) in zip(squares, (self._templates[index] for index in templates), strict=True):
+            whole = np.asarray(scaled_glyph(self.names[number], 4 * size).convert("RGBa"), np.float32) / 255
+            sprite = _halved(_halved(whole))
+            top, left = (size - sprite.shape[0]) // 2, (size - sprite.shape[1]) // 2
+            placed = square[:, top : top + sprite.shape[0], left : left + sprite.shape[1]]
+            placed[:] = (sprite[:, ::-1] if flip else sprite).transpose(2, 0, 1)
+        return torch.from_numpy(squares).to(self.device)
 
     def _load_backgrounds(self) -> None:
         """Backgrounds at half the resolution, `[V, 3, 64, 64]` of each."""
@@ -207,12 +255,15 @@ class Detector:
         found: list[list[Detection]] = [[] for _ in range(len(image))]
         active = torch.arange(len(image), device=self.device)
         for _ in range(MAX_ROUNDS):
+            # Nothing can pass where less is left to explain.
+            left = (state.image - state.explained)[active]
+            active = active[_bounded(left).sum((1, 2)) >= self.thresholds.pixels]
+            if not len(active):
+                break
             part = state.take(active)
             went_on = self._round(part, active.tolist(), found)
             state.put(active, part)
             active = active[went_on]
-            if not len(active):
-                break
         errors = self._background_errors(image, nearest, state.is_free)
         best, margin = _best_and_margin(errors)
         return [
@@ -236,7 +287,7 @@ class Detector:
 
     def _round(self, state: _State, numbers: list[int], found: list[list[Detection]]) -> Tensor:
         """Find up to `MAX_PER_ROUND` sprites in each picture. Returns `[B]` bool: whether there was any."""
-        candidates = self._move(state, self._search(state))
+        candidates = self._move(state, self._search(state)).and_these(self._search_backs(state))
         painted = self._paint(candidates)
         alpha = painted[:, :, 3]
         colours = painted[:, :, :3] + (1 - alpha[:, :, None]) * state.explained[:, None]
@@ -246,44 +297,73 @@ class Detector:
         overlap = shared / torch.minimum(area[:, :, None], area[:, None])
         shared = torch.einsum("bkhw,bfhw->bkf", alpha, state.found)
         union = area[:, :, None] + state.found.sum((2, 3))[:, None] - shared
-        passes = passes & (shared / union < MAX_UNION).all(2)
+        smaller = torch.minimum(area[:, :, None], state.found.sum((2, 3)).clamp(min=1)[:, None])
+        is_same = self._sprite_of[candidates.template][:, :, None] == state.sprites[:, None]
+        passes = passes & (shared / torch.where(is_same, smaller, union) < MAX_UNION).all(2)
         rows = torch.arange(len(gain), device=self.device)
         went_on = torch.zeros(len(gain), dtype=torch.bool, device=self.device)
+        # What has to wait for the next round keeps what is worse in its place from being taken in this one.
+        waits = torch.zeros_like(passes)
         for _ in range(MAX_PER_ROUND):
-            passes = passes & (state.num_found < MAX_FOUND)[:, None]
             chosen = torch.where(passes, gain, -torch.inf).argmax(1)
-            is_taken = passes[rows, chosen]
-            if not bool(is_taken.any()):
+            is_taken = passes[rows, chosen] & ~waits[rows, chosen] & (state.num_found < MAX_FOUND)
+            if not bool(passes.any()):
                 break
             went_on |= is_taken
+            place = state.num_found.clamp(max=MAX_FOUND - 1)
+            sprite = self._sprite_of[candidates.template[rows, chosen]]
+            state.sprites[rows, place] = torch.where(is_taken, sprite, state.sprites[rows, place])
             self._explain(state, is_taken, alpha[rows, chosen], colours[rows, chosen], error[rows, chosen])
             self._note(candidates.take(chosen[:, None]), scores[rows, chosen], is_taken, numbers, found)
-            passes = passes & (overlap[rows, chosen] < MAX_OVERLAP)
+            waits |= is_taken[:, None] & (overlap[rows, chosen] >= MAX_OVERLAP)
+            passes = passes & (overlap[rows, chosen] < SAME_PLACE)
         return went_on
 
     def _search(self, state: _State) -> _Candidates:
         """The best places by squared error at a quarter of the resolution."""
-        channels = F.pad(F.avg_pool2d(_channels(state), 2), [MARGIN] * 4)
+        channels = F.avg_pool2d(_channels(state), 2)
+        return self._best_places(channels, self._kernels, QUARTER_SIZES, NUM_CANDIDATES)
+
+    def _search_backs(self, state: _State) -> _Candidates:
+        """The best places by number of pixels, of what others stand before, in three sizes each."""
+        channels = _back_channels(
+            F.avg_pool2d(state.image, 2), F.avg_pool2d(state.explained, 2), F.avg_pool2d(state.is_open[:, None], 2)
+        )
+        if not self._back_kernels:
+            nothing = torch.empty(len(channels), 0, dtype=torch.long, device=self.device)
+            return _Candidates(nothing, nothing, nothing, nothing)
+        best = self._best_places(channels, self._back_kernels, tuple(BACK_SIZES), NUM_BACKS)
+        best.template = self._backs[best.template]
+        return best.scaled((-1, 0, 1))
+
+    def _best_places(
+        self, channels: Tensor, kernels: Sequence[Tensor], sizes_px: Sequence[int], num: int
+    ) -> _Candidates:
+        """The `num` places where the kernels `[T, C, q, q]` give most on `channels` `[B, C, 32, 32]`."""
+        channels = F.pad(channels, [MARGIN] * 4)
         values, places, parts = [], [], []
-        for step, kernel in enumerate(self._kernels):
+        for step, kernel in enumerate(kernels):
             gains = F.conv2d(channels, kernel)
             side = gains.shape[-1]
             pooled, index = F.max_pool2d(gains, min(WINDOW, side), ceil_mode=True, return_indices=True)
             values.append(pooled.flatten(2))
             places.append(index.flatten(2) + (step << 16))
             middle = torch.arange(pooled.shape[-1], device=self.device) * WINDOW + min(WINDOW, side) / 2
-            part = ((middle - MARGIN + QUARTER_SIZES[step] / 2) * PARTS / QUARTER).long().clamp(0, PARTS - 1)
+            part = ((middle - MARGIN + sizes_px[step] / 2) * PARTS / QUARTER).long().clamp(0, PARTS - 1)
             parts.append((part[:, None] * PARTS + part).flatten())
         value, place, part = torch.cat(values, 2), torch.cat(places, 2), torch.cat(parts)
-        best = [value[:, :, part == index].max(2) for index in range(PARTS * PARTS)]
-        places_of = [place[:, :, part == index].gather(2, top.indices[..., None]) for index, top in enumerate(best)]
-        top = torch.stack([entry.values for entry in best], 2).flatten(1).topk(NUM_CANDIDATES, dim=1)
+        there = [index for index in range(PARTS * PARTS) if bool((part == index).any())]
+        best = [value[:, :, part == index].max(2) for index in there]
+        places_of = [
+            place[:, :, part == index].gather(2, top.indices[..., None]) for index, top in zip(there, best, strict=True)
+        ]
+        top = torch.stack([entry.values for entry in best], 2).flatten(1).topk(num, dim=1)
         chosen = torch.cat(places_of, 2).flatten(1).gather(1, top.indices)
         step, index = chosen >> 16, chosen & 0xFFFF
-        sizes = torch.tensor(QUARTER_SIZES, device=self.device)[step]
+        sizes = torch.tensor(sizes_px, device=self.device)[step]
         side = QUARTER + 2 * MARGIN - sizes + 1
         return _Candidates(
-            template=top.indices // (PARTS * PARTS),
+            template=top.indices // len(there),
             size=2 * sizes,
             top=2 * (index // side - MARGIN),
             left=2 * (index % side - MARGIN),
@@ -293,6 +373,10 @@ class Detector:
         """Move and scale by squared error at half the resolution; first by much, then the best of them by little."""
         candidates, _ = self._moved(state, candidates, (-2, 0, 2), 2)
         candidates, gain = self._moved(state, candidates, (-1, 0, 1), 1)
+        # Many end at the same place.
+        key = ((candidates.template * HALF + candidates.size) * 4 * HALF + candidates.top) * 4 * HALF + candidates.left
+        is_again = (key[:, :, None] == key[:, None]).tril(-1).any(2)
+        gain = gain.masked_fill(is_again, -torch.inf)
         return candidates.take(gain.topk(min(NUM_SCORED, gain.shape[1]), dim=1).indices)
 
     def _moved(
@@ -300,17 +384,7 @@ class Detector:
     ) -> tuple[_Candidates, Tensor]:
         """The best of the sizes that `steps` add and the places within `reach`, and its gain `[B, K]`."""
         num_rows, num_candidates = candidates.size.shape
-        delta = torch.tensor(steps, device=self.device).repeat(num_candidates)[None]
-        size = candidates.size.repeat_interleave(len(steps), 1)
-        scaled = _Candidates(
-            template=candidates.template.repeat_interleave(len(steps), 1),
-            size=(size + delta).clamp(HALF_SIZES.start, HALF_SIZES.stop - 1),
-            top=candidates.top.repeat_interleave(len(steps), 1),
-            left=candidates.left.repeat_interleave(len(steps), 1),
-        )
-        # Around the same centre.
-        scaled.top -= (scaled.size - size) // 2
-        scaled.left -= (scaled.size - size) // 2
+        scaled = candidates.scaled(steps)
         kernels = _gain_kernel(self._paint(scaled).flatten(0, 1)).view(num_rows, num_candidates * len(steps), -1)
         channels = F.pad(_channels(state), [reach] * 4)
         side = 2 * reach + 1
@@ -376,15 +450,16 @@ class Detector:
             & (inliers >= limits.inliers)
             & (num_open / num_all >= limits.visible)
             & (possible >= limits.contrast)
+            & (gain >= limits.pixels)
         )
         return gain, score, passes
 
     def _explain(self, state: _State, is_taken: Tensor, alpha: Tensor, colours: Tensor, error: Tensor) -> None:
         """Add a sprite to what explains each picture that `is_taken`."""
         is_covered = (alpha > 0.02) & is_taken[:, None, None]
-        # What lies behind a sprite that was found before keeps out of its pixels.
+        # It hides the background, but of what was found before it may be in front or behind.
         before = _bounded(state.image - state.explained)
-        is_shown = is_covered & (error < before)
+        is_shown = is_covered & ((error < before) | (state.is_free > 0))
         state.explained = torch.where(is_shown[:, None], colours, state.explained)
         is_edge = is_covered & (alpha <= 0.5)
         state.is_open = torch.where(is_edge | (is_covered & (error < 0.5)), 0.0, state.is_open)
@@ -460,11 +535,30 @@ def _gain_kernel(sprites: Tensor) -> Tensor:
     return torch.cat([colours, alpha, -energy, alpha * colours, alpha.square()], 1)
 
 
+def _levels(colours: Tensor) -> Tensor:
+    """`[N, 3, H, W]` in [0, 1] to `[N, 3 * NUM_LEVELS, H, W]`: each channel's nearness to the two levels around it.
+
+    The products of two colours' levels are 1 for equal channels and 0 for those two levels apart.
+    """
+    levels = torch.linspace(0, 1, NUM_LEVELS, device=colours.device)[:, None, None]
+    distance = (colours[:, :, None] - levels).abs() * (NUM_LEVELS - 1)
+    return (1 - distance).clamp(min=0).sqrt().flatten(1, 2)
+
+
+def _back_channels(image: Tensor, explained: Tensor, is_open: Tensor) -> Tensor:
+    """`[B, 3 * NUM_LEVELS + 1, H, W]`: what `_back_kernel` is multiplied with."""
+    levels = _levels(image)
+    same = (levels * _levels(explained)).sum(1, keepdim=True)
+    return torch.cat([levels, same], 1) * is_open
+
+
+def _back_kernel(sprites: Tensor) -> Tensor:
+    """`[N, 4, H, W]` premultiplied to `[N, 3 * NUM_LEVELS + 1, H, W]`: the sum of its product with `_back_channels` is
+    how many more channels have about their colour with a sprite than without."""
+    alpha = sprites[:, 3:]
+    return torch.cat([alpha * _levels(sprites[:, :3] / alpha.clamp(min=1e-3)), -alpha], 1)
+
+
 def _best_and_margin(errors: Tensor) -> tuple[list[int], list[float]]:
     least = errors.topk(2, dim=1, largest=False)
     return least.indices[:, 0].tolist(), (least.values[:, 1] - least.values[:, 0]).tolist()
-
-
-def chunks(num: int, size: int) -> Iterator[slice]:
-    """Slices that cover `num` things, `size` at a time."""
-    return (slice(start, start + size) for start in range(0, num, size))

@@ -19,7 +19,6 @@ import torch
 from darkroom.diffusion.loader import DiffusionModel
 from PIL import Image
 
-from training import common
 from training.detector import Detector, Reading
 from training.drawing import Sampling, draw, load, vae_psnr_db
 from training.figures import Share, plot_curves, save_sheet, share_of, table
@@ -135,6 +134,12 @@ def at_world_size(pictures: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(p).resize(side, Image.Resampling.BICUBIC)) for p in pictures])
 
 
+def device_name(model: DiffusionModel) -> str:
+    """Where and in which dtype the network ran."""
+    name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "a CPU"
+    return f"{name} in {str(model.dtype).removeprefix('torch.')}"
+
+
 def judge(
     cases: Sequence[Case], seeds: Sequence[int], sampling: Sampling, draw: Draw, detector: Detector
 ) -> list[Judged]:
@@ -191,7 +196,7 @@ def evaluate(model: DiffusionModel, detector: Detector, args: argparse.Namespace
     sampling = Sampling.of(model)
     own = {"sampler": args.sampler, "num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     sampling = sampling.but(**{name: value for name, value in own.items() if value is not None})
-    report = Report(model.id, common.device_name(model.device), sampling)
+    report = Report(model.id, device_name(model), sampling)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def drawn(prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
