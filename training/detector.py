@@ -33,13 +33,14 @@ from training.world import (
     MOUNTS,
     OBJECTS,
     PLAIN,
+    SHAPE_NAMES,
     SPRITES,
 )
 
 HALF = IMAGE_PX // 2
 QUARTER = IMAGE_PX // 4
 # Longer sides at half resolution that can be told apart, and at quarter resolution that are looked for first.
-HALF_SIZES = range(17, 61)
+HALF_SIZES = range(18, 61)
 QUARTER_SIZES = (9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 # What others stand before is large.
 BACK_SIZES = range(16, 31)
@@ -53,14 +54,14 @@ MARGIN = 1
 # The best places are taken one from each sprite and each of 3 x 3 parts of the picture.
 PARTS = 3
 WINDOW = 6
-NUM_CANDIDATES = 32
+NUM_CANDIDATES = 24
 NUM_SCORED = 12
 NUM_BACKS = 5
 MAX_ROUNDS = 6
 MAX_PER_ROUND = 6
 MAX_FOUND = 8
-# Two sprites of one round may share so much of the smaller one; a sprite and one of an earlier round so much of both, or
-# of the smaller one where they are the same.
+# Two sprites of one round may share so much of the smaller one; a sprite and one of an earlier round so much of both,
+# or of the smaller one where they are the same.
 MAX_OVERLAP = 0.1
 SAME_PLACE = 0.5
 MAX_UNION = 0.55
@@ -73,14 +74,18 @@ class Thresholds:
     `gain`: what it explains, as a share of what it would explain were the picture drawn with it there; `pixels`: the
     same in pixels of the half. `inliers`: share of its visible pixels that have its colours. `visible`: share of its
     pixels that no sprite found before explains. `contrast`: pixels by which it must differ from what is there without
-    it.
+    it. `alike`: how its colours and the picture's go together, as a correlation. A shape of one colour is found in any
+    blob of it, so there `plain_gain` and `plain_inliers` hold.
     """
 
     gain: float = 0.45
-    inliers: float = 0.65
+    inliers: float = 0.6
     visible: float = 0.25
     contrast: float = 75.0
     pixels: float = 60.0
+    alike: float = 0.4
+    plain_gain: float = 0.55
+    plain_inliers: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,7 @@ class Detector:
         self._templates += [(number, True) for number, name in enumerate(self.names) if name in OBJECTS]
         self._sprite_of = torch.tensor([number for number, _ in self._templates], device=device)
         self._flip_of = torch.tensor([flip for _, flip in self._templates], device=device)
+        self._is_plain = torch.tensor([name in SHAPE_NAMES for name in self.names], device=device)
         self._load_sprites()
         self._load_kernels()
         self._load_backgrounds()
@@ -205,7 +211,7 @@ class Detector:
         self._where = torch.from_numpy(where).to(self.device)
 
     def _load_kernels(self) -> None:
-        """For each size of the quarter `[T, C, q, q]`: what gives the gain from `_channels`, or from `_back_channels`."""
+        """For each size of the quarter `[T, C, q, q]`: what gives the gain, from `_channels` or `_back_channels`."""
         everything = range(len(self._templates))
         self._kernels = [_gain_kernel(self._squares(everything, size)) for size in QUARTER_SIZES]
         is_back = [
@@ -291,7 +297,8 @@ class Detector:
         painted = self._paint(candidates)
         alpha = painted[:, :, 3]
         colours = painted[:, :, :3] + (1 - alpha[:, :, None]) * state.explained[:, None]
-        gain, scores, passes, error = self._score(state, alpha, colours)
+        is_plain = self._is_plain[self._sprite_of[candidates.template]]
+        gain, scores, passes, error = self._score(state, alpha, colours, is_plain)
         area = alpha.sum((2, 3)).clamp(min=1)
         shared = torch.einsum("bkhw,blhw->bkl", alpha, alpha)
         overlap = shared / torch.minimum(area[:, :, None], area[:, None])
@@ -417,7 +424,9 @@ class Detector:
         painted = self._pixels[torch.where(inside, place, len(self._pixels) - 1)]
         return painted.permute(0, 3, 1, 2).view(*shape, 4, HALF, HALF)
 
-    def _score(self, state: _State, alpha: Tensor, colours: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _score(
+        self, state: _State, alpha: Tensor, colours: Tensor, is_plain: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gain, score and whether it passes `[B, K]`, and the bounded error `[B, K, 64, 64]`."""
         error = torch.full_like(alpha, torch.inf)
         around = F.pad(state.image, [1] * 4, mode="replicate")
@@ -429,14 +438,17 @@ class Detector:
         before = _bounded(state.image - state.explained)[:, None]
         contrast = _bounded(colours - state.explained[:, None], 2)
         # Before all that was found, or behind what explains its pixels.
-        front = self._weighed(alpha, alpha, before, error, contrast)
-        behind = self._weighed(alpha, alpha * state.is_open[:, None], before, error, contrast)
+        visible = (alpha, alpha * state.is_open[:, None])
+        front, behind = (
+            (*self._weighed(alpha, weight, before, error, contrast, is_plain), _alike(weight, state.image, colours))
+            for weight in visible
+        )
         is_front = front[0] >= behind[0]
-        gain, score, passes = (torch.where(is_front, *pair) for pair in zip(front, behind, strict=True))
-        return gain, score, passes, error
+        gain, score, passes, alike = (torch.where(is_front, *pair) for pair in zip(front, behind, strict=True))
+        return gain, score, passes & (is_plain | (alike >= self.thresholds.alike)), error
 
     def _weighed(
-        self, alpha: Tensor, weight: Tensor, before: Tensor, error: Tensor, contrast: Tensor
+        self, alpha: Tensor, weight: Tensor, before: Tensor, error: Tensor, contrast: Tensor, is_plain: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gain, score and whether it passes `[B, K]`, with the pixels that count."""
         num_open, num_all = weight.sum((2, 3)).clamp(min=1e-3), alpha.sum((2, 3)).clamp(min=1e-3)
@@ -446,8 +458,8 @@ class Detector:
         inliers = 1 - (weight * error).sum((2, 3)) / num_open
         limits = self.thresholds
         passes = (
-            (score >= limits.gain)
-            & (inliers >= limits.inliers)
+            (score >= torch.where(is_plain, limits.plain_gain, limits.gain))
+            & (inliers >= torch.where(is_plain, limits.plain_inliers, limits.inliers))
             & (num_open / num_all >= limits.visible)
             & (possible >= limits.contrast)
             & (gain >= limits.pixels)
@@ -512,6 +524,18 @@ def _to_half(pixels: Tensor) -> Tensor:
 def _bounded(difference: Tensor, dim: int = 1) -> Tensor:
     """Squared distance of colours as a share of `TOLERANCE`, at most 1."""
     return (difference.square().sum(dim) / TOLERANCE).clamp(max=1)
+
+
+def _alike(weight: Tensor, image: Tensor, colours: Tensor) -> Tensor:
+    """Correlation `[B, K]` of `image` `[B, 3, 64, 64]` and `colours` `[B, K, 3, 64, 64]`, each channel less its mean,
+    with the pixels of `weight` `[B, K, 64, 64]`."""
+    weight, image = weight[:, :, None], image[:, None]
+    total = weight.sum((3, 4), keepdim=True).clamp(min=1e-3)
+    image = image - (weight * image).sum((3, 4), keepdim=True) / total
+    colours = colours - (weight * colours).sum((3, 4), keepdim=True) / total
+    product = (weight * image * colours).sum((2, 3, 4))
+    energy = (weight * image.square()).sum((2, 3, 4)) * (weight * colours.square()).sum((2, 3, 4))
+    return product / energy.sqrt().clamp(min=1e-3)
 
 
 def _channels(state: _State) -> Tensor:

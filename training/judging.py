@@ -1,7 +1,7 @@
 """What a prompt asks for, and whether a picture shows it, in the style of GenEval (Ghosh et al. 2023).
 
-A `Case` is one prompt of one category. Cases are made from drawn scenes, so that they follow the world's own frequencies
-and its held-out combinations; their words are fixed templates. Only what the category is about is judged.
+A `Case` is one prompt of one category. Cases are made from drawn scenes, so that they follow the world's own
+frequencies and its held-out combinations; their words are fixed templates. Only what the category is about is judged.
 """
 
 from __future__ import annotations

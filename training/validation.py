@@ -6,7 +6,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +110,16 @@ def _as_markdown(
     everything = [sum((row[name] for row in shares.values()), Share(0, 0)) for name in CONDITIONS]
     rates = [Share(false_finds[name], absent[name]) for name in OBJECTS]
     total = sum(rates, Share(0, 0))
-    worst: Sequence[tuple[str, int]] = false_finds.most_common(10)
+    falsely, unread = (
+        ", ".join(f"{name} {number}" for name, number in counter.most_common(10)) or "none"
+        for counter in (false_finds, missed)
+    )
     return "\n".join(
         [
             table(("kind of scene", *CONDITIONS), [*rows, ("all", *map(str, everything))]),
             f"An object that is not there is read in {100 * total.value:.3f} % of pictures ({total.passed} of "
             f"{total.total}), the worst one in {100 * max(rate.value for rate in rates):.2f} %.",
-            f"Most often read where it is not: {', '.join(f'{name} {number}' for name, number in worst) or 'none'}.",
-            f"Most often not read: {', '.join(f'{name} {number}' for name, number in missed.most_common(10)) or 'none'}.\n",
+            f"Most often read where it is not: {falsely}.",
+            f"Most often not read: {unread}.\n",
         ]
     )
