@@ -76,7 +76,7 @@ def test_a_spoilt_picture_is_still_read_right(detector: Detector, name: str) -> 
 @pytest.mark.parametrize("background", ["white", "forest", "night", "city"])
 def test_nothing_is_read_where_nothing_known_is(detector: Detector, background: str) -> None:
     """Neither in an empty place nor in noise nor where another object stands."""
-    scenes = [Scene((), background), Scene((Placed("butterfly", 0.5, 0.5, 0.6),), background)]
+    scenes = [Scene((), background), Scene((Placed("castle", 0.5, 0.5, 0.6),), background)]
     for found in read(detector, *scenes):
         assert (found.names, found.background) == ([], background)
     noise = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8)
@@ -177,7 +177,8 @@ def test_a_perfect_generator_scores_full_marks_and_a_blind_one_none(detector: De
         judged = evaluate.judge(list(cases.values()), [0, 0], sampling, draw, detector)
         assert evaluate.share(judged) == expected
     evaluate.save_sheets(tmp_path, judged)
-    assert Image.open(tmp_path / "failures.png").width > 2 * 128
+    with Image.open(tmp_path / "failures.png") as sheet:
+        assert sheet.width > 2 * 128
 
 
 def test_a_report_holds_what_was_measured(tmp_path: Path) -> None:
@@ -189,7 +190,8 @@ def test_a_report_holds_what_was_measured(tmp_path: Path) -> None:
     report.write(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["categories"][0]["share"] == 0.9
     assert "90.0 % (59.6 to 98.2, 9 of 10)" in (tmp_path / "report.md").read_text()
-    assert Image.open(tmp_path / "steps.png").width > 500
+    with Image.open(tmp_path / "steps.png") as plot:
+        assert plot.width > 500
 
 
 def test_validation_counts_what_was_read_wrong(detector: Detector) -> None:

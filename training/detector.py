@@ -74,8 +74,8 @@ class Thresholds:
     `gain`: what it explains, as a share of what it would explain were the picture drawn with it there; `pixels`: the
     same in pixels of the half. `inliers`: share of its visible pixels that have its colours. `visible`: share of its
     pixels that no sprite found before explains. `contrast`: pixels by which it must differ from what is there without
-    it. `alike`: how its colours and the picture's go together, as a correlation. A shape of one colour is found in any
-    blob of it, so there `plain_gain` and `plain_inliers` hold.
+    it. `alike`: how its colours and the picture's go together where it is not hidden, as a correlation. A shape of one
+    colour is found in any blob of it, so there `plain_gain` and `plain_inliers` hold.
     """
 
     gain: float = 0.45
@@ -83,7 +83,7 @@ class Thresholds:
     visible: float = 0.25
     contrast: float = 75.0
     pixels: float = 60.0
-    alike: float = 0.4
+    alike: float = 0.25
     plain_gain: float = 0.55
     plain_inliers: float = 0.7
 
@@ -312,7 +312,8 @@ class Detector:
         # What has to wait for the next round keeps what is worse in its place from being taken in this one.
         waits = torch.zeros_like(passes)
         for _ in range(MAX_PER_ROUND):
-            chosen = torch.where(passes, gain, -torch.inf).argmax(1)
+            # What is a little larger than it should be explains a little more, but less of what it should.
+            chosen = torch.where(passes, gain * scores.clamp(max=1), -torch.inf).argmax(1)
             is_taken = passes[rows, chosen] & ~waits[rows, chosen] & (state.num_found < MAX_FOUND)
             if not bool(passes.any()):
                 break
@@ -440,7 +441,10 @@ class Detector:
         # Before all that was found, or behind what explains its pixels.
         visible = (alpha, alpha * state.is_open[:, None])
         front, behind = (
-            (*self._weighed(alpha, weight, before, error, contrast, is_plain), _alike(weight, state.image, colours))
+            (
+                *self._weighed(alpha, weight, before, error, contrast, is_plain),
+                _alike(weight * (error < 0.9), state.image, colours),
+            )
             for weight in visible
         )
         is_front = front[0] >= behind[0]
