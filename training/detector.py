@@ -64,7 +64,7 @@ MAX_FOUND = 8
 # or of the smaller one where they are the same.
 MAX_OVERLAP = 0.1
 SAME_PLACE = 0.5
-MAX_UNION = 0.55
+MAX_UNION = 0.4
 
 
 @dataclass(frozen=True)
