@@ -58,6 +58,8 @@ NUM_CANDIDATES = 24
 NUM_SCORED = 12
 NUM_BACKS = 5
 MAX_ROUNDS = 6
+# Variants of a background whose details a picture may mix.
+NUM_FITTING = 6
 MAX_PER_ROUND = 6
 MAX_FOUND = 8
 # Two sprites of one round may share so much of the smaller one; a sprite and one of an earlier round so much of both,
@@ -256,7 +258,9 @@ class Detector:
         image = _to_half(pixels)
         nearest = [self._nearest(image, bank) for bank in self._backgrounds]
         first = self._background_errors(image, nearest, torch.ones_like(image[:, 0])).argmin(1)
-        explained = torch.stack(nearest, 1)[torch.arange(len(image), device=self.device), first]
+        explained = torch.empty_like(image)
+        for index in first.unique().tolist():
+            explained[first == index] = self._few_nearest(image[first == index], self._backgrounds[index])
         state = _State.of(image, explained)
         found: list[list[Detection]] = [[] for _ in range(len(image))]
         active = torch.arange(len(image), device=self.device)
@@ -286,6 +290,13 @@ class Detector:
             least = torch.minimum(error, least)
         return best
 
+    def _few_nearest(self, image: Tensor, bank: Tensor) -> Tensor:
+        """As `_nearest`, but of the few variants that fit the whole picture best: all of them together have nearly any
+        colour everywhere, and would explain a grey animal in a city."""
+        errors = torch.stack([_bounded(image - picture).sum((1, 2)) for picture in bank], 1)
+        few = errors.topk(min(NUM_FITTING, len(bank)), dim=1, largest=False).indices
+        return torch.cat([self._nearest(*pair) for pair in zip(image.split(1), bank[few], strict=True)])
+
     def _background_errors(self, image: Tensor, nearest: list[Tensor], weight: Tensor) -> Tensor:
         """Mean bounded error of each background, `[B, BACKGROUNDS]`, over the pixels that `weight` leaves."""
         errors = torch.stack([_bounded(image - colours) for colours in nearest], 1)
@@ -313,7 +324,7 @@ class Detector:
         waits = torch.zeros_like(passes)
         for _ in range(MAX_PER_ROUND):
             # What is a little larger than it should be explains a little more, but less of what it should.
-            chosen = torch.where(passes, gain * scores.clamp(max=1), -torch.inf).argmax(1)
+            chosen = torch.where(passes, gain * scores.clamp(0, 1).square(), -torch.inf).argmax(1)
             is_taken = passes[rows, chosen] & ~waits[rows, chosen] & (state.num_found < MAX_FOUND)
             if not bool(passes.any()):
                 break
