@@ -51,11 +51,12 @@ NUM_LEVELS = 5
 TOLERANCE = 0.09
 # A sprite may stick out of the picture by so many pixels of the quarter.
 MARGIN = 1
-# The best places are taken one from each sprite and each of 3 x 3 parts of the picture.
+# Each sprite has a best place in each of 3 x 3 parts of the picture. The best of them all are looked at more closely,
+# and the best of each part, so that one large object does not take all the places.
 PARTS = 3
 WINDOW = 6
-NUM_CANDIDATES = 24
-NUM_SCORED = 12
+NUM_CANDIDATES = 12
+NUM_EACH_PART = 2
 NUM_BACKS = 5
 MAX_ROUNDS = 6
 # Variants of a background whose details a picture may mix.
@@ -341,7 +342,7 @@ class Detector:
     def _search(self, state: _State) -> _Candidates:
         """The best places by squared error at a quarter of the resolution."""
         channels = F.avg_pool2d(_channels(state), 2)
-        return self._best_places(channels, self._kernels, QUARTER_SIZES, NUM_CANDIDATES)
+        return self._best_places(channels, self._kernels, QUARTER_SIZES, NUM_CANDIDATES, NUM_EACH_PART)
 
     def _search_backs(self, state: _State) -> _Candidates:
         """The best places by number of pixels, of what others stand before, in three sizes each."""
@@ -351,14 +352,15 @@ class Detector:
         if not self._back_kernels:
             nothing = torch.empty(len(channels), 0, dtype=torch.long, device=self.device)
             return _Candidates(nothing, nothing, nothing, nothing)
-        best = self._best_places(channels, self._back_kernels, tuple(BACK_SIZES), NUM_BACKS)
+        best = self._best_places(channels, self._back_kernels, tuple(BACK_SIZES), NUM_BACKS, 0)
         best.template = self._backs[best.template]
         return best.scaled((-1, 0, 1))
 
     def _best_places(
-        self, channels: Tensor, kernels: Sequence[Tensor], sizes_px: Sequence[int], num: int
+        self, channels: Tensor, kernels: Sequence[Tensor], sizes_px: Sequence[int], num: int, num_each_part: int
     ) -> _Candidates:
-        """The `num` places where the kernels `[T, C, q, q]` give most on `channels` `[B, C, 32, 32]`."""
+        """The `num` places where the kernels `[T, C, q, q]` give most on `channels` `[B, C, 32, 32]`, and some of each
+        part of the picture."""
         channels = F.pad(channels, [MARGIN] * 4)
         values, places, parts = [], [], []
         for step, kernel in enumerate(kernels):
@@ -376,27 +378,27 @@ class Detector:
         places_of = [
             place[:, :, part == index].gather(2, top.indices[..., None]) for index, top in zip(there, best, strict=True)
         ]
-        top = torch.stack([entry.values for entry in best], 2).flatten(1).topk(num, dim=1)
-        chosen = torch.cat(places_of, 2).flatten(1).gather(1, top.indices)
+        gain = torch.stack([entry.values for entry in best], 2)
+        top = gain.flatten(1).topk(num, dim=1).indices
+        each = gain.topk(min(num_each_part, gain.shape[1]), dim=1).indices * len(there)
+        each = each + torch.arange(len(there), device=self.device)
+        top = torch.cat([top, each.flatten(1)], 1)
+        chosen = torch.stack([entry[..., 0] for entry in places_of], 2).flatten(1).gather(1, top)
         step, index = chosen >> 16, chosen & 0xFFFF
         sizes = torch.tensor(sizes_px, device=self.device)[step]
         side = QUARTER + 2 * MARGIN - sizes + 1
         return _Candidates(
-            template=top.indices // len(there),
+            template=top // len(there),
             size=2 * sizes,
             top=2 * (index // side - MARGIN),
             left=2 * (index % side - MARGIN),
         )
 
     def _move(self, state: _State, candidates: _Candidates) -> _Candidates:
-        """Move and scale by squared error at half the resolution; first by much, then the best of them by little."""
+        """Move and scale by squared error at half the resolution, first by much, then by little."""
         candidates, _ = self._moved(state, candidates, (-2, 0, 2), 2)
-        candidates, gain = self._moved(state, candidates, (-1, 0, 1), 1)
-        # Many end at the same place.
-        key = ((candidates.template * HALF + candidates.size) * 4 * HALF + candidates.top) * 4 * HALF + candidates.left
-        is_again = (key[:, :, None] == key[:, None]).tril(-1).any(2)
-        gain = gain.masked_fill(is_again, -torch.inf)
-        return candidates.take(gain.topk(min(NUM_SCORED, gain.shape[1]), dim=1).indices)
+        candidates, _ = self._moved(state, candidates, (-1, 0, 1), 1)
+        return candidates
 
     def _moved(
         self, state: _State, candidates: _Candidates, steps: tuple[int, ...], reach: int
