@@ -129,6 +129,15 @@ def test_the_time_limit_stops_a_section_and_the_next_run_goes_on(tmp_path: Path)
     assert run(ThreeItems(), tmp_path / "state.json")
 
 
+@pytest.mark.parametrize(
+    ("only", "measured"), [(["t*e"], ["three"]), (["one", "tw"], ["one", "two"]), ([], ["one", "two", "three"])]
+)
+def test_items_are_picked_by_parts_of_their_names(tmp_path: Path, only: list[str], measured: list[str]) -> None:
+    section = ThreeItems()
+    run(section, tmp_path / "state.json", only=only)
+    assert section.measured == measured
+
+
 def test_what_another_commit_measured_is_not_taken_over(tmp_path: Path) -> None:
     run(ThreeItems(), tmp_path / "state.json")
     assert State(tmp_path / "state.json", {"commit": "def"}).found("three") == {}
@@ -341,7 +350,7 @@ def test_the_compiled_engine_is_measured_beside_the_hand_made_one(
             section,
             state.path,
             tmp_path / "results.csv",
-            only="toy 64 darkroom",
+            only=["toy 64 darkroom"],
             time_limit_s=900.0,
             say=lambda _: None,
         )

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from darkroom_kernels import attention, backend, check_kernels
+from darkroom_kernels import check as kernel_check
 from darkroom_kernels.attention import api, check, launch, tiles, tuning
 from darkroom_kernels.attention.reference import reference_attention
 from darkroom_kernels.backend import KernelUnavailable
@@ -234,7 +235,8 @@ def test_the_self_check_passes(kernel_device: torch.device) -> None:
 def test_the_self_check_tries_what_a_tick_asks_for(
     kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whole tiles without lengths or slots, and the GEGLU that "triton" names: both are builds of their own."""
+    """Whole tiles without lengths or slots, and the GEGLU that "triton" names or that was measured to be the fastest:
+    each is a build of its own."""
 
     def wrong_when_plain(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, slots: Tensor | None, scale: float):
         exact = reference_attention(q, k if slots is None else k[slots], v if slots is None else v[slots], lengths)
@@ -242,11 +244,15 @@ def test_the_self_check_tries_what_a_tick_asks_for(
 
     monkeypatch.setattr(check, "triton_attention", wrong_when_plain)
     monkeypatch.setattr(geglu_kernel, "geglu", lambda x, weight, bias: x.new_zeros(x.shape[0], weight.shape[0] // 2))
+    monkeypatch.setattr(kernel_check, "winners_of", lambda kernel, device: set())
     assert not check_kernels(kernel_device, torch.float16, [16])
     assert backend.failure("geglu", kernel_device) is None
     assert any("head size 16 and 256 keys" in text for text in caplog.messages)
-    check_kernels(kernel_device, torch.float16, [], kernels="triton")
-    assert "off by" in (backend.failure("geglu", kernel_device) or "")
+    for kernels, winners in (("triton", set()), ("auto", {"gate", "triton"})):
+        monkeypatch.setattr(kernel_check, "winners_of", lambda kernel, device, found=winners: found)
+        check_kernels(kernel_device, torch.float16, [], kernels=kernels)
+        assert "off by" in (backend.failure("geglu", kernel_device) or "")
+        backend._failed.clear()
 
 
 @pytest.mark.usefixtures("forgetful")

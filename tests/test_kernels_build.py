@@ -23,8 +23,8 @@ def test_every_room_of_kernels_lists_its_builds() -> None:
     assert rooms == {"attention", "geglu", "group_norm", "layer_norm", "residual", "step"}
 
 
-def test_no_build_spills_a_register() -> None:
-    assert names([built for built in report() if built.stack_bytes]) == []
+def test_no_build_spills_a_register_but_a_few_of_what_another_release_was_tuned_with() -> None:
+    assert names([built for built in report() if built.stack_bytes > built.most_stack_bytes]) == []
 
 
 def test_products_run_on_tensor_cores() -> None:
@@ -36,6 +36,11 @@ def test_products_run_on_tensor_cores() -> None:
         if "fp32" not in built.name or "HMMA" not in built.products
     ]
     assert names(slow) == []
+
+
+def test_no_product_of_tf32_on_hopper_is_8_columns_wide() -> None:
+    """Of those, Triton 3.6 builds some that read beyond their shared memory, and the device is lost."""
+    assert names([built for built in report() if built.has_narrow_tf32]) == []
 
 
 def test_every_build_fits_the_shared_memory_of_its_device() -> None:

@@ -11,6 +11,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--section", choices=SECTIONS, help="one section (default: all)")
     parser.add_argument("--quick", action="store_true", help="a few items of each, begun within 85 s in all")
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs measured")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only items with this in their name")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only items with this in their name; `*` stands for any text, and the option may be given again",
+    )
+    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="of the models section, instead of all")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu at toy size")
     parser.add_argument("--time-limit", type=float, default=480.0, metavar="SECONDS", help="for each section")
     parser.add_argument("--compile-mode", choices=COMPILE_MODES, default=COMPILE_MODES[0], help="of diffusers")
@@ -104,15 +112,16 @@ def run_one(name: str, options: argparse.Namespace) -> int:
     is_cpu = options.device.startswith("cpu")
     recording = options.record or not (is_cpu or options.no_record)
     quick = " --quick" if options.quick else ""
+    batches = f" --batches {' '.join(map(str, options.batches))}" if options.batches else ""
     device = "" if not is_cpu else " --device cpu"
     try:
         is_over = run_section(
             section,
             state_of(options),
             time_limit_s=section_limit_s(name, options),
-            only=options.only,
+            only=tuple(options.only),
             results=options.results if recording else None,
-            command=f"python -m benchmarks.gpu --section {name}{quick}{device}",
+            command=f"python -m benchmarks.gpu --section {name}{quick}{batches}{device}",
             device=device_name("cpu" if is_cpu else "cuda"),
             is_quick=options.quick,
             say=lambda line: print(line, flush=True),
@@ -157,6 +166,9 @@ def make_section(name: str, options: argparse.Namespace) -> Any:
             plan = Plan((SD15,), (1, 8), (), (8,), num_seeds=0, rounds=1)
         else:
             plan = Plan((SD15, SDXL, SD21), compile_mode=options.compile_mode)
+        if options.batches:
+            wanted = tuple(options.batches)
+            plan = replace(plan, batches=wanted, compiled_batches=wanted, breakdown_batches=wanted)
         return ModelsSection(plan, settings, device, options.models_dir)
     window_s = options.window or (5.0 if quick else 25.0 if is_cpu else 60.0)
     settings = settings.model_copy(update={"encode_threads": 2 if is_cpu else 8})

@@ -10,8 +10,9 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,7 +102,7 @@ def run_section(
     state: State,
     *,
     time_limit_s: float,
-    only: str = "",
+    only: Collection[str] = (),
     results: Path | None = None,
     command: str | None = None,
     device: str | None = None,
@@ -110,15 +111,15 @@ def run_section(
 ) -> bool:
     """Measure what is not yet measured. Returns whether all of the section is, within the time limit.
 
-    `results` is the csv that gets each item's figures at once; None records nothing. `only` picks items by a part of
-    their name. With `is_quick` items are begun until the limit is over, whatever they are expected to take. Raises
-    `DeviceBroken` when this process can measure nothing more.
+    `results` is the csv that gets each item's figures at once; None records nothing. `only` picks items by parts of
+    their names, in which `*` stands for any text; none picks all. With `is_quick` items are begun until the limit is
+    over, whatever they are expected to take. Raises `DeviceBroken` when this process can measure nothing more.
     """
     began = time.monotonic()
     section.resume(state.found(section.name))
     is_first, is_complete = True, True
     for item in section.items():
-        if only not in item.name:
+        if only and not any(fnmatchcase(item.name, f"*{text}*") for text in only):
             continue
         entry = state.entry(section.name, item.name)
         if entry["status"] in ("done", "failed"):

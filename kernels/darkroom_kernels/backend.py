@@ -193,7 +193,8 @@ class Build:
     `signature`: the type of every argument in order, as Triton writes it ("*fp16", "i32", "fp32", "constexpr").
     `constants`: the value of each constexpr. `options`: from `launch_options`. `uneven`: arguments that are not
     multiples of 16; all other pointers and integers are, as a launch would find them. `has_products`: whether tensor
-    cores must appear in the machine code. A kernel module lists its builds in `builds() -> list[Build]`.
+    cores must appear in the machine code. `most_stack_bytes`: what a thread may keep of its registers in memory. A
+    kernel module lists its builds in `builds() -> list[Build]`.
     """
 
     name: str
@@ -204,3 +205,4 @@ class Build:
     uneven: frozenset[str] = frozenset()
     has_products: bool = False
     capabilities: tuple[int, ...] = (80, 90, 100)
+    most_stack_bytes: int = 0

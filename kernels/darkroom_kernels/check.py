@@ -15,6 +15,7 @@ from darkroom_kernels.group_norm import group_norm
 from darkroom_kernels.layer_norm import layer_norm
 from darkroom_kernels.residual import add_residual_
 from darkroom_kernels.step import NUM_COLUMNS, scale_input, step_
+from darkroom_kernels.winners import winners_of
 
 CHANNELS = 64
 
@@ -22,10 +23,11 @@ CHANNELS = 64
 def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[int], *, kernels: str = "auto") -> bool:
     """Compare each Triton kernel with PyTorch in fp32, attention at the given head sizes; True when all are right.
 
-    `kernels` is the implementation that a model asks for: "triton" by name takes the one-kernel GEGLU, "auto" does not.
-    A kernel that is wrong, or does not compile or launch, is not used for the life of the process: `auto` takes another
-    implementation, "triton" by name raises `KernelUnavailable`, and the error is logged. Where Triton cannot run at all
-    there is nothing to check. Takes seconds on a new device, because it compiles.
+    `kernels` is the implementation that a model asks for: "triton" by name takes the one-kernel GEGLU, "auto" only
+    where it was measured to be the fastest. A kernel that is wrong, or does not compile or launch, is not used for the
+    life of the process: `auto` takes another implementation, "triton" by name raises `KernelUnavailable`, and the error
+    is logged. Where Triton cannot run at all there is nothing to check. Takes seconds on a new device, because it
+    compiles.
     """
     if triton_problem(device) is not None or device.type == "meta":
         return True
@@ -33,7 +35,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, head_dims: Iterable[
         "group_norm": _group_norm,
         "layer_norm": _layer_norm,
         "residual": _residual,
-        "geglu": functools.partial(_geglu, implementation="triton" if kernels == "triton" else "gate"),
+        "geglu": functools.partial(_geglu, forms=_geglu_forms(device, kernels)),
         "step": _step,
     }
     results = [check_attention(device, dtype, head_dims)]
@@ -87,11 +89,18 @@ def _residual(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return add_residual_(y, residual, bias, implementation="triton"), expected
 
 
-def _geglu(device: torch.device, dtype: torch.dtype, *, implementation: str) -> tuple[Tensor, Tensor]:
+def _geglu_forms(device: torch.device, kernels: str) -> list[str]:
+    """The forms with a kernel of Triton's that a network of these `kernels` may come to."""
+    return ["triton"] if kernels == "triton" else sorted({"gate", *winners_of("geglu", device)} - {"torch"})
+
+
+def _geglu(device: torch.device, dtype: torch.dtype, *, forms: list[str]) -> tuple[Tensor, Tensor]:
     x, weight = _random(device, dtype, 35, CHANNELS), _random(device, dtype, 2 * CHANNELS, CHANNELS)
     bias = _random(device, dtype, 2 * CHANNELS)
     value, gate = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).chunk(2, dim=-1)
-    return geglu(x, weight, bias, implementation=implementation), value * torch.nn.functional.gelu(gate)
+    expected = value * torch.nn.functional.gelu(gate)
+    got = torch.stack([geglu(x, weight, bias, implementation=form) for form in forms])
+    return got, expected.expand_as(got)
 
 
 def _step(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

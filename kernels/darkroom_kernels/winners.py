@@ -50,6 +50,13 @@ def winner_for(kernel: str, device: torch.device, size: int) -> str | None:
     return None if row is None else row.winner
 
 
+def winners_of(kernel: str, device: torch.device) -> set[str]:
+    """Every implementation that was the fastest at some size on this device."""
+    if device.type != "cuda":
+        return set()
+    return {row.winner for row in load_winners().get(device_kinds(device)[0], {}).get(kernel, [])}
+
+
 def save_winners(kind: str, kernel: str, rows: list[Row], path: Path = TABLE) -> None:
     """Put `rows` in the place of those that a device kind has for a kernel."""
     table = {name: dict(kernels) for name, kernels in load_winners(path).items()}

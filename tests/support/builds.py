@@ -28,7 +28,8 @@ PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
 
 @dataclass(frozen=True)
 class Built:
-    """Resources of one build. A byte of stack or of local memory is a spilled register."""
+    """Resources of one build. A byte of stack or of local memory is a spilled register. `has_narrow_tf32`: whether it
+    has a product of tf32 on Hopper whose result is 8 columns wide."""
 
     name: str
     capability: int
@@ -37,6 +38,8 @@ class Built:
     shared_bytes: int
     has_products: bool
     products: tuple[str, ...]
+    has_narrow_tf32: bool
+    most_stack_bytes: int
 
 
 def kernel_modules() -> list[str]:
@@ -77,8 +80,17 @@ def build_one(index: int) -> Built:
     assert found is not None, done.stdout[:1000]
     registers, stack, local = map(int, found.groups())
     products = tuple(name for name in PRODUCTS if re.search(rf"\b{name}\b", done.stdout))
+    has_narrow_tf32 = re.search(r"\bHGMMA\.64x8x8\.F32\.TF32\b", done.stdout) is not None
     return Built(
-        build.name, capability, registers, stack + local, compiled.metadata.shared, build.has_products, products
+        build.name,
+        capability,
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        build.has_products,
+        products,
+        has_narrow_tf32,
+        build.most_stack_bytes,
     )
 
 

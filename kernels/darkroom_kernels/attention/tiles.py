@@ -105,7 +105,7 @@ def row_for(device: torch.device, bits: int, head_dim: int, num_queries: int, nu
 def candidate_tiles(bits: int, head_dim: int, num_queries: int, num_keys: int) -> list[Tile]:
     """Tiles worth measuring at one size. Some may not fit a device: a launch then raises, and the next is tried."""
     if bits == 32:
-        return [Tile("flash", m, n, w, 1) for m, n, w in ((64, 32, 8), (64, 16, 8), (32, 32, 4), (16, 16, 8))]
+        return [Tile("flash", m, n, w, 1) for m, n, w in ((128, 32, 8), (64, 32, 4), (32, 32, 4), (16, 16, 8))]
     widths = (128, 64, 32) if head_dim <= 128 else (64, 32)
     tiles = [
         Tile("flash", block_m, block_n, num_warps, num_stages)
