@@ -174,6 +174,13 @@ class Engine:
         """
         self._roster.cancel(job_id, attempt)
 
+    def cut_short(self, job_id: str, attempt: int = 0) -> None:
+        """Make a job's pictures of what its images look like after their next evaluation; `Finished` follows.
+
+        One that is not here as this attempt is ignored.
+        """
+        self._roster.cut_short(job_id, attempt)
+
     def show(self, job_id: str, attempt: int, previews: Previews) -> None:
         """From now on make these previews of a running job; one that is not here as this attempt is ignored."""
         self._roster.show(job_id, attempt, previews)
