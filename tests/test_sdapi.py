@@ -32,25 +32,9 @@ from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
 from tests.support.jobs import make_job
 
+pytest_plugins = "tests.support.service"
+
 FOX: dict[str, Any] = {"prompt": "a (red:1.2) fox"}
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
-
-
-@pytest_asyncio.fixture
-async def client(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(settings, queue) as client:
-        yield client
-
-
-@pytest_asyncio.fixture
-async def site(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[Served]:
-    async with served(settings, queue) as site:
-        yield site
 
 
 async def txt2img(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
