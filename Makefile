@@ -104,11 +104,9 @@ loadtest-peers: $(VENV)/.dev $(PEERS)/.peers
 loadtest-compare: $(VENV)/.dev
 	$(BIN)/python -m loadtests.compare $(A) $(B)
 
+# TRAIN_ARGS="--minutes 16 --out runs": a run that was stopped goes on when the same command is given again.
 train-model: $(VENV)/.dev
-	$(BIN)/python -m training.train_vae --out runs/vae --minutes 13
-	$(BIN)/python -m training.train_text --out runs/text
-	$(BIN)/python -m training.train_unet --out runs/unet --vae runs/vae/vae --text runs/text --minutes 65
-	$(BIN)/python -m training.export --vae runs/vae --text runs/text --unet runs/unet
+	$(BIN)/python -m training $(TRAIN_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist

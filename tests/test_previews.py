@@ -127,10 +127,10 @@ def test_previews_keep_to_their_interval_in_seconds_and_in_steps(
 ) -> None:
     asked: list[int] = []
 
-    def note(_decoder: object, _row: object, _latents: object, step: int) -> None:
+    def note(_previews: object, _row: object, _latents: object, step: int) -> None:
         asked.append(step)
 
-    monkeypatch.setattr("darkroom.engine.decode.Decoder.show", note)
+    monkeypatch.setattr("darkroom.engine.previews.Previews.show", note)
     now_s = 0.0
 
     def after_tick(engine: Engine, _: TickReport, ticks: int) -> None:
@@ -162,11 +162,11 @@ def test_with_many_watchers_every_image_has_a_first_preview_and_the_others_keep_
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    def note(decoder: Any, row: Any, _latents: object, step: int) -> None:
-        decoder.preview_cost_s = 0.004
+    def note(previews: Any, row: Any, _latents: object, step: int) -> None:
+        previews.cost_s = 0.004
         asked.append((step, row.seed))
 
-    monkeypatch.setattr("darkroom.engine.decode.Decoder.show", note)
+    monkeypatch.setattr("darkroom.engine.previews.Previews.show", note)
     now_s = 0.0
 
     def after_tick(engine: Engine, _: TickReport, ticks: int) -> None:

@@ -1,4 +1,4 @@
-"""What both training runs share: the clock behind the schedule, weight averaging, checkpoints, logs and grids."""
+"""What the training runs share: the clock behind the schedule, weight averaging, checkpoints, logs and grids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+FINISHED = "finished"
 
 
 @dataclass
@@ -30,7 +33,12 @@ class Progress:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.updates is None):
             raise ValueError("Give exactly one of --minutes and --updates.")
-        self._started_s = time.monotonic()
+        self._started_s, self._saved_s = time.monotonic(), time.monotonic()
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._stopping = True
 
     @property
     def elapsed_minutes(self) -> float:
@@ -46,6 +54,18 @@ class Progress:
     @property
     def finished(self) -> bool:
         return self.fraction >= 1.0
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this update: it is finished, or SIGTERM asks it to save and go."""
+        return self.finished or self._stopping
+
+    def is_save_due(self, every_minutes: float) -> bool:
+        """Whether to save now; says so once for each time that it is due, and when the run ends."""
+        is_due = self.stopping or time.monotonic() - self._saved_s >= 60 * every_minutes
+        if is_due:
+            self._saved_s = time.monotonic()
+        return is_due
 
 
 def learning_rate(progress: Progress, peak: float, warmup_updates: int = 100, floor: float = 0.01) -> float:
@@ -86,11 +106,37 @@ def follow_cpu_share() -> None:
         torch.set_num_threads(num_cores)
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision in bf16, where the device multiplies it fast: on every GPU, and on some CPUs."""
+    has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
+
+
+def by_device(device: torch.device, gpu: int, cpu: int) -> int:
+    """A size that suits the device."""
+    return gpu if device.type == "cuda" else cpu
+
+
+def finish(run: Path) -> None:
+    """Mark a run as finished: its results are whole, and the next stage may read them."""
+    (run / FINISHED).touch()
+
+
+def is_finished(run: Path) -> bool:
+    return (run / FINISHED).exists()
+
+
+def wait_for(run: Path) -> None:
+    """Wait until another process has finished this run. Whoever started both ends this one if that one dies."""
+    while not is_finished(run):
+        time.sleep(0.5)
+
+
 def device_name(device: torch.device) -> str:
     """Return words for the hardware, for the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} shared CPU cores, bf16"
+    return f"{os.cpu_count()} shared CPU cores"
 
 
 def save_checkpoint(
@@ -143,10 +189,12 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class CsvLog:
-    """Appends rows to a CSV file; the first row's keys are the header."""
+    """Appends rows to a CSV file; the first row's keys are the header. `fresh` begins the file anew."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
+        if fresh:
+            path.unlink(missing_ok=True)
 
     def write(self, **row: float | int) -> None:
         is_new = not self.path.exists()
@@ -156,10 +204,33 @@ class CsvLog:
                 writer.writeheader()
             writer.writerow(row)
 
+    def last(self) -> dict[str, str]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))[-1]
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` fp32 in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    def plot(self, *columns: str) -> None:
+        """Draw the columns over the updates, one above the other, as a PNG beside the file."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        with self.path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        figure, axes = pyplot.subplots(len(columns), 1, figsize=(8, 3 * len(columns)), sharex=True, squeeze=False)
+        for axis, column in zip(axes[:, 0], columns, strict=True):
+            axis.plot([int(row["updates"]) for row in rows], [float(row[column]) for row in rows])
+            axis.set_ylabel(column)
+            axis.grid(alpha=0.3)
+        axes[-1, 0].set_xlabel("updates")
+        figure.tight_layout()
+        figure.savefig(self.path.with_suffix(".png"))
+        pyplot.close(figure)
+
+
+def to_tensor(pixels: Tensor) -> Tensor:
+    """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` fp32 in [-1, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

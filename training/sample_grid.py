@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--karras", action="store_true", help="Karras sigmas instead of evenly spaced times")
-    parser.add_argument("--width", type=int, default=64, help="pixels, a multiple of 8")
-    parser.add_argument("--height", type=int, default=64, help="pixels, a multiple of 8")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 8")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 8")
     parser.add_argument("--columns", type=int, default=8)
     args = parser.parse_args()
 

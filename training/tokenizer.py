@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 
+import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTokenizer
 
-from training import world
+from training.captions import caption
+from training.world import sample_scene
 
-MAX_TOKENS = 32
-NUM_MERGES = 400
+MAX_TOKENS = 48
+NUM_MERGES = 600
 # CLIP's own split: contractions, words, single digits, runs of other signs.
 CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
+@cache
 def build_tokenizer(num_captions: int = 20_000) -> CLIPTokenizer:
     """Train byte-pair merges on captions. Ids as in CLIP: bytes, bytes with `</w>`, merges, then the two marks."""
     rng = random.Random("captions")
-    captions = [world.caption(world.sample_scene(rng), rng) for _ in range(num_captions)]
+    captions = [caption(sample_scene(rng), rng) for _ in range(num_captions)]
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     split = pre_tokenizers.Split(Regex(CLIP_SPLIT), "removed", invert=True)
@@ -40,3 +46,13 @@ def build_tokenizer(num_captions: int = 20_000) -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Return ids `[N, L]` int64, padded and cut to the model's length, as the tokenizer's own call does but faster."""
+    ids = np.full((len(captions), MAX_TOKENS), tokenizer.pad_token_id, np.int64)
+    for row, encoding in zip(ids, tokenizer.backend_tokenizer.encode_batch_fast(captions), strict=True):
+        kept = encoding.ids[:MAX_TOKENS]
+        row[: len(kept)] = kept
+        row[-1] = tokenizer.eos_token_id
+    return torch.from_numpy(ids)

@@ -8,7 +8,6 @@ the objects, their relation and the background, so the denoiser finds them where
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 
 import torch
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training import common, world
+from training import common
+from training.scenes import NUM_CLASSES, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer
 
 TEXT_WIDTH = 192
-RELATIONS = ("", "left", "above", "riding")
-SCALES = ("", "small", "big")
-# Classes of each answer: first object, second object or none, relation, background, scale.
-NUM_CLASSES = (len(world.OBJECTS), len(world.OBJECTS) + 1, len(RELATIONS), len(world.BACKGROUNDS), len(SCALES))
+HELD_OUT_SEED = 1_000_003
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -33,7 +30,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         hidden_size=TEXT_WIDTH,
         intermediate_size=4 * TEXT_WIDTH,
         projection_dim=TEXT_WIDTH,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=3,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
@@ -43,66 +40,79 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Return ids `[N, L]` int64, padded and cut to the model's length."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
-def answers(scene: world.Scene) -> list[int]:
-    """Return the class of each answer about a scene."""
-    names = list(world.OBJECTS)
-    places = [names.index(placed.name) for placed in scene.objects]
-    second = places[1] if len(places) == 2 else len(names)
-    background = world.BACKGROUNDS.index(scene.background)
-    return [places[0], second, RELATIONS.index(scene.relation), background, SCALES.index(scene.scale)]
-
-
 def answer_loss(logits: Tensor, targets: Tensor, is_padding: Tensor) -> Tensor:
-    """Mean cross-entropy. `logits` `[B, L, sum of classes]`, `targets` `[B, 5]`, `is_padding` `[B, L]` bool."""
+    """Mean cross-entropy. `logits` `[B, L, sum of classes]`, `targets` `[B, 7]`, `is_padding` `[B, L]` bool."""
     rows, columns = is_padding.nonzero(as_tuple=True)
     parts = logits[rows, columns].float().split(NUM_CLASSES, dim=-1)
     return torch.stack([F.cross_entropy(part, targets[rows, index]) for index, part in enumerate(parts)]).sum()
 
 
+@torch.no_grad()
+def answered(logits: Tensor, targets: Tensor) -> list[float]:
+    """Share of right answers, one for each question. `logits` `[B, sum of classes]`, of one position of each text."""
+    parts = logits.float().split(NUM_CLASSES, dim=-1)
+    return [float((part.argmax(-1) == targets[:, index]).float().mean()) for index, part in enumerate(parts)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--updates", type=int, default=450)
-    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--updates", type=int, help="3000; 1000 on a CPU")
+    parser.add_argument("--scenes", type=int, help="scenes whose captions are made once (300,000; 60,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="512; 128 on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    updates = args.updates or common.by_device(device, 3000, 1000)
+    batch_size = args.batch_size or common.by_device(device, 512, 128)
     tokenizer = build_tokenizer()
-    encoder = build_text_encoder(tokenizer)
-    head = nn.Linear(TEXT_WIDTH, sum(NUM_CLASSES))
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 300_000, 60_000), tellings=2).to(device)
+    held_out = make_scenes(HELD_OUT_SEED, 2048, tellings=1).to(device)
+    encoder = build_text_encoder(tokenizer).to(device)
+    head = nn.Linear(TEXT_WIDTH, sum(NUM_CLASSES)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = common.Progress(None, args.updates)
-    rng = random.Random(f"text-{args.seed}")
-    bar = tqdm(total=args.updates, desc="text", mininterval=5)
+    progress = common.Progress(None, updates)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = common.CsvLog(args.out / "log.csv", fresh=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    bar = tqdm(total=updates, desc="text", mininterval=5)
     while not progress.finished:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=30)
-        scenes = [world.sample_scene(rng) for _ in range(args.batch_size)]
-        token_ids = tokenize(tokenizer, [world.caption(scene, rng) for scene in scenes])
-        targets = torch.tensor([answers(scene) for scene in scenes])
-        with torch.autocast("cpu", torch.bfloat16):
+            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, 1 + updates // 10))
+        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
+        tellings = torch.randint(2, (batch_size,), generator=generator).to(device)
+        token_ids = scenes.token_ids[tellings, picks].long()
+        with common.autocast(device):
             logits = head(encoder(token_ids).last_hidden_state)
-        loss = answer_loss(logits, targets, token_ids == tokenizer.eos_token_id)
+        loss = answer_loss(logits, scenes.answers[picks].long(), token_ids == tokenizer.eos_token_id)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         progress.done_updates += 1
         bar.update()
-        bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+        if progress.done_updates % args.report_every == 0 or progress.finished:
+            log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss.item())
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()
-    encoder.save_pretrained(args.out)
-    common.write_record(args.out, progress, args.batch_size, common.device_name(torch.device("cpu")))
-    common.CsvLog(args.out / "log.csv").write(updates=progress.done_updates, loss=float(loss))
+    with torch.no_grad():
+        # The last position is padding in all but the longest captions.
+        told = head(encoder(held_out.token_ids[0].long()).last_hidden_state[:, -1])
+    right = answered(told, held_out.answers.long())
+    names = ("first", "second", "third", "relation", "number", "background", "scale")
+    print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
+    encoder.cpu().save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    common.write_record(args.out, progress, batch_size, common.device_name(device))
+    log.plot("loss")
+    common.finish(args.out)
 
 
 if __name__ == "__main__":

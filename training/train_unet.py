@@ -1,38 +1,40 @@
-"""Train the denoiser: `python -m training.train_unet --vae VAE_RUN/vae --text TEXT_RUN --out RUN --minutes 65`."""
+"""Train the denoiser: `python -m training.train_unet --vae VAE_RUN --text TEXT_RUN --out RUN --minutes 65`."""
 
 from __future__ import annotations
 
 import argparse
-import random
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from training import common, world
+from training import common
 from training.fastnorm import use_fast_group_norm
-from training.tokenizer import build_tokenizer
-from training.train_text import TEXT_WIDTH, build_text_encoder, tokenize
+from training.painting import Painter
+from training.scenes import SceneSet, batches, make_scenes
+from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
+from training.train_text import TEXT_WIDTH
+from training.train_vae import VAE_CONFIG
+from training.world import IMAGE_PX
 
 UNET_CONFIG = {
-    "sample_size": world.IMAGE_PX // 4,
-    "in_channels": 4,
-    "out_channels": 4,
+    "sample_size": IMAGE_PX // 8,
+    "in_channels": VAE_CONFIG["latent_channels"],
+    "out_channels": VAE_CONFIG["latent_channels"],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [64, 128, 128],
+    "block_out_channels": [96, 128, 128],
     "layers_per_block": 1,
     "cross_attention_dim": TEXT_WIDTH,
     # Despite its name, diffusers reads this as the number of heads of each level: heads of 64 here.
-    "attention_head_dim": [1, 2, 2],
+    "attention_head_dim": [2, 2, 2],
     "norm_num_groups": 32,
     "use_linear_projection": True,
 }
@@ -47,77 +49,73 @@ NOISE_CONFIG = {
     "steps_offset": 1,
 }
 EMPTY_CAPTION_SHARE = 0.1
-# Captions per scene that are made ahead; the same picture is told differently from one pass to the next.
+# The same picture is told differently from one pass to the next.
 CAPTIONS_PER_SCENE = 4
 PROMPTS = (
-    "a dog", "a cat", "a horse", "an astronaut", "a duck", "a turtle", "a house", "a tree",
-    "sushi", "a rocket", "an apple", "a banana", "a car", "a fish", "a butterfly", "a mushroom",
-    "a pizza", "a penguin", "a frog", "a robot",
-    "a duck left of a turtle in a forest", "an astronaut riding a horse at night",
-    "a cat riding a turtle on a beach", "a robot in the city",
-    "a penguin in the snow", "a fish under water", "a rocket above a house at night", "a banana right of an apple",
-    "a big mushroom in a forest", "a small car in the desert", "a dog next to a cat on a beach",
-    "a frog riding a fish under the sea",
+    "an astronaut riding a horse", "a duck arguing with a turtle in a forest", "a corgi in a house made of sushi",
+    "a dog looking in the mirror seeing a cat", "a dog", "a red circle", "three apples", "a castle at night",
+    "An astronaut riding a horse in photorealistic style.",
+    "A chrome-plated duck with a golden beak arguing with an angry turtle in a forest.",
+    "A cute corgi lives in a house made out of sushi.", "A dog looking curiously in the mirror, seeing a cat.",
+    "four robots in the city", "two blue stars", "a cat left of a dog on a beach", "a rocket above a house at night",
+    "a penguin in the snow", "a fish under water", "a panda riding a cow", "a frog in a bathtub",
+    "a house made of pizza in the mountains", "a rabbit looking at a carrot", "a fox in front of a tree in a meadow",
+    "a banana right of an apple", "a guitar", "an elephant in the desert", "a small snail in a forest",
+    "a big strawberry", "a bee and a sunflower in a meadow", "a green triangle above a purple square",
+    "a unicorn next to a snowman in the snow", "a crab below an umbrella on the beach",
 )  # fmt: skip
 
 
-class Denoiser(nn.Module):
-    """The text encoder, taught before by `train_text` and frozen here, and the UNet."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        super().__init__()
-        self.text_encoder = build_text_encoder(tokenizer)
-        self.unet = UNet2DConditionModel.from_config(UNET_CONFIG)
-
-    def forward(self, latents: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
-        """Predict v: `latents` `[B, 4, H, W]`, `timesteps` `[B]`, `token_ids` `[B, L]`."""
-        with torch.no_grad():
-            prompt_embeds = self.text_encoder(token_ids).last_hidden_state
-        return self.unet(latents, timesteps, prompt_embeds, return_dict=False)[0]
-
-
 def step_loss(
-    model: Denoiser, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, token_ids: Tensor
+    unet: nn.Module, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prompt_embeds: Tensor
 ) -> Tensor:
-    """Mean squared error of v (Salimans and Ho 2022). `latents`, `noise` `[B, 4, H, W]`; `timesteps` `[B]` int."""
+    """Mean squared error of v (Salimans and Ho 2022). `latents`, `noise` `[B, C, H, W]`; `timesteps` `[B]` int."""
     signal = alphas_cumprod[timesteps].sqrt()[:, None, None, None]
     spread = (1 - alphas_cumprod[timesteps]).sqrt()[:, None, None, None]
-    with torch.autocast(latents.device.type, torch.bfloat16):
-        predicted = model(signal * latents + spread * noise, timesteps, token_ids)
+    with common.autocast(latents.device):
+        predicted = unet(signal * latents + spread * noise, timesteps, prompt_embeds, return_dict=False)[0]
     return F.mse_loss(predicted.float(), signal * noise - spread * latents)
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, seed: int, num_scenes: int, single_share: float, device: torch.device) -> Tensor:
-    """Draw and encode scenes. Returns `[N, 4, H/4, W/4]` fp16 latents of unit variance."""
+def encode_scenes(
+    vae: AutoencoderKL, painter: Painter, scenes: SceneSet, device: torch.device, compiled: bool = False
+) -> Tensor:
+    """Paint and encode scenes. Returns `[N, C, H/8, W/8]` fp16 latents of unit variance, on the device."""
+
+    def encode(pictures: Tensor) -> Tensor:
+        mean: Tensor = vae.encode(pictures).latent_dist.mode()
+        return mean
+
+    run = torch.compile(encode) if compiled else encode
     parts = []
-    for start in tqdm(range(0, num_scenes, 64), desc="encode", mininterval=10):
-        scenes = [world.scene_at(seed, index, single_share) for index in range(start, min(start + 64, num_scenes))]
-        images = common.to_tensor(np.stack([np.asarray(world.render(scene)) for scene in scenes])).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
-        parts.append((latents.float() * vae.config.scaling_factor).half().cpu().contiguous())
+    picks = torch.arange(len(scenes), device=device)
+    for part in tqdm(list(batches(len(scenes), 256)), desc="encode", mininterval=5):
+        pictures = scenes.pictures(painter, picks[part])
+        with common.autocast(device):
+            # The last, smaller batch is not worth another compilation.
+            latents = run(pictures) if len(pictures) == 256 else encode(pictures)
+        parts.append((latents.float() * vae.config.scaling_factor).half().contiguous())
     return torch.cat(parts)
 
 
-def caption_ids(tokenizer: CLIPTokenizer, seed: int, num_scenes: int, single_share: float) -> Tensor:
-    """Return token ids `[CAPTIONS_PER_SCENE, N, L]` int16 of captions of each scene."""
-    rows = []
-    for telling in range(CAPTIONS_PER_SCENE):
-        rng = random.Random(f"captions-{seed}-{telling}")
-        captions = [world.caption(world.scene_at(seed, index, single_share), rng) for index in range(num_scenes)]
-        rows.append(tokenize(tokenizer, captions).short())
-    return torch.stack(rows)
+@torch.no_grad()
+def embed(text_encoder: CLIPTextModel, token_ids: Tensor) -> Tensor:
+    """Text states `[B, L, D]` of token ids `[B, L]`."""
+    with common.autocast(token_ids.device):
+        return text_encoder(token_ids).last_hidden_state
 
 
-def pick_scenes(single: Tensor, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
-    """Return `[num_picks]` scene numbers; `single` `[N]` bool marks scenes with one object.
+def pick_scenes(alone: Tensor, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
+    """Return `[num_picks]` scene numbers; `alone` `[N]` bool marks scenes with one object.
 
-    Early in the run (`fraction` near 0) most have one object, which teaches what each word means; late most have two.
+    Early in the run (`fraction` near 0) most have one object, which teaches what each word means; late most have more.
     """
-    share = 0.85 - 0.6 * fraction
-    weights = torch.where(single, share / single.sum(), (1 - share) / (~single).sum())
-    return torch.multinomial(weights, num_picks, replacement=True, generator=generator)
+    share = max(0.25, 0.85 - 1.2 * fraction)
+    singles, others = alone.nonzero()[:, 0], (~alone).nonzero()[:, 0]
+    draw = torch.rand(2, num_picks, generator=generator, device=alone.device)
+    picks = [kind[(draw[0] * len(kind)).long()] for kind in (singles, others)]
+    return torch.where(draw[1] < share, *picks)
 
 
 def pick_timesteps(num_timesteps: int, fraction: float, num_picks: int, generator: torch.Generator) -> Tensor:
@@ -126,111 +124,157 @@ def pick_timesteps(num_timesteps: int, fraction: float, num_picks: int, generato
     At 16 x 16 latents an object shows through all but the strongest noise, so only there do the words matter.
     """
     power = 1 / (3 - 1.5 * fraction)
-    return (torch.rand(num_picks, generator=generator) ** power * num_timesteps).long().clamp(max=num_timesteps - 1)
+    draw = torch.rand(num_picks, generator=generator, device=generator.device)
+    return (draw**power * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 @torch.no_grad()
 def draw(
-    model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, prompts: tuple[str, ...], scale: float, seed: int
+    unet: nn.Module,
+    text_encoder: CLIPTextModel,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    prompts: tuple[str, ...],
+    noise_scheduler: SchedulerMixin,
+    scale: float,
+    seed: int = 0,
 ) -> np.ndarray:
-    """Sample one picture a prompt in 20 steps with classifier-free guidance. Returns `[N, H, W, 3]` uint8."""
-    noise_scheduler = DPMSolverMultistepScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
-    noise_scheduler.set_timesteps(20)
-    device = next(model.parameters()).device
-    token_ids = tokenize(tokenizer, [*prompts, *[""] * len(prompts)]).to(device)
-    prompt_embeds = model.text_encoder(token_ids).last_hidden_state
-    side = UNET_CONFIG["sample_size"]
-    latents = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(seed)).to(device)
+    """Sample one picture a prompt with classifier-free guidance of `scale` above 1. Returns `[N, H, W, 3]` uint8."""
+    device = next(unet.parameters()).device
+    texts = [*prompts, *[""] * len(prompts)] if scale > 1 else list(prompts)
+    prompt_embeds = embed(text_encoder, tokenize(tokenizer, texts).to(device))
+    side, channels = UNET_CONFIG["sample_size"], UNET_CONFIG["in_channels"]
+    latents = torch.randn(len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in noise_scheduler.timesteps:
-        with torch.autocast(device.type, torch.bfloat16):
-            told, untold = model.unet(latents.repeat(2, 1, 1, 1), timestep, prompt_embeds).sample.float().chunk(2)
-        latents = noise_scheduler.step(untold + scale * (told - untold), timestep, latents).prev_sample
+        with common.autocast(device):
+            inputs = latents.repeat(2, 1, 1, 1) if scale > 1 else latents
+            predicted = unet(inputs, timestep, prompt_embeds, return_dict=False)[0].float()
+        if scale > 1:
+            told, untold = predicted.chunk(2)
+            predicted = untold + scale * (told - untold)
+        latents = noise_scheduler.step(predicted, timestep, latents).prev_sample
     return common.to_pixels(vae.decode(latents / vae.config.scaling_factor).sample)
+
+
+def teacher_schedule(num_inference_steps: int = 20) -> SchedulerMixin:
+    noise_scheduler = DPMSolverMultistepScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
+    noise_scheduler.set_timesteps(num_inference_steps)
+    return noise_scheduler
+
+
+def load_text_encoder(run: Path, device: torch.device) -> CLIPTextModel:
+    """The finished text encoder of a `train_text` run, frozen."""
+    text_encoder = CLIPTextModel.from_pretrained(run).to(device)
+    if device.type == "cpu":
+        text_encoder.set_attn_implementation("eager")
+    return text_encoder.eval().requires_grad_(False)
+
+
+def load_vae(run: Path, device: torch.device) -> AutoencoderKL:
+    """The finished autoencoder of a `train_vae` run, frozen."""
+    vae = AutoencoderKL.from_pretrained(run / "vae").to(device, memory_format=torch.channels_last)
+    return vae.eval().requires_grad_(False)
+
+
+def build_unet(device: torch.device) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        use_fast_group_norm(unet)
+        # The fused attention's backward pass is slow at these short lengths.
+        unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def random_inputs(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, timesteps and text states of the shapes of a run: what a compiled network is compiled with."""
+    channels, side = UNET_CONFIG["in_channels"], UNET_CONFIG["sample_size"]
+    return (
+        torch.randn(batch_size, channels, side, side, device=device),
+        torch.randint(NOISE_CONFIG["num_train_timesteps"], (batch_size,), device=device),
+        torch.randn(batch_size, MAX_TOKENS, TEXT_WIDTH, device=device),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae wrote")
-    parser.add_argument("--text", type=Path, required=True, help="folder that train_text wrote")
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
+    parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, default=30_000, help="scenes drawn and encoded once")
-    parser.add_argument("--single-share", type=float, default=0.5, help="share of scenes with one object")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (500,000; 30,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument("--save-every", type=int, default=300, help="updates between checkpoints and sample grids")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints, each with samples")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 1024, 64)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    vae = AutoencoderKL.from_pretrained(args.vae).to(device).eval().requires_grad_(False)
     tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(args.out / "tokenizer")
-    latents_path = args.out / "latents.safetensors"
-    if not latents_path.exists():
-        encoded = encode_scenes(vae, args.seed, args.scenes, args.single_share, device)
-        save_file({"latents": encoded}, latents_path)
-    latents = load_file(latents_path)["latents"]
-    token_ids = caption_ids(tokenizer, args.seed, len(latents), args.single_share)
-    empty_ids = tokenize(tokenizer, [""])
-    single = torch.tensor(
-        [len(world.scene_at(args.seed, index, args.single_share).objects) == 1 for index in range(len(latents))]
-    )
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 500_000, 30_000), CAPTIONS_PER_SCENE)
+    scenes = scenes.to(device)
+    painter = Painter(device)
+    empty_ids = tokenize(tokenizer, [""]).to(device)
+    alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
+    unet = build_unet(device)
+    network = torch.compile(unet) if args.compile else unet
+    if args.compile:
+        inputs, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        step_loss(network, inputs, inputs, alphas_cumprod, timesteps, prompt_embeds).backward()
+    if args.wait:
+        common.wait_for(args.text)
+        common.wait_for(args.vae)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    latents = encode_scenes(vae, painter, scenes, device, args.compile)
 
-    model = Denoiser(tokenizer)
-    model.text_encoder.load_state_dict(CLIPTextModel.from_pretrained(args.text).state_dict())
-    model.text_encoder.requires_grad_(False)
-    model.to(device, memory_format=torch.channels_last)
-    if device.type == "cpu":
-        use_fast_group_norm(model)
-        # The fused attention's backward pass is slow at these short lengths.
-        model.unet.set_attn_processor(AttnProcessor())
-        model.text_encoder.set_attn_implementation("eager")
-    optimizer = torch.optim.AdamW(model.unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     progress = common.Progress(args.minutes, args.updates)
     weights = common.load_checkpoint(args.out, optimizer, progress)
-    ema = common.Ema(model, args.ema)
+    ema = common.Ema(unet, args.ema)
     if weights:
-        model.load_state_dict(common.with_prefix(weights, "live."))
+        unet.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
-    alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
-    log = common.CsvLog(args.out / "log.csv")
+    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
 
     def save() -> None:
-        tensors = {f"live.{name}": p for name, p in model.named_parameters()}
+        tensors = {f"live.{name}": p for name, p in unet.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, args.batch_size, common.device_name(device))
+        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
         ema.swap()
-        pixels = draw(model, vae, tokenizer, PROMPTS, scale=3.0, seed=0)
+        pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
         ema.swap()
-        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8)
+        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
 
-    generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
+    generator = torch.Generator(device).manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
     bar = tqdm(total=args.updates, initial=progress.done_updates, desc="unet", mininterval=10)
-    while not progress.finished:
+    while not progress.stopping:
         common.follow_cpu_share()
         rate = common.learning_rate(progress, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        size = (args.batch_size,)
-        picks = pick_scenes(single, progress.fraction, args.batch_size, generator)
-        ids = token_ids[torch.randint(len(token_ids), size, generator=generator), picks].long()
-        ids = torch.where(torch.rand(args.batch_size, 1, generator=generator) < EMPTY_CAPTION_SHARE, empty_ids, ids)
-        clean = latents[picks].float().to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, args.batch_size, generator).to(device)
-        loss = step_loss(model, clean, noise, alphas_cumprod, timesteps, ids.to(device))
+        picks = pick_scenes(scenes.alone, progress.fraction, batch_size, generator)
+        tellings = torch.randint(CAPTIONS_PER_SCENE, picks.shape, generator=generator, device=device)
+        ids = scenes.token_ids[tellings, picks].long()
+        is_untold = torch.rand(batch_size, 1, generator=generator, device=device) < EMPTY_CAPTION_SHARE
+        prompt_embeds = embed(text_encoder, torch.where(is_untold, empty_ids, ids))
+        clean = latents[picks].float()
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, batch_size, generator)
+        loss = step_loss(network, clean, noise, alphas_cumprod, timesteps, prompt_embeds)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         progress.done_updates += 1
         ema.update(progress.done_updates)
@@ -241,9 +285,12 @@ def main() -> None:
             running.clear()
             log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean, lr=rate)
             bar.set_postfix(loss=f"{mean:.4f}")
-        if progress.done_updates % args.save_every == 0 or progress.finished:
+        if progress.is_save_due(args.save_minutes):
             save()
     bar.close()
+    log.plot("loss", "lr")
+    if progress.finished:
+        common.finish(args.out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +13,27 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from training import common, world
+from training import common
 from training.fastnorm import use_fast_group_norm
+from training.painting import Painter
+from training.scenes import batches, make_scenes
+from training.world import IMAGE_PX
 
 VAE_CONFIG = {
     "in_channels": 3,
     "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [32, 64, 96, 96],
     "layers_per_block": 1,
-    "latent_channels": 4,
+    "latent_channels": 12,
     "norm_num_groups": 16,
-    "sample_size": world.IMAGE_PX,
+    "sample_size": IMAGE_PX,
     "mid_block_add_attention": False,
 }
 KL_WEIGHT = 1e-6
 GRADIENT_WEIGHT = 0.5
+SQUARED_WEIGHT = 3.0
 HELD_OUT_SEED = 1_000_003
 
 
@@ -41,21 +47,26 @@ def build_vae() -> AutoencoderKL:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 plus L1 of the neighbour differences, which keeps edges sharp. Both `[B, 3, H, W]`."""
-    loss = F.l1_loss(output, target)
+    """L1, squared error and L1 of the neighbour differences, which keeps edges sharp. Both `[B, 3, H, W]`."""
+    loss = F.l1_loss(output, target) + SQUARED_WEIGHT * F.mse_loss(output, target)
     for dim in (2, 3):
         loss = loss + GRADIENT_WEIGHT * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
 
 
-def step_loss(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Loss of one batch, `[B, 3, H, W]` in [-1, 1]."""
-    with torch.autocast(images.device.type, torch.bfloat16):
-        posterior = vae.encode(images).latent_dist
-        output = vae.decode(posterior.sample()).sample
-    mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+def step_loss(forward: Callable[[AutoencoderKL, Tensor], Any], vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Loss of one batch, `[B, 3, H, W]` in [-1, 1]. `forward` is `_forward`, maybe compiled."""
+    with common.autocast(images.device):
+        output, mean, log_variance = forward(vae, images)
+    mean, log_variance = mean.float(), log_variance.float()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=(1, 2, 3)).mean()
     return reconstruction_loss(output.float(), images) + KL_WEIGHT * kl
+
+
+def _forward(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstruction, and mean and log variance of the posterior."""
+    posterior = vae.encode(images).latent_dist
+    return vae.decode(posterior.sample()).sample, posterior.mean, posterior.logvar
 
 
 @torch.no_grad()
@@ -76,26 +87,38 @@ def latent_std(vae: AutoencoderKL, images: Tensor) -> float:
     return float(torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)]).std())
 
 
-def main() -> None:
+def held_out_pictures(painter: Painter, num: int) -> Tensor:
+    """Scenes that no training run draws, `[N, 3, H, W]` in [-1, 1]."""
+    scenes = make_scenes(HELD_OUT_SEED, num, tellings=1)
+    return torch.cat([scenes.pictures(painter, torch.arange(num)[part]) for part in batches(num, 64)])
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, default=16_000, help="pictures drawn for training")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.995)
+    parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
+    parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
+    parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows, grids and checkpoints")
-    args = parser.parse_args()
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
+    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
+    args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 96, 16)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    pixels = world.scene_pixels(args.seed, args.scenes, single_share=0.4)
-    held_out = common.to_tensor(world.scene_pixels(HELD_OUT_SEED, 64)).to(device)
+    painter = Painter(device)
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 200_000, 16_000), tellings=1).to(device)
+    held_out = held_out_pictures(painter, args.held_out)
     vae = build_vae().to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(vae)
@@ -106,31 +129,34 @@ def main() -> None:
     if weights:
         vae.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
-    log = common.CsvLog(args.out / "log.csv")
+    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+    forward = torch.compile(_forward) if args.compile else _forward
 
-    def report(loss: float) -> None:
+    def report() -> None:
         ema.swap()
         output = reconstruct(vae, held_out)
-        score = psnr_db(output, held_out)
         ema.swap()
+        loss, score = float(torch.stack(running).mean()), psnr_db(output, held_out)
+        running.clear()
         log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss, psnr_db=score)
+        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
         pairs = torch.stack([held_out[:32], output[:32]], dim=1).flatten(0, 1)
-        common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16)
+        common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16, zoom=1)
+
+    def save() -> None:
         tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, args.batch_size, common.device_name(device))
-        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
+        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
 
     generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
     bar = tqdm(total=args.updates, initial=progress.done_updates, desc="vae", mininterval=10)
-    while not progress.finished:
+    while not progress.stopping:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(progress, args.lr)
-        picks = torch.randint(len(pixels), (args.batch_size,), generator=generator)
-        images = common.to_tensor(pixels[picks.numpy()]).to(device, memory_format=torch.channels_last)
-        loss = step_loss(vae, images)
+        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
+        loss = step_loss(forward, vae, scenes.pictures(painter, picks))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -139,15 +165,20 @@ def main() -> None:
         ema.update(progress.done_updates)
         running.append(loss.detach())
         bar.update()
-        if progress.done_updates % args.report_every == 0 or progress.finished:
-            report(float(torch.stack(running).mean()))
-            running.clear()
+        if progress.done_updates % args.report_every == 0 or progress.stopping:
+            report()
+        if progress.is_save_due(args.save_minutes):
+            save()
     bar.close()
 
     ema.swap()
-    scale = 1 / latent_std(vae, common.to_tensor(pixels[:1024]).to(device))
-    vae.register_to_config(scaling_factor=round(scale, 5))
-    vae.save_pretrained(args.out / "vae")
+    picks = torch.arange(min(1024, len(scenes)), device=device)
+    pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
+    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 5))
+    vae.cpu().save_pretrained(args.out / "vae")
+    log.plot("loss", "psnr_db")
+    if progress.finished:
+        common.finish(args.out)
 
 
 if __name__ == "__main__":

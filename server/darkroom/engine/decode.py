@@ -12,13 +12,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import structlog
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,10 +25,10 @@ from torch import Tensor
 from darkroom import metrics
 from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.diffusion.previews import PreviewMap, encode_preview, fit_previews
 from darkroom.diffusion.vae import MAX_DECODE_PIXELS
 from darkroom.engine.device import is_out_of_memory, to_host
 from darkroom.engine.events import Preview
+from darkroom.engine.previews import Previews
 from darkroom.engine.pulse import Pulse
 from darkroom.engine.row import ActiveJob, Interval, Row
 from darkroom.engine.start import EncodedInputs, encode_inputs
@@ -40,12 +39,6 @@ from darkroom.errors import JobError
 # Lower priority, in the kernel's own unit: beside a busy thread, a quarter of its share.
 ENCODE_NICENESS = 5
 NEVER = Interval(0.0, 0.0)
-# The part of its time that the decoding thread may give to previews.
-PREVIEW_SHARE = 0.02
-# What a linear preview costs in all, its way to Redis included, over the CPU time that it takes to make.
-WHOLE_COST = 3.0
-
-log = structlog.get_logger("darkroom.engine")
 
 
 @dataclass(frozen=True)
@@ -85,35 +78,16 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Glimpse:
-    """A running row's denoised latents `[C, H, W]` fp32 on the host, after `step` evaluations, to be shown as the job
-    asks for."""
+class Called:
+    """Something else that the decoding thread is to do, and whoever waits for it."""
 
-    row: Row
-    latents: Tensor
-    step: int
-
-
-class PreviewTrial:
-    """A model whose preview map is wanted before anybody waits for it."""
-
-    def __init__(self, model: DiffusionModel) -> None:
-        self.model = model
-        self.is_over = threading.Event()
-
-
-class Trial:
-    """Latents of one model and size, drawn by nobody, to be decoded once in every number that may share a call."""
-
-    def __init__(self, model: DiffusionModel, width: int, height: int) -> None:
-        self.model, self.width, self.height = model, width, height
-        self.is_over = threading.Event()
-        self.error: Exception | None = None
+    work: Callable[[], None]
+    done: Future[None]
 
 
 class Decoder:
-    """Decodes rows and reports each to `on_developed` on one of its threads, and previews to `on_preview`; encodes what
-    jobs begin with and reports that to `on_encoded`.
+    """Decodes rows and reports each to `on_developed` on one of its threads; encodes what jobs begin with and reports
+    that to `on_encoded`. `previews` makes previews on the same threads.
 
     `max_batch` is how many latents of one shape share a VAE call at most; large pictures share it with fewer. With
     `has_few_sizes` calls are of 1, 2, 4 or 8 latents and so on, the numbers that `try_out` has tried.
@@ -133,23 +107,16 @@ class Decoder:
     ) -> None:
         self._on_developed = on_developed
         self._on_encoded = on_encoded
-        self._on_preview = on_preview
-        self._preview_maps: dict[str, PreviewMap | None] = {}
-        # The latest of each row that is to be shown, by row.
-        self._glimpses: dict[int, Glimpse] = {}
-        self._glimpses_lock = threading.Lock()
-        self._decode_preview_after_s = 0.0
-        # CPU seconds that a linear preview costs, lately.
-        self.preview_cost_s = 0.0
         self._pulse = pulse
         self._max_batch = max_batch
         self._finish = finish
         self._has_few_sizes = has_few_sizes
-        self._waiting: queue.SimpleQueue[Exposed | Taken | Trial | PreviewTrial | int | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Exposed | Taken | Called | None] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(encode_threads, thread_name_prefix="image-encode", initializer=_yield_to_others)
         # Pictures that may wait for compression; latents are hundreds of times smaller.
         self._room = threading.Semaphore(max_batch + 2 * encode_threads)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.previews = Previews(on_preview, self._decode_now, self.call, self._pool.submit, pulse=pulse)
         self._thread = threading.Thread(target=self._run, name="vae-decode", daemon=True)
         self._thread.start()
 
@@ -161,35 +128,18 @@ class Decoder:
         """Encode the pictures that a job brings. Not done any more once `close` was called."""
         self._waiting.put(Taken(active, model))
 
-    def show(self, row: Row, latents: Tensor, step: int) -> None:
-        """Make the preview that the row's job asks for of `latents`, its denoised ones after `step` evaluations,
-        `[C, H, W]` fp32 on the host. A later call for the same row takes the place of one that is not begun yet."""
-        with self._glimpses_lock:
-            is_waiting = row.id in self._glimpses
-            self._glimpses[row.id] = Glimpse(row, latents, step)
-        if is_waiting:
-            return
-        if row.active.previews == "vae" or row.model.id not in self._preview_maps:
-            self._waiting.put(row.id)
-        else:
-            self._pool.submit(self._draw_preview, row.id)
-
-    def fit_previews(self, model: DiffusionModel) -> None:
-        """Fit the map of a model's previews, and wait for it."""
-        trial = PreviewTrial(model)
-        self._waiting.put(trial)
-        trial.is_over.wait()
+    def call(self, work: Callable[[], None]) -> Future[None]:
+        """Do `work` on the thread that decodes, after the pictures that wait now."""
+        done: Future[None] = Future()
+        self._waiting.put(Called(work, done))
+        return done
 
     def try_out(self, model: DiffusionModel, width: int, height: int) -> None:
         """Decode pictures of `width` × `height` for nobody, in every number that may share a call, and wait for it.
 
         On the thread that decodes, since libraries keep what they found out by thread. Raises what that meets.
         """
-        trial = Trial(model, width, height)
-        self._waiting.put(trial)
-        trial.is_over.wait()
-        if trial.error is not None:
-            raise trial.error
+        self.call(lambda: self._try_out(model, width, height)).result()
 
     def close(self) -> None:
         """Finish what was submitted, then stop."""
@@ -211,17 +161,12 @@ class Decoder:
             is_open = None not in arrived
             groups: dict[object, list[Exposed]] = {}
             taken: list[Taken] = []
-            to_show: list[int] = []
+            called: list[Called] = []
             for exposed in arrived:
-                if isinstance(exposed, Trial):
-                    self._try_out(exposed)
-                elif isinstance(exposed, Taken):
+                if isinstance(exposed, Taken):
                     taken.append(exposed)
-                elif isinstance(exposed, PreviewTrial):
-                    self._preview_map(exposed.model)
-                    exposed.is_over.set()
-                elif isinstance(exposed, int):
-                    to_show.append(exposed)
+                elif isinstance(exposed, Called):
+                    called.append(exposed)
                 elif exposed is not None and not exposed.row.active.is_over:
                     groups.setdefault(exposed.row.key, []).append(exposed)
             for group in groups.values():
@@ -230,8 +175,12 @@ class Decoder:
                 for size in self._sizes(len(group), request.width, request.height):
                     self._decode(group[start : start + size])
                     start += size
-            for row_id in to_show:
-                self._show(row_id)
+            for call in called:
+                try:
+                    call.work()
+                    call.done.set_result(None)
+                except Exception as error:
+                    call.done.set_exception(error)
             # One at a time, so that finished pictures wait for one at most.
             for later in taken[1:]:
                 self._waiting.put(later)
@@ -248,17 +197,16 @@ class Decoder:
             count -= sizes[-1]
         return sizes
 
-    def _try_out(self, trial: Trial) -> None:
-        model = trial.model
+    def _try_out(self, model: DiffusionModel, width: int, height: int) -> None:
         side = model.vae_scale_factor
-        shape = model.latent_channels, trial.height // side, trial.width // side
-        try:
-            for size in sorted(set(self._sizes(2 * self._max_batch - 1, trial.width, trial.height))):
-                drawn = torch.randn((size, *shape), generator=torch.Generator().manual_seed(size))
-                decode_latents(model, list(drawn.to(model.device)), [], self._stream(model.device))
-        except Exception as error:
-            trial.error = error
-        trial.is_over.set()
+        shape = model.latent_channels, height // side, width // side
+        for size in sorted(set(self._sizes(2 * self._max_batch - 1, width, height))):
+            drawn = torch.randn((size, *shape), generator=torch.Generator().manual_seed(size))
+            self._decode_now(model, list(drawn.to(model.device)))
+
+    def _decode_now(self, model: DiffusionModel, latents: list[Tensor]) -> list[NDArray[np.uint8] | None]:
+        """Decode latents that are complete, on the thread that decodes."""
+        return decode_latents(model, latents, [], self._stream(model.device))
 
     def _encode_inputs(self, taken: Taken) -> None:
         active, model = taken.active, taken.model
@@ -278,73 +226,6 @@ class Decoder:
                 metrics.OUT_OF_MEMORY.labels("encode").inc()
             outcome = error
         self._on_encoded(Encoded(active, outcome, Interval(started_s, time.monotonic())))
-
-    def _preview_map(self, model: DiffusionModel) -> PreviewMap | None:
-        """The map of a model's previews; None where it cannot be had."""
-        if model.id not in self._preview_maps:
-            fitted: PreviewMap | None = None
-            try:
-                with self._pulse.phase("previews", 1.0), torch.inference_mode():
-                    fitted = fit_previews(
-                        model.latent_channels,
-                        model.vae_scale_factor,
-                        lambda fields: decode_latents(model, list(fields), [], self._stream(model.device)),
-                    )
-            except Exception as error:
-                release_frames(error)
-                log.warning("no_linear_previews", model=model.id, exc_info=error)
-            self._preview_maps[model.id] = fitted
-        return self._preview_maps[model.id]
-
-    def _show(self, row_id: int) -> None:
-        """Make a preview that takes the autoencoder, or a map that is yet to be fitted."""
-        glimpse = self._glimpses[row_id]
-        row, latents = glimpse.row, glimpse.latents
-        if row.active.previews != "vae":
-            self._preview_map(row.model)
-            self._pool.submit(self._draw_preview, row_id)
-            return
-        with self._glimpses_lock:
-            del self._glimpses[row_id]
-        started_s = time.monotonic()
-        if row.active.is_over or started_s < self._decode_preview_after_s:
-            return
-        try:
-            with self._pulse.phase("decode", float((latents.shape[1] * latents.shape[2]) ** 2)):
-                (pixels,) = decode_latents(row.model, [latents], [], self._stream(row.model.device))
-        except Exception as error:
-            release_frames(error)
-            log.warning("no_preview", job_id=row.active.job.id, exc_info=error)
-            return
-        took_s = time.monotonic() - started_s
-        self._decode_preview_after_s = started_s + took_s / PREVIEW_SHARE
-        if pixels is not None:
-            self._pool.submit(self._send_preview, glimpse, pixels, "vae")
-
-    def _draw_preview(self, row_id: int) -> None:
-        with self._glimpses_lock:
-            glimpse = self._glimpses.pop(row_id)
-        preview_map = self._preview_maps[glimpse.row.model.id]
-        active = glimpse.row.active
-        if preview_map is None or active.is_over or active.previews == "off":
-            return
-        began_s = time.thread_time()
-        with torch.inference_mode():
-            pixels = preview_map.draw(glimpse.latents)
-        self._send_preview(glimpse, pixels, "linear")
-        cost_s = WHOLE_COST * (time.thread_time() - began_s)
-        self.preview_cost_s += 0.1 * (cost_s - self.preview_cost_s) if self.preview_cost_s else cost_s
-
-    def _send_preview(self, glimpse: Glimpse, pixels: NDArray[np.uint8], kind: str) -> None:
-        row = glimpse.row
-        image = encode_preview(pixels)
-        metrics.PREVIEWS.labels(kind).inc()
-        preview = Preview(row.active.job, row.index, glimpse.step, row.table.num_evaluations, image)
-        with self._glimpses_lock:
-            # Several threads draw, and the older one of two may be ready later.
-            if self._on_preview is not None and row.previewed_step < glimpse.step and not row.active.is_over:
-                row.previewed_step = glimpse.step
-                self._on_preview(preview)
 
     def _decode(self, group: list[Exposed]) -> None:
         started_s = time.monotonic()

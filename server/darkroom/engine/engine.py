@@ -267,7 +267,7 @@ class Engine:
                 try_decoding(models, sizes_px, self._decoder, lambda: self._roster.is_stopping)
             if self._on_preview is not None:
                 for model in models:
-                    self._decoder.fit_previews(model)
+                    self._decoder.previews.fit(model)
             for model in models:
                 self._draw_for_nobody(model)
 
@@ -379,7 +379,7 @@ class Engine:
         shown = []
         for row in sorted(due, key=lambda row: row.shown_s):
             if row.shown_step == 0 or self._preview_allowance_s >= 0:
-                self._preview_allowance_s -= self._decoder.preview_cost_s
+                self._preview_allowance_s -= self._decoder.previews.cost_s
                 shown.append(row)
         return shown
 
@@ -478,7 +478,7 @@ class Engine:
             elif row in tick.saved:
                 self._save(row, tick.saved[row])
             if is_finite and row in tick.shown:
-                self._decoder.show(row, tick.shown[row], row.num_done)
+                self._decoder.previews.show(row, tick.shown[row], row.num_done)
 
     def _begin_again(self, row: Row, now_s: float) -> None:
         """Try an image once more whose numbers are not finite; one that was tried in fp32 already fails its job."""

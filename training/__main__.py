@@ -1,0 +1,99 @@
+"""Train the shipped models: `python -m training --minutes 16`. The same command goes on where it was stopped.
+
+The autoencoder and the text encoder come first, then the denoiser, then the student that is distilled from it. On a GPU
+the later stages get ready (scenes, compilation) while the earlier ones train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from training import common
+
+# Share of the minutes; the text encoder counts its updates and takes less than the autoencoder beside it.
+SHARES = {"vae": 0.26, "unet": 0.58, "student": 0.16}
+
+
+def commands(out: Path, minutes: float, device: str) -> dict[str, list[str]]:
+    """Stage -> its command, in the order in which they depend on each other."""
+    runs = {stage: out / stage for stage in ("text", "vae", "unet", "student")}
+    given = {stage: ["--out", str(run), "--device", device] for stage, run in runs.items()}
+    for stage, share in SHARES.items():
+        given[stage] += ["--minutes", f"{share * minutes:.3f}"]
+        if device != "cpu":
+            given[stage].append("--compile")
+    for stage in ("unet", "student"):
+        given[stage] += ["--vae", str(runs["vae"]), "--text", str(runs["text"]), "--wait"]
+    given["student"] += ["--teacher", str(runs["unet"])]
+    modules = {"text": "train_text", "vae": "train_vae", "unet": "train_unet", "student": "distill"}
+    return {stage: [sys.executable, "-m", f"training.{modules[stage]}", *words] for stage, words in given.items()}
+
+
+def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: float, bar: tqdm) -> None:
+    """Wait until all have ended, telling the stage's last log row. Ends all when one fails or this process is ended."""
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            for stage, process in processes.items():
+                if process.poll():
+                    sys.exit(f"{stage} failed with code {process.returncode}: see {out / stage}.log")
+                log = common.CsvLog(out / stage / "log.csv")
+                if process.poll() is None and log.path.exists():
+                    row = log.last()
+                    bar.set_description(stage, refresh=False)
+                    bar.set_postfix({name: f"{float(value):.4g}" for name, value in row.items()}, refresh=False)
+            done = sum(
+                share * (1.0 if common.is_finished(out / stage) else _fraction(out / stage, share * minutes))
+                for stage, share in SHARES.items()
+            )
+            bar.update(round(100 * done, 1) - bar.n)
+            time.sleep(2)
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for process in processes.values():
+            process.wait()
+
+
+def _fraction(run: Path, minutes: float) -> float:
+    log = common.CsvLog(run / "log.csv")
+    return min(1.0, float(log.last()["minutes"]) / minutes) if log.path.exists() and minutes else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs; unfinished ones resume")
+    parser.add_argument("--minutes", type=float, help="of training in all (16 on a GPU, 120 on a CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", type=Path, default=Path("server/darkroom/models"), help="where the models go")
+    args = parser.parse_args()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    minutes = args.minutes or (120 if args.device == "cpu" else 16)
+    open_stages = {
+        stage: command
+        for stage, command in commands(args.out, minutes, args.device).items()
+        if not common.is_finished(args.out / stage)
+    }
+    # A CPU has nothing left over to get the next stage ready with.
+    groups = [[stage] for stage in open_stages] if args.device == "cpu" else [list(open_stages)]
+    with tqdm(total=100, unit="%", mininterval=1) as bar:
+        for group in groups:
+            processes = {}
+            for stage in group:
+                with (args.out / f"{stage}.log").open("ab") as output:
+                    processes[stage] = subprocess.Popen(open_stages[stage], stdout=output, stderr=subprocess.STDOUT)
+            follow(processes, args.out, minutes, bar)
+    export = ["--vae", "vae", "--text", "text", "--unet", "unet", "--student", "student"]
+    words = [word if word.startswith("--") else str(args.out / word) for word in export]
+    subprocess.run([sys.executable, "-m", "training.export", *words, "--out", str(args.models)], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Distil the few-step student: `python -m training.distill --vae VAE --text TEXT --teacher UNET --out RUN --minutes 2`.
+
+Progressive distillation (Salimans and Ho 2022) in one stage, with guidance distilled too (Meng et al. 2023): one step
+of the student, without guidance, learns where several DDIM steps of the guided teacher end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training import common
+from training.painting import Painter
+from training.scenes import make_scenes
+from training.tokenizer import build_tokenizer, tokenize
+from training.train_unet import (
+    CAPTIONS_PER_SCENE,
+    NOISE_CONFIG,
+    PROMPTS,
+    build_unet,
+    draw,
+    embed,
+    encode_scenes,
+    load_text_encoder,
+    load_vae,
+    random_inputs,
+)
+
+STUDENT_STEPS = 4
+
+
+def step_times(num_steps: int, num_timesteps: int = 1000) -> Tensor:
+    """Timesteps of `num_steps` evenly spaced ("trailing") DDIM steps, and where the last one ends, `[num_steps + 1]`.
+
+    -1 stands for the clean picture, whose signal is taken as the first timestep's: `set_alpha_to_one` is false.
+    """
+    return torch.arange(num_timesteps, -1, -num_timesteps // num_steps) - 1
+
+
+def signal_and_spread(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of picture and noise at `timesteps` `[B]`, each `[B, 1, 1, 1]`."""
+    kept = alphas_cumprod[timesteps.clamp(min=0)][:, None, None, None]
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
+def ddim_step(latents: Tensor, velocity: Tensor, now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> Tensor:
+    """Move `latents` `[B, C, H, W]` from the noise level `now` to `then` along the predicted v."""
+    clean = now[0] * latents - now[1] * velocity
+    noise = now[1] * latents + now[0] * velocity
+    return then[0] * clean + then[1] * noise
+
+
+def velocity_between(latents: Tensor, end: Tensor, now: tuple[Tensor, Tensor], then: tuple[Tensor, Tensor]) -> Tensor:
+    """The v with which one DDIM step from `now` to `then` takes `latents` to `end`."""
+    ratio = then[1] / now[1]
+    clean = (end - ratio * latents) / (then[0] - ratio * now[0])
+    return (now[0] * latents - clean) / now[1]
+
+
+@torch.no_grad()
+def teacher_end(
+    teacher: nn.Module,
+    latents: Tensor,
+    timesteps: Tensor,
+    prompt_embeds: Tensor,
+    empty_embeds: Tensor,
+    alphas_cumprod: Tensor,
+    stride: int,
+    substeps: int,
+    scale: float,
+) -> Tensor:
+    """Where `substeps` guided DDIM steps lead from `timesteps` `[B]` to `timesteps - stride`."""
+    both = torch.cat([prompt_embeds, empty_embeds.expand(len(latents), -1, -1)])
+    bounds = [timesteps - round(stride * index / substeps) for index in range(substeps + 1)]
+    for start, end in itertools.pairwise(bounds):
+        with common.autocast(latents.device):
+            told, untold = (
+                teacher(latents.repeat(2, 1, 1, 1), start.repeat(2), both, return_dict=False)[0].float().chunk(2)
+            )
+        now, then = signal_and_spread(alphas_cumprod, start), signal_and_spread(alphas_cumprod, end)
+        latents = ddim_step(latents, untold + scale * (told - untold), now, then)
+    return latents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
+    parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
+    parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
+    parser.add_argument("--minutes", type=float, help="length of the run in training time")
+    parser.add_argument("--updates", type=int, help="length of the run in updates")
+    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (100,000; 20,000 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
+    parser.add_argument("--substeps", type=int, default=6, help="steps of the teacher for one of the student")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
+    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints, each with samples")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device(args.device)
+    batch_size = args.batch_size or common.by_device(device, 1024, 64)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = build_tokenizer()
+    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 100_000, 20_000), CAPTIONS_PER_SCENE)
+    scenes = scenes.to(device)
+    painter = Painter(device)
+    noise_scheduler = DDIMScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
+    noise_scheduler.set_timesteps(STUDENT_STEPS)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+    times = step_times(STUDENT_STEPS).to(device)
+    stride = int(times[0] - times[1])
+    teacher, student = build_unet(device), build_unet(device)
+    teacher.eval().requires_grad_(False)
+    teach, learn = (torch.compile(teacher), torch.compile(student)) if args.compile else (teacher, student)
+
+    def batch_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
+        end = teacher_end(
+            teach,
+            noisy,
+            timesteps,
+            prompt_embeds,
+            empty_embeds,
+            alphas_cumprod,
+            stride,
+            args.substeps,
+            args.guidance_scale,
+        )
+        now = signal_and_spread(alphas_cumprod, timesteps)
+        then = signal_and_spread(alphas_cumprod, timesteps - stride)
+        with common.autocast(device):
+            predicted = learn(noisy, timesteps, prompt_embeds, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), velocity_between(noisy, end, now, then))
+
+    if args.compile:
+        noisy, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        batch_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
+    if args.wait:
+        for run in (args.text, args.vae, args.teacher):
+            common.wait_for(run)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    latents = encode_scenes(vae, painter, scenes, device, args.compile)
+    empty_embeds = embed(text_encoder, tokenize(tokenizer, [""]).to(device))
+
+    taught = common.with_prefix(load_file(args.teacher / "weights.safetensors"), "ema.")
+    teacher.load_state_dict(taught)
+    student.load_state_dict(taught)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    progress = common.Progress(args.minutes, args.updates)
+    weights = common.load_checkpoint(args.out, optimizer, progress)
+    ema = common.Ema(student, args.ema)
+    if weights:
+        student.load_state_dict(common.with_prefix(weights, "live."))
+        ema.restore(common.with_prefix(weights, "ema."))
+    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+
+    def save() -> None:
+        tensors = {f"live.{name}": p for name, p in student.named_parameters()}
+        tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
+        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
+        ema.swap()
+        pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)
+        ema.swap()
+        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
+
+    generator = torch.Generator(device).manual_seed(args.seed + progress.done_updates)
+    running: list[Tensor] = []
+    bar = tqdm(total=args.updates, initial=progress.done_updates, desc="distil", mininterval=10)
+    while not progress.stopping:
+        common.follow_cpu_share()
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(progress, args.lr)
+        size = (batch_size,)
+        picks = torch.randint(len(scenes), size, generator=generator, device=device)
+        tellings = torch.randint(CAPTIONS_PER_SCENE, size, generator=generator, device=device)
+        prompt_embeds = embed(text_encoder, scenes.token_ids[tellings, picks].long())
+        clean = latents[picks].float()
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        timesteps = times[torch.randint(STUDENT_STEPS, size, generator=generator, device=device)]
+        signal, spread = signal_and_spread(alphas_cumprod, timesteps)
+        loss = batch_loss(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        progress.done_updates += 1
+        ema.update(progress.done_updates)
+        running.append(loss.detach())
+        bar.update()
+        if progress.done_updates % args.report_every == 0:
+            mean = float(torch.stack(running).mean())
+            running.clear()
+            log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean)
+            bar.set_postfix(loss=f"{mean:.4f}")
+        if progress.is_save_due(args.save_minutes):
+            save()
+    bar.close()
+    log.plot("loss")
+    if progress.finished:
+        common.finish(args.out)
+
+
+if __name__ == "__main__":
+    main()
