@@ -30,19 +30,9 @@ from PIL import Image
 from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
 
+pytest_plugins = "tests.support.service"
+
 FOX = {"prompt": "a red fox in the snow"}
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
-
-
-@pytest_asyncio.fixture
-async def client(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(settings, queue) as client:
-        yield client
 
 
 @pytest_asyncio.fixture
@@ -51,12 +41,6 @@ async def idle_client(settings: Settings, queue: JobQueue) -> AsyncIterator[http
     await queue.register("idle", [card()])
     async with in_process(settings, queue) as client:
         yield client
-
-
-@pytest_asyncio.fixture
-async def site(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[Served]:
-    async with served(settings, queue) as site:
-        yield site
 
 
 @pytest.fixture

@@ -129,16 +129,21 @@ async def test_generate_fetches_every_picture_from_a_server(
             assert image.getpixel((0, 0)) == colour(40 + index)
 
 
-async def test_generate_sends_the_pictures_to_begin_with(settings: Settings, queue: JobQueue, tmp_path: Path) -> None:
+async def test_generate_sends_the_pictures_to_begin_with_and_how_to_read_the_prompt(
+    settings: Settings, queue: JobQueue, tmp_path: Path
+) -> None:
     for name, colour_of_it in (("cat.png", "red"), ("mask.png", "white")):
         Image.new("RGB", (32, 16), colour_of_it).save(tmp_path / name)
     async with served(settings, queue) as server, InstantWorker(queue).running() as worker:
         code, _, err = await darkroom_beside(
-            "generate", "a fox", "-o", "fox.png", "--init-image", "cat.png", "--mask", "mask.png", "--strength", "0.6",
-            "--url", f"http://127.0.0.1:{server.port}/", cwd=tmp_path,
+            "generate", "a (fox:1.2)", "-o", "fox.png", "--init-image", "cat.png", "--mask", "mask.png",
+            "--strength", "0.6", "--prompt-syntax", "weighted", "--url", f"http://127.0.0.1:{server.port}/",
+            cwd=tmp_path,
         )  # fmt: skip
+        ((job_id, inputs),) = worker.inputs.items()
+        manifest = (await server.client.get(f"/jobs/{job_id}")).json()["manifest"]
     assert (code, err) == (0, "")
-    (inputs,) = worker.inputs.values()
+    assert (manifest["prompt_syntax"], manifest["strength"]) == ("weighted", 0.6)
     assert set(inputs) == {"init_image", "mask_image"}
     with Image.open(tmp_path / "fox.png") as image:
         assert image.size == (32, 16)

@@ -329,6 +329,22 @@ def test_a_prompt_of_too_many_chunks_fails_alone_and_says_the_limit(small: Diffu
     assert outcome.images("plain")
 
 
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "efficient"])
+def test_attention_that_takes_no_lengths_says_its_limit_before_a_tick_fails(
+    small: DiffusionModel, attention: str
+) -> None:
+    jobs = [
+        job_for(small, "two chunks", prompt="a cat BREAK a mat", **WEIGHTED),
+        job_for(small, "one chunk", prompt="a (cat:1.2)", **WEIGHTED),
+    ]
+    outcome = run_jobs(small, jobs, settings_with(attention=attention))
+    failed = outcome.events["two chunks"]
+    assert isinstance(failed, Failed)
+    assert failed.failure.code == "prompt_too_long"
+    assert failed.failure.message == "prompt: got 2 chunks of 75 tokens, expected at most 1"
+    assert outcome.images("one chunk")
+
+
 def test_a_long_text_takes_a_place_of_the_store_for_each_chunk_and_gives_them_back(small: DiffusionModel) -> None:
     cache = PromptCache(small, 0, batch_alone=False, num_in_use=4, max_chunks=3)
     long, longer, plain = (Prompt(text, 0, False, True) for text in (LONG, LONGER, "a cat"))

@@ -125,6 +125,14 @@ def test_what_the_mask_keeps_stays_and_the_rest_is_drawn_anew(one_thread: None) 
     assert difference[:, 40:].mean() < 8
     assert difference[:, :32].mean() > 20
 
+    def cut(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == 4:
+            engine.cut_short("a")
+
+    cut_short = run_jobs(model, [tree], settings_with(), inputs=inputs, on_tick=cut)
+    assert len(cut_short.ticks) == 5
+    assert np.abs(cut_short.pixels("a") - before)[:, 40:].mean() < 8
+
 
 def test_strength_is_the_share_of_the_steps_that_are_run(model: DiffusionModel) -> None:
     for strength, steps in ((1.0, 6), (0.7, 4), (0.5, 3), (0.2, 1)):

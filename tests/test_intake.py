@@ -28,6 +28,8 @@ from PIL import Image
 from tests.support.http import in_process
 from tests.support.instant_worker import InstantWorker
 
+pytest_plugins = "tests.support.service"
+
 FOX = {"prompt": "a red fox in the snow", "seed": 1}
 MAX_PIXELS = 1 << 16
 
@@ -275,12 +277,6 @@ def test_any_bytes_at_all_are_a_picture_or_refused(sent: bytes | str) -> None:
     except InvalidRequest as error:
         refused = error
     assert refused is None or (refused.field in INPUT_NAMES and str(refused).isascii())
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
 
 
 @pytest_asyncio.fixture

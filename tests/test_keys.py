@@ -30,6 +30,8 @@ from starlette.routing import BaseRoute, Route
 from tests.support.http import in_process, served
 from tests.support.instant_worker import InstantWorker, card
 
+pytest_plugins = "tests.support.service"
+
 FOX = {"prompt": "a red fox in the snow"}
 # Two model rows × 4 evaluations × 16 × 16 latent pixels.
 FOX_COST = 2048
@@ -38,12 +40,6 @@ FOX_COST = 2048
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"auth": "keys", "metrics_public": True})
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
 
 
 @pytest_asyncio.fixture

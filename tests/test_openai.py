@@ -25,26 +25,10 @@ from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
 from tests.support.metrics import Change
 
+pytest_plugins = "tests.support.service"
+
 FOX: dict[str, Any] = {"prompt": "a red fox"}
 GENERATIONS = "/v1/images/generations"
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
-
-
-@pytest_asyncio.fixture
-async def client(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(settings, queue) as client:
-        yield client
-
-
-@pytest_asyncio.fixture
-async def site(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[Served]:
-    async with served(settings, queue) as site:
-        yield site
 
 
 async def generate(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -123,6 +107,7 @@ async def test_what_the_sdk_calls_extra_is_heeded(client: httpx.AsyncClient) -> 
     manifest = (await generate(client, quality="max", **extra))["manifest"]
     extra["num_inference_steps"] = extra.pop("steps")
     assert {name: manifest[name] for name in extra} == extra
+    assert (await generate(client, sampler="euler", scheduler="karras"))["manifest"]["sigma_schedule"] == "karras"
 
 
 async def test_what_asks_for_nothing_is_taken(client: httpx.AsyncClient) -> None:
@@ -261,7 +246,8 @@ async def test_forms_keep_to_their_size(settings: Settings, queue: JobQueue) -> 
         ({"prompt": None}, "prompt", "prompt: got 'nothing', expected"),
         ({"n": 0}, "n", "n: got 0, expected greater than or equal to 1"),
         ({"n": "2"}, "n", "n: got '2', expected a valid integer"),
-        ({"size": "64"}, "size", "size: got '64'"),
+        ({"size": "64"}, "size", "size: got '64', expected auto, or width and height such as 512x768"),
+        ({"prompt": ""}, "prompt", "prompt: got '', expected a text"),
         ({"size": "64x65"}, "size", "size: got 65, expected a multiple of 8 from 8 to 256"),
         ({"size": "1024x1024"}, "size", "size: got 1024"),
         ({"quality": "ultra"}, "quality", "quality: got 'ultra', expected 'auto', 'low'"),
@@ -292,6 +278,16 @@ async def test_what_cannot_be_done_is_refused_by_the_name_of_its_field(
     assert (error["param"], error["type"], error["code"]) == (param, "invalid_request_error", "invalid_request")
     assert error["message"].startswith(message)
     assert reply.headers["x-should-retry"] == "false"
+
+
+async def test_an_edit_of_several_pictures_is_refused_by_name(client: httpx.AsyncClient) -> None:
+    files = [("image[]", ("cat.png", png(), "image/png")) for _ in range(2)]
+    as_form = await client.post("/v1/images/edits", data=FOX, files=files)
+    as_json = await client.post("/v1/images/edits", json={**FOX, "images": [{"image_url": data_url(png())}] * 2})
+    for reply, param in ((as_form, "image"), (as_json, "images")):
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"], error["code"]) == (400, param, "invalid_request")
+        assert error["message"].endswith("expected one picture; Darkroom does not compose several")
 
 
 async def test_errors_outside_of_any_route_have_their_form_too(client: httpx.AsyncClient) -> None:

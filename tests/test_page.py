@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import itertools
@@ -544,7 +545,7 @@ async def test_a_darkroom_with_a_lock_asks_for_a_key_and_remembers_it_for_the_vi
     await queue.api_keys.add(key)
     async with InstantWorker(queue).running() as worker, served(settings, queue) as site:
         darkroom = Darkroom(browser, site, worker, queue)
-        page = await darkroom.open(is_locked=True)
+        page = await darkroom.open(is_locked=True, permissions=["clipboard-read", "clipboard-write"])
         dialog = page.get_by_role("dialog")
         await expect(dialog).to_contain_text("This darkroom has a lock")
         assert (await Axe().run(page)).violations_count == 0
@@ -559,6 +560,15 @@ async def test_a_darkroom_with_a_lock_asks_for_a_key_and_remembers_it_for_the_vi
         await page.fill("#key-input", token)
         await page.click("#key-use")
         await printed(page, 6)
+        await page.click("#copy")
+        await expect(page.locator("#copy")).to_have_text("Copied")
+        command = await page.evaluate("navigator.clipboard.readText()")
+        assert token not in command
+        environment = {"PATH": os.environ["PATH"], "DARKROOM_API_KEY": token}
+        pasted = await asyncio.create_subprocess_shell(command, cwd=tmp_path, env=environment)
+        assert await asyncio.wait_for(pasted.wait(), 20) == 0
+        with Image.open(tmp_path / "picture.png") as picture:
+            assert picture.getpixel((0, 0)) == colour(6)
         await page.reload()
         await expect(page.locator("#examples button").first).to_be_attached()
         await expect(dialog).to_be_hidden()

@@ -19,7 +19,7 @@ from darkroom.diffusion.previews import MAX_PX, encode_preview, fit_previews
 from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.decode import decode_latents
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Preview, TickReport
+from darkroom.engine.events import Preview, Saved, TickReport
 from darkroom.jobs import JobState, Previews
 from darkroom.queue import JobQueue
 from darkroom.queue import events as queue_events
@@ -205,6 +205,34 @@ def test_a_preview_through_the_autoencoder_is_what_it_makes_of_the_denoised_late
     (decoded,) = decode_latents(model, [states[STEPS - 1].previous[0]], [], None)
     assert decoded is not None
     assert [(preview.step, preview.image) for preview in shown] == [(STEPS - 1, encode_preview(decoded))]
+
+
+@DEVICES
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m"])
+def test_a_job_that_is_cut_short_ends_with_what_its_images_look_like(
+    model: DiffusionModel, device: type[TwinDevice] | None, sampler: str
+) -> None:
+    job = job_for(model, "one", num_inference_steps=STEPS, sampler=sampler, num_images_per_prompt=2)
+    settings = load_settings(num_threads=1, encode_threads=1, batching="reproducible", checkpoint_steps=1)
+    states = dict[tuple[int, int], Checkpoint]()
+
+    def note(saved: Saved) -> None:
+        states[saved.checkpoint.index, saved.checkpoint.num_done] = saved.checkpoint
+
+    run_jobs(model, [job], settings, on_saved=note)
+
+    def cut(engine: Engine, _: TickReport, ticks: int) -> None:
+        if ticks == 2:
+            engine.cut_short("one")
+
+    ahead = None if device is None else device(has_graphs=False)
+    outcome = run_jobs(model, [job], settings, on_tick=cut, device=ahead)
+    steps = len(outcome.ticks)
+    assert steps == (4 if device else 3)
+    for index, image in enumerate(outcome.images("one")):
+        (decoded,) = decode_latents(model, [states[index, steps].previous[0]], [], None)
+        assert decoded is not None
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), decoded)
 
 
 def test_a_map_is_fitted_to_what_the_autoencoder_does() -> None:

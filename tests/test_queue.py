@@ -411,12 +411,32 @@ async def test_a_running_job_is_cancelled_by_its_worker(queue: JobQueue, setting
         heard = asyncio.ensure_future(anext(aiter(queue.cancellations("w1"))))
         await eventually(lambda: _is_subscribed(other, "cancel:w1"))
         assert (await other.cancel(job.id)).state == "running"
-        assert await asyncio.wait_for(heard, 2) == job.id
+        assert await asyncio.wait_for(heard, 2) == (job.id, False)
     renewal = await queue.renew("w1", {job.id: job.attempt})
     assert (renewal.cancelled, renewal.lost) == ({job.id}, set())
     assert await queue.acknowledge_cancel("w1", job)
     assert await queue.acknowledge_cancel("w1", job)
     assert (await queue.status(job.id)).state == "cancelled"
+    await assert_reconciled(queue)
+
+
+async def test_a_cancelled_job_may_keep_what_was_drawn_unless_it_was_to_be_dropped(
+    queue: JobQueue, settings: Settings, redis_url: str
+) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    async with opened(settings, redis_url) as other:
+        heard = asyncio.ensure_future(anext(aiter(queue.cancellations("w1"))))
+        await eventually(lambda: _is_subscribed(other, "cancel:w1"))
+        assert (await other.cancel(job.id, keep=True)).state == "running"
+        assert await asyncio.wait_for(heard, 2) == (job.id, True)
+        renewal = await queue.renew("w1", {job.id: job.attempt})
+        assert (renewal.cancelled, renewal.cut_short) == (set(), {job.id})
+        await other.cancel(job.id)
+        await other.cancel(job.id, keep=True)
+        renewal = await queue.renew("w1", {job.id: job.attempt})
+        assert (renewal.cancelled, renewal.cut_short) == ({job.id}, set())
+    assert await queue.acknowledge_cancel("w1", job)
     await assert_reconciled(queue)
 
 
@@ -433,9 +453,9 @@ async def test_a_cancellation_is_told_to_the_worker_that_runs_the_job_alone(
         for worker in ("w1", "w2"):
             await eventually(lambda worker=worker: _is_subscribed(other, f"cancel:{worker}"))  # type: ignore[misc]
         await other.cancel(second.id)
-        assert await asyncio.wait_for(heard[1], 2) == second.id
+        assert await asyncio.wait_for(heard[1], 2) == (second.id, False)
         await other.cancel(first.id)
-        assert await asyncio.wait_for(heard[0], 2) == first.id
+        assert await asyncio.wait_for(heard[0], 2) == (first.id, False)
 
 
 async def _is_subscribed(queue: JobQueue, channel: str) -> bool:

@@ -32,25 +32,9 @@ from tests.support.http import Served, in_process, served
 from tests.support.instant_worker import InstantWorker, card, colour
 from tests.support.jobs import make_job
 
+pytest_plugins = "tests.support.service"
+
 FOX: dict[str, Any] = {"prompt": "a (red:1.2) fox"}
-
-
-@pytest_asyncio.fixture
-async def worker(queue: JobQueue) -> AsyncIterator[InstantWorker]:
-    async with InstantWorker(queue).running() as worker:
-        yield worker
-
-
-@pytest_asyncio.fixture
-async def client(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[httpx.AsyncClient]:
-    async with in_process(settings, queue) as client:
-        yield client
-
-
-@pytest_asyncio.fixture
-async def site(settings: Settings, queue: JobQueue, worker: InstantWorker) -> AsyncIterator[Served]:
-    async with served(settings, queue) as site:
-        yield site
 
 
 async def txt2img(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
@@ -396,7 +380,8 @@ async def test_each_caller_stops_its_own_jobs_alone(
         assert (await second.post(f"/sdapi/v1/{path}")).status_code == 200
         stopped = await asyncio.wait_for(calls[1], 5)
         assert stopped.status_code == 200
-        assert stopped.json()["images"] == []
+        (image,) = stopped.json()["images"]
+        assert picture(image).getpixel((5, 5)) == colour(5)
         assert (await second.get("/sdapi/v1/progress")).json()["state"]["job_count"] == 0
         assert not calls[0].done()
         assert not calls[2].done()
@@ -425,7 +410,7 @@ async def test_tenants_stop_their_own_jobs_alone_where_keys_are_on(
 
             await eventually(is_drawn)
         await client.post("/sdapi/v1/interrupt", headers=headers[0])
-        assert (await asyncio.wait_for(calls[0], 5)).json()["images"] == []
+        assert len((await asyncio.wait_for(calls[0], 5)).json()["images"]) == 1
         assert not calls[1].done()
         worker.gate.set()
         assert len((await calls[1]).json()["images"]) == 1
@@ -443,10 +428,24 @@ async def test_a_caller_can_name_its_jobs_and_stop_one(client: httpx.AsyncClient
     await eventually(are_drawn)
     assert (await client.get("/sdapi/v1/progress?id_task=a")).json()["state"]["job_count"] == 1
     await client.post("/sdapi/v1/interrupt?id_task=a")
-    assert (await asyncio.wait_for(calls[0], 5)).json()["images"] == []
+    assert len((await asyncio.wait_for(calls[0], 5)).json()["images"]) == 1
     assert not calls[1].done()
     worker.gate.set()
     assert len((await calls[1]).json()["images"]) == 1
+
+
+async def test_a_call_that_is_interrupted_while_it_waits_has_no_images(settings: Settings, queue: JobQueue) -> None:
+    await queue.register("busy", [card()])
+    async with in_process(settings, queue) as client:
+        call = asyncio.ensure_future(client.post("/sdapi/v1/txt2img", json=FOX))
+
+        async def is_waiting() -> bool:
+            return bool((await client.get("/sdapi/v1/progress")).json()["state"]["job_count"])
+
+        await eventually(is_waiting)
+        await client.post("/sdapi/v1/interrupt")
+        reply = await asyncio.wait_for(call, 5)
+    assert (reply.status_code, reply.json()["images"]) == (200, [])
 
 
 async def test_jobs_of_a_lost_process_are_forgotten(client: httpx.AsyncClient, queue: JobQueue) -> None:
@@ -713,6 +712,6 @@ async def test_webuiapi_interrupts(settings: Settings, queue: JobQueue, worker: 
     await queue.api_keys.add(key)
     async with served(settings.model_copy(update={"auth": "keys"}), queue) as site:
         seen = await run_webuiapi("interrupt", site.port, token)
-    assert seen["images"] == 0
+    assert seen["images"] == 1
     assert seen["progress"]["state"]["sampling_steps"] == 4
     assert (seen["reply"], seen["skipped"]) == ({}, None)

@@ -176,6 +176,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture. (default: random)")] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler, such as dpmpp_2m.")] = None,
     sigma_schedule: Annotated[str | None, typer.Option(help="Spacing of the noise levels.")] = None,
+    prompt_syntax: Annotated[
+        str | None,
+        typer.Option(help="plain, or weighted: (word:1.3), [word], BREAK, and any length. (default: plain)"),
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     init_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to begin with.")] = None,
@@ -218,6 +222,7 @@ def generate(
         "seed": seed,
         "sampler": sampler,
         "sigma_schedule": sigma_schedule,
+        "prompt_syntax": prompt_syntax,
         "width": width,
         "height": height,
         "init_image": picture_in(init_image, "--init-image"),

@@ -204,7 +204,8 @@ class Settings(BaseSettings):
     attention: Literal["auto", "sdpa", "cudnn", "flash", "efficient", "triton", "xformers", "reference"] = Field(
         "auto",
         description="Attention of the UNet: auto, sdpa, cudnn, flash, efficient, triton, xformers or reference; the "
-        "autoencoder takes the same, or auto where that cannot hold its one wide head.",
+        "autoencoder takes the same, or auto where that cannot hold its one wide head. With cudnn, flash and efficient "
+        "prompts have one chunk at most.",
     )
     kernels: Literal["auto", "triton", "gate", "torch"] = Field(
         "auto",

@@ -56,7 +56,7 @@ class InstantWorker:
     """Claims everything and settles it.
 
     `failure` makes every job fail with it; while `gate` is not set, claimed jobs stop after their first step and leave
-    only when cancelled.
+    only when cancelled, with a picture where that is to be kept.
     """
 
     preview = _jpeg()
@@ -132,7 +132,7 @@ class InstantWorker:
             opened = asyncio.ensure_future(self.gate.wait())
             try:
                 await asyncio.wait((cancelled, opened), return_when=asyncio.FIRST_COMPLETED)
-                if cancelled.done():
+                if cancelled.done() and not cancelled.result():
                     await self.queue.acknowledge_cancel(self.worker_id, job)
                     return
             finally:
@@ -168,12 +168,16 @@ class InstantWorker:
             return
         await self.queue.succeed(self.worker_id, job, result, images)
 
-    async def _cancelled(self, job: Job) -> None:
+    async def _cancelled(self, job: Job) -> bool:
+        """Wait until a job is cancelled. Returns whether its pictures are to be kept."""
         hints = self.queue.cancellations(self.worker_id)
         hint = asyncio.ensure_future(anext(hints))
         try:
             # One that came before anybody listened is told here.
-            while job.id not in (await self.queue.renew(self.worker_id, {job.id: job.attempt})).cancelled:
+            while True:
+                renewal = await self.queue.renew(self.worker_id, {job.id: job.attempt})
+                if job.id in renewal.cancelled | renewal.cut_short:
+                    return job.id in renewal.cut_short
                 await asyncio.wait((hint,), timeout=0.2)
                 if hint.done():
                     hint = asyncio.ensure_future(anext(hints))

@@ -83,6 +83,11 @@ def head_refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
 
 
 @decided_once
+def takes_key_lengths(name: str) -> bool:
+    """Whether rows of an implementation may see different numbers of keys."""
+    return name not in sdpa_backends.NAMES
+
+
 def triton_refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int
 ) -> str | None:
@@ -194,7 +199,7 @@ def attention(
     size = q.device, q.dtype, dim, num_queries, num_keys
     while True:
         name = _chosen(*size)
-        if key_lengths is not None and name in sdpa_backends.NAMES:
+        if key_lengths is not None and not takes_key_lengths(name):
             name = "sdpa"
         try:
             return _computed(name, q, k, v, key_lengths, key_slots, scale)
@@ -234,7 +239,7 @@ def _computed(
             raise KernelUnavailable(f"attention 'triton' is unavailable: {refusal}")
         result: Tensor = triton_attention(q, k, v, key_lengths, key_slots, dim**-0.5 if scale is None else scale)
         return result
-    if name in sdpa_backends.NAMES and key_lengths is not None:
+    if key_lengths is not None and not takes_key_lengths(name):
         raise KernelUnavailable(f"attention {name!r} takes no key lengths")
     if key_slots is not None:
         k, v = k.index_select(0, key_slots), v.index_select(0, key_slots)

@@ -93,21 +93,33 @@ def _view(status: JobStatus) -> Response:
             "headers": {"Location": {"description": "The signed URL.", "schema": {"type": "string"}}},
         },
         **documented(
-            "job_not_found", "image_not_found", "job_not_finished", "queue_unavailable", "storage_unavailable"
+            "invalid_request", "job_not_found", "image_not_found", "job_not_finished", "queue_unavailable",
+            "storage_unavailable",
         ),
     },
-)
+)  # fmt: skip
 async def image(
-    request: Request, job_id: JobId, index: Annotated[str, Path(description="0 for the first.", examples=["0"])]
+    request: Request,
+    job_id: JobId,
+    index: Annotated[str, Path(description="0 for the first.", examples=["0"])],
+    redirect: Annotated[
+        str,
+        Query(
+            description="false: the bytes themselves, also where the server is told to redirect to its bucket.",
+            json_schema_extra={"enum": ["true", "false"]},
+        ),
+    ] = "true",
 ) -> Response:
     if not (index.isascii() and index.isdecimal() and len(index) < 4):
         raise ImageNotFound("images are numbered from 0")
+    if redirect not in ("true", "false"):
+        raise InvalidRequest("redirect", describe(redirect), "true or false")
     queue, tenant = service_of(request).queue, caller_of(request).sees
-    url = await queue.image_url(checked(job_id), int(index), tenant=tenant)
+    url = await queue.image_url(checked(job_id), int(index), tenant=tenant) if redirect == "true" else None
     if url is not None:
         return Response(status_code=307, headers={"Location": url, "Cache-Control": "no-store"})
     try:
-        content = await queue.image(job_id, int(index), tenant=tenant)
+        content = await queue.image(checked(job_id), int(index), tenant=tenant)
     except JobNotFinished:
         await queue.status(job_id, tenant=tenant, is_back=True)
         raise

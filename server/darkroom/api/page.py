@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from darkroom.api.problems import TITLES
-from darkroom.api.service import service_of
 from darkroom.errors import HTTP_STATUS
 
 router = APIRouter(include_in_schema=False)
@@ -30,8 +29,6 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; font-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# The pictures of jobs come by redirect from a bucket whose address is known only once a URL is signed.
-_POLICY_WITH_BUCKET = _POLICY.replace("img-src 'self'", "img-src 'self' http:")
 _FILES = {
     path.name: path.read_bytes() for path in (Path(__file__).parent / "static").iterdir() if path.suffix in _TYPES
 }
@@ -39,10 +36,9 @@ STATIC_PATHS = frozenset(f"/static/{name}" for name in _FILES)
 
 
 def _file(request: Request, name: str, content: bytes) -> Response:
-    settings = service_of(request).settings
     etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     headers = {
-        "Content-Security-Policy": _POLICY_WITH_BUCKET if settings.result_urls == "signed" else _POLICY,
+        "Content-Security-Policy": _POLICY,
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
         "ETag": etag,

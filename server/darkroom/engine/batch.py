@@ -27,8 +27,9 @@ class Tick:
     """A tick that was enqueued.
 
     `is_finite` `[R]` bool, on the host, says of each row whether its numbers are, once `done` is complete. `finished`
-    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was; `saved` checkpoints, and
-    `shown` denoised latents `[C, H, W]` on the host, which are complete with it.
+    holds the latents `[C, H, W]`, on the device, of rows whose last evaluation this was, denoised ones of those that
+    were cut short; `saved` checkpoints, and `shown` denoised latents `[C, H, W]` on the host, which are complete with
+    it.
     """
 
     rows: tuple[Row, ...]
@@ -90,7 +91,9 @@ class Batch:
         Whatever raises here has changed no row, and the step may be tried again.
         """
         lane, rows, inputs, captured = self.lane, self.rows, self._inputs, self._captured
-        finished = {row: _held(row.last_latents) for row in rows if row.step_index + 1 == row.table.num_evaluations}
+        at_end = {row for row in rows if row.step_index + 1 == row.table.num_evaluations}
+        cut_short = {row for row in rows if row.active.is_cut_short} - at_end
+        finished = {row: _held(row.last_latents) for row in rows if row in at_end or row in cut_short}
         frame = inputs.frames[lane.next_turn()]
         noisy_rows = self._write(frame)
         inputs.send(frame, noisy_rows=noisy_rows)
@@ -113,12 +116,18 @@ class Batch:
         for row, mask, noised in kept:
             mask.put_back(lane.pool.latents[_held(row.slot)], noised)
         for row, latents in finished.items():
-            latents.copy_(lane.pool.latents[_held(row.slot)])
+            if row not in cut_short:
+                latents.copy_(lane.pool.latents[_held(row.slot)])
+                continue
+            latents.copy_(lane.pool.previous[_held(row.slot), 0])
+            if row.kept is not None:
+                row.kept.put_back(latents, row.kept.latents)
         saved = {row: checkpoint_of(lane, row, row.step_index + 1) for row in to_save if row not in finished}
         shown = {row: lane.device.download(lane.pool.previous[_held(row.slot), 0]) for row in to_show}
         done = lane.end_turn()
         for row in rows:
             row.step_index += 1
+            row.is_cut_short = row in cut_short
         return Tick(rows, frame.is_finite, done, finished, saved, shown)
 
     def _write(self, frame: Frame) -> int:

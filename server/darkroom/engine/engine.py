@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import structlog
 import torch
+from darkroom_kernels.attention import takes_key_lengths
 
 from darkroom import metrics
 from darkroom.config import Settings
@@ -117,7 +118,8 @@ class Engine:
                 settings.prompt_cache_bytes,
                 batch_alone=self._is_reproducible,
                 num_in_use=self._max_resident + 2 if self._device.has_stores else None,
-                max_chunks=settings.max_prompt_chunks,
+                # Rows of several chunks share ticks with those of fewer.
+                max_chunks=settings.max_prompt_chunks if takes_key_lengths(settings.attention) else 1,
             )
             for id_, model in self.models.items()
         }
@@ -173,6 +175,13 @@ class Engine:
         An unknown id is ignored, and so is one that is here as another attempt.
         """
         self._roster.cancel(job_id, attempt)
+
+    def cut_short(self, job_id: str, attempt: int = 0) -> None:
+        """Make a job's pictures of what its images look like after their next evaluation; `Finished` follows.
+
+        One that is not here as this attempt is ignored.
+        """
+        self._roster.cut_short(job_id, attempt)
 
     def show(self, job_id: str, attempt: int, previews: Previews) -> None:
         """From now on make these previews of a running job; one that is not here as this attempt is ignored."""

@@ -58,6 +58,13 @@ class Roster:
                 self._cancelled.append(active)
                 self._wake.notify()
 
+    def cut_short(self, job_id: str, attempt: int) -> None:
+        """Let each image of a job have one more evaluation; one that is not here as this attempt is ignored."""
+        with self._wake:
+            active = self._jobs.get(job_id)
+            if active is not None and active.job.attempt == attempt:
+                active.is_cut_short = True
+
     def show(self, job_id: str, attempt: int, previews: Previews) -> None:
         """Make these previews of a job from now on; one that is not here as this attempt is ignored."""
         with self._wake:

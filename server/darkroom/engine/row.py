@@ -48,8 +48,8 @@ class ActiveJob:
 
     `on_end` gets the job's one terminal event. `checkpoints` has what an earlier attempt left, by image; `inputs` the
     pictures to begin from, by name, and `start` what became of them. `previews` is what is to be shown of it while it
-    runs. `rows` are there from its joining to its end. `phases` are those that are over, by name; `decode_s` and
-    `image_encode_s` are the slowest image's.
+    runs. `rows` are there from its joining to its end. With `is_cut_short` its images have one more evaluation each.
+    `phases` are those that are over, by name; `decode_s` and `image_encode_s` are the slowest image's.
     """
 
     job: Job
@@ -69,6 +69,7 @@ class ActiveJob:
     first_tick_s: float | None = None
     last_tick_s: float = 0.0
     max_batch_rows: int = 0
+    is_cut_short: bool = False
     is_over: bool = False
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ class Row:
     was made safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row
     joined, and `shown_s` and `shown_step` when a preview was; `previewed_step` is that of the last preview that is
     there. `conditionings` holds the prompt's and, with guidance, the negative prompt's. `is_replaced` is set once its
-    image was begun again, and another row has its place.
+    image was begun again, and another row has its place. One that `is_cut_short` has no more to come.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -132,6 +133,7 @@ class Row:
     step_index: int = 0
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
+    is_cut_short: bool = False
     _drawn: tuple[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -140,7 +142,7 @@ class Row:
     @property
     def is_denoised(self) -> bool:
         """Whether its last evaluation is done or under way."""
-        return self.step_index >= self.table.num_evaluations
+        return self.is_cut_short or self.step_index >= self.table.num_evaluations
 
     @property
     def needs_noise(self) -> bool:

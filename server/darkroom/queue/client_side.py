@@ -257,13 +257,15 @@ class ClientSide:
         )
         return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
 
-    async def cancel(self, job_id: str, *, tenant: str | None = None) -> JobStatus:
+    async def cancel(self, job_id: str, *, tenant: str | None = None, keep: bool = False) -> JobStatus:
         """Cancel a waiting job at once, ask the worker of a running one to drop it, leave an ended one as it is.
+
+        With `keep` that worker makes pictures of what it has drawn by then, and the job succeeds with them.
 
         Returns the status after that; a running job is still `running` until its worker acknowledges. Raises as
         `status`.
         """
-        return _read_view(job_id, await self._connection.script("cancel", job_id, tenant or ""), tenant)
+        return _read_view(job_id, await self._connection.script("cancel", job_id, tenant or "", int(keep)), tenant)
 
     async def wait(self, job_id: str, timeout_s: float) -> JobStatus:
         """Wait until a job has ended, for `timeout_s` at most, and return its status then.

@@ -98,7 +98,8 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "cards": ("hash", "model -> encoded ModelCard", "none: as served"),
 }
 
-# Publish/subscribe channels; each message is a job id, on look followed by an attempt and what is wanted.
+# Publish/subscribe channels; each message is a job id, followed on cancel by keep where what was
+# drawn is to be kept, on look by an attempt and what is wanted.
 CHANNEL_TABLE: dict[str, str] = {
     "ended": "a job reached a terminal state",
     "progress": "a running job's step count changed",

@@ -32,10 +32,12 @@ class Enqueued:
 
 @dataclass(frozen=True)
 class Renewal:
-    """Held jobs whose lease is lost (drop them, write nothing) and those whose client asked to cancel."""
+    """Held jobs whose lease is lost (drop them, write nothing) those whose client asked to cancel, and those
+    that are to end with pictures of what was drawn by now."""
 
     lost: set[str] = field(default_factory=set)
     cancelled: set[str] = field(default_factory=set)
+    cut_short: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

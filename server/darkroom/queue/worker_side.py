@@ -181,6 +181,7 @@ class WorkerSide:
         return Renewal(
             lost={job_id for job_id, answer in answers.items() if answer == 0},
             cancelled={job_id for job_id, answer in answers.items() if answer == 2},
+            cut_short={job_id for job_id, answer in answers.items() if answer == 3},
         )
 
     async def progress(
@@ -281,14 +282,16 @@ class WorkerSide:
                 job_id, attempt, wanted = (await messages.get()).split()
                 yield job_id, int(attempt), cast("Previews", wanted)
 
-    async def cancellations(self, worker_id: str) -> AsyncIterator[str]:
-        """Ids of this worker's jobs as they are cancelled. A hint: `renew` names those that were missed."""
-        job_ids: asyncio.Queue[str] = asyncio.Queue()
+    async def cancellations(self, worker_id: str) -> AsyncIterator[tuple[str, bool]]:
+        """Ids of this worker's jobs as they are cancelled, and whether to keep what was drawn. A hint: `renew` names
+        those that were missed."""
+        messages: asyncio.Queue[str] = asyncio.Queue()
         channel = f"cancel:{worker_id}"
-        with self._notices.listen(channel, job_ids.put_nowait):
+        with self._notices.listen(channel, messages.put_nowait):
             await self._notices.subscribe(channel)
             while True:
-                yield await job_ids.get()
+                job_id, _, how = (await messages.get()).partition(" ")
+                yield job_id, how == "keep"
 
     async def _settle(
         self,

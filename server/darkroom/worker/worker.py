@@ -94,7 +94,7 @@ class Worker:
         self._lost: set[tuple[str, int]] = set()
         self._ending: set[tuple[str, int]] = set()
         # A job may be cancelled between the script that claims it and that script's reply.
-        self._early_cancellations: dict[str, None] = {}
+        self._early_cancellations: dict[str, bool] = {}
         self._overdue: Phase | None = None
         self._claiming = asyncio.Lock()
         self._registered = asyncio.Event()
@@ -329,8 +329,7 @@ class Worker:
         model = job.request.model
         log.info("job_claimed", job_id=job.id, attempt=job.attempt, model=model, **tracing.log_fields(job))
         if job.id in self._early_cancellations:
-            del self._early_cancellations[job.id]
-            self._engine.cancel(job.id, job.attempt)
+            self._cancel(job.id, job.attempt, keep=self._early_cancellations.pop(job.id))
 
     async def _watch_engine(self) -> None:
         """End a process whose engine hangs, with all stacks in the log. Its leases were not renewed meanwhile.
@@ -362,7 +361,12 @@ class Worker:
             self._lost.add(attempt)
             self._engine.cancel(*attempt)
         for job_id in renewal.cancelled:
-            self._engine.cancel(job_id, held[job_id])
+            self._cancel(job_id, held[job_id], keep=False)
+        for job_id in renewal.cut_short:
+            self._cancel(job_id, held[job_id], keep=True)
+
+    def _cancel(self, job_id: str, attempt: int, *, keep: bool) -> None:
+        (self._engine.cut_short if keep else self._engine.cancel)(job_id, attempt)
 
     def _holds(self, job_id: str, attempt: int) -> bool:
         return job_id in self._held and self._held[job_id].attempt == attempt
@@ -385,11 +389,11 @@ class Worker:
     async def _follow_cancellations(self) -> None:
         while True:
             try:
-                async for job_id in self._queue.cancellations(self.id):
+                async for job_id, keep in self._queue.cancellations(self.id):
                     if job_id in self._held:
-                        self._engine.cancel(job_id, self._held[job_id].attempt)
+                        self._cancel(job_id, self._held[job_id].attempt, keep=keep)
                         continue
-                    self._early_cancellations[job_id] = None
+                    self._early_cancellations[job_id] = keep
                     while len(self._early_cancellations) > MAX_EARLY_CANCELLATIONS:
                         del self._early_cancellations[next(iter(self._early_cancellations))]
             except QueueUnavailable as error:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from darkroom.api.body import Described, describe, safe_name
@@ -41,6 +42,7 @@ WORTH_A_RETRY = frozenset(
     }
 )  # fmt: skip
 _MAX_ERRORS = 16
+_ONE_PICTURE = "one picture; Darkroom does not compose several"
 
 Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
 _LEFT_ALONE = "Taken and left alone: it has no meaning here."
@@ -68,6 +70,7 @@ class Asked(BaseModel):
     negative_prompt: str = ""
     sampler: str | None = Field(None, max_length=100)
     sigma_schedule: str | None = Field(None, max_length=100)
+    scheduler: str | None = Field(None, max_length=100, description="Another name of `sigma_schedule`.")
 
 
 class Prompted(Asked):
@@ -227,6 +230,9 @@ class OpenAIError(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
+# What the messages of the validator do not say as well.
+_IN_WORDS = {"extra_forbidden": "no such field", "missing": "a value", "string_too_short": "a text"}
+
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -236,7 +242,9 @@ def one_of_each(form: list[tuple[str, str | bytes]]) -> dict[str, Any]:
     for sent, value in form:
         name = sent.removesuffix("[]")
         if name in fields:
-            raise InvalidRequest(safe_name(name), Described("more than one"), "one")
+            raise InvalidRequest(
+                safe_name(name), Described("more than one"), _ONE_PICTURE if name == "image" else "one"
+            )
         fields[name] = value
     return fields
 
@@ -253,15 +261,20 @@ def parse(kind: type[Body], fields: dict[str, Any], *, is_form: bool = False) ->
                 InvalidRequest(
                     ".".join(map(str, item["loc"]))[:100],
                     "nothing" if item["type"] == "missing" else describe(item.get("input")),
-                    _expected(item["type"], item["msg"]),
+                    _expected(item),
                 )
                 for item in error.errors(include_url=False, include_context=False)[:_MAX_ERRORS]
             ]
         ) from None
 
 
-def _expected(kind: str, message: str) -> str:
-    return "no such field" if kind == "extra_forbidden" else message.removeprefix("Input should be ")
+def _expected(error: ErrorDetails) -> str:
+    kind, field = error["type"], error["loc"][-1]
+    if kind == "too_long" and field == "images":
+        return _ONE_PICTURE
+    if kind == "string_pattern_mismatch" and field == "size":
+        return "auto, or width and height such as 512x768"
+    return _IN_WORDS.get(kind) or error["msg"].removeprefix("Input should be ")
 
 
 def error_reply(problem: Problem) -> Response:

@@ -87,7 +87,7 @@ def _drawn(body: Asked, card: ModelCard) -> dict[str, Any]:
         "num_images_per_prompt": body.n,
         "seed": body.seed,
         "sampler": body.sampler,
-        "sigma_schedule": body.sigma_schedule,
+        "sigma_schedule": body.sigma_schedule or body.scheduler,
     }
     if body.size != "auto":
         asked["width"], asked["height"] = map(int, body.size.split("x"))

@@ -106,7 +106,7 @@ async def progress(request: Request) -> Response:
 async def _stop(request: Request) -> None:
     queue = service_of(request).queue
     statuses = await unfinished(request)
-    await asyncio.gather(*(queue.cancel(status.job.id) for status in statuses))
+    await asyncio.gather(*(queue.cancel(status.job.id, keep=True) for status in statuses))
     for status in statuses:
         log.info("job_cancel_asked", job_id=status.job.id, state=status.state.value)
 
@@ -114,6 +114,7 @@ async def _stop(request: Request) -> None:
 @router.post(
     "/sdapi/v1/interrupt",
     summary="Stop the caller's own jobs (AUTOMATIC1111)",
+    description="Those that run answer with what they have drawn so far, those that wait with no images.",
     response_class=Response,
     openapi_extra={"parameters": [_TASK]},
     responses={200: {"description": "They are stopped, or about to be.", **_content({})}, **_ERRORS},
@@ -126,7 +127,7 @@ async def interrupt(request: Request) -> Response:
 @router.post(
     "/sdapi/v1/skip",
     summary="Stop the caller's own jobs (AUTOMATIC1111)",
-    description="All images of a job are drawn together, so to skip one is to stop them.",
+    description="All images of a job are drawn together, so to skip one is to stop them, as `interrupt` does.",
     response_class=Response,
     openapi_extra={"parameters": [_TASK]},
     responses={

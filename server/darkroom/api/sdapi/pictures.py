@@ -58,8 +58,8 @@ def _documented(kind: type[TextToImage], example: dict[str, Any]) -> dict[str, A
     }
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Pictures"}, "example": reply}}
     return {
-        "description": "Waits for the pictures; a client that goes away cancels its job. A call that was interrupted "
-        "answers with no images.",
+        "description": "Waits for the pictures; a client that goes away cancels its job. A call that is interrupted "
+        "answers with what was drawn by then, or no images if nothing was.",
         "response_class": Response,
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": body}}},
         "responses": {200: {"description": "The pictures.", "content": content}, **PICTURE_ERRORS},

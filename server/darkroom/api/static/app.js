@@ -177,9 +177,9 @@ async function finish(id, request) {
       id, request: { ...request, seed: request.seed ?? String(job.seed) }, images, at: Date.now(),
       steps: manifest.num_inference_steps, sampler: manifest.sampler, guidance: manifest.guidance_scale,
       took: (new Date(job.finished_at) - new Date(job.created_at)) / 1000, shared: manifest.max_batch_rows,
-      bytes: images.reduce((sum, image) => sum + (image.blob?.size || 0), (request.init_image?.length || 0) + (request.mask_image?.length || 0)),
+      bytes: images.reduce((sum, image) => sum + image.blob.size, (request.init_image?.length || 0) + (request.mask_image?.length || 0)),
     };
-    if (images.every((image) => image.blob)) await strip.add(print);
+    await strip.add(print);
     show(print);
     announce("The picture is done.");
   } else {
@@ -191,14 +191,9 @@ async function finish(id, request) {
   setBusy(false);
 }
 
-// A picture as bytes, so that the strip can keep it; as an address where a bucket hands it out by itself.
+// A picture as bytes, so that the strip can keep it: from this server, whose key a bucket would not know.
 async function fetched({ url, seed, width, height, format }) {
-  try {
-    return { seed, width, height, format, blob: await (await call(url)).blob() };
-  } catch (problem) {
-    if (problem.status) throw problem;
-    return { seed, width, height, format, url };
-  }
+  return { seed, width, height, format, blob: await (await call(`${url}?redirect=false`)).blob() };
 }
 
 // Looking at a print.

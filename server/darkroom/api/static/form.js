@@ -1,4 +1,5 @@
 // The form: what it asks for, the model's card that fills it in, and a word beside each field that is wrong.
+import { key } from "./api.js";
 import { $, element, pairWithSlider } from "./dom.js";
 import { samplerLabel } from "./png.js";
 
@@ -42,7 +43,9 @@ export function bodyOf(wanted) {
 
 export function curlOf(wanted) {
   const body = bodyOf({ ...wanted, prompt: wanted.prompt || "a red fox in the snow" }).replaceAll("'", "'\\''");
-  return `curl ${location.origin}/generate \\\n  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n  -d '${body}' -o picture.png`;
+  // The key itself is not for shell histories.
+  const shown = key() ? '  -H "Authorization: Bearer $DARKROOM_API_KEY" \\\n' : "";
+  return `curl ${location.origin}/generate \\\n${shown}  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n  -d '${body}' -o picture.png`;
 }
 
 // Fill the form in with a request; what it leaves out falls back to the model's card.

@@ -106,15 +106,15 @@ function changePaper(index, onPick) {
   made.append(earlier.firstChild);
 }
 
-// `images` is [{width, height, blob or url}]; `onPick` is told which one is picked from the tray, if any may be.
+// `images` is [{width, height, blob}]; `onPick` is told which one is picked from the tray, if any may be.
 export function show(images, alt, onPick) {
   end();
   const [{ width, height }] = images;
   const isSame = shape && shape.count === images.length && shape.width === width && shape.height === height;
   if (!isSame) layPaper(width, height, images.length);
   images.forEach((image, index) => {
-    const source = image.blob ? URL.createObjectURL(image.blob) : image.url;
-    if (image.blob) urls.add(source);
+    const source = URL.createObjectURL(image.blob);
+    urls.add(source);
     lay(index, source, images.length > 1 ? `${alt} (${index + 1} of ${images.length})` : alt);
     changePaper(index, onPick);
   });

@@ -55,7 +55,7 @@ local function load_job(id)
     state = fields[1], model = fields[2], rank = tonumber(fields[3] or ''), rows = tonumber(fields[4] or ''),
     score = tonumber(fields[5] or ''), attempt = tonumber(fields[6] or ''), failures = tonumber(fields[7] or ''),
     reserved = tonumber(fields[8] or ''), deadline_ms = tonumber(fields[9] or ''), owner = fields[10] or '',
-    cancel = fields[11] == '1', idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
+    cancel = fields[11], idempotency = fields[12] or '', step = fields[13] or '0', num_steps = fields[14] or '0',
     cost = tonumber(fields[15] or '') or 0, num_checkpoints = tonumber(fields[16] or '') or 0,
     tenant = fields[17] or 'default', weight = tonumber(fields[18] or '') or 1,
     claimed_ms = tonumber(fields[19] or ''), from_step = tonumber(fields[20] or '') or 0, payer = fields[21] or '',
@@ -263,13 +263,15 @@ local function fail_unreadable(id)
   finish(id, nil, 'failed', 'error_code', 'bad_message', 'error_message', 'the stored job cannot be read')
 end
 
--- Cancel a job: at once when it waits, by its worker when it runs, not at all when it has ended.
-local function ask_to_cancel(id, job)
+-- Cancel a job: at once when it waits, by its worker when it runs, not at all when it has ended. With `keeps` the worker
+-- makes pictures of what it has drawn, unless it was to drop them already.
+local function ask_to_cancel(id, job, keeps)
   if job.state == 'queued' then
     finish(id, job, 'cancelled')
   elseif job.state == 'running' then
-    redis.call('HSET', job_key(id), 'cancel', '1')
-    redis.call('PUBLISH', prefix .. 'cancel:' .. job.owner, id)
+    keeps = keeps and job.cancel ~= '1'
+    redis.call('HSET', job_key(id), 'cancel', keeps and 'keep' or '1')
+    redis.call('PUBLISH', prefix .. 'cancel:' .. job.owner, keeps and id .. ' keep' or id)
   end
 end
 
