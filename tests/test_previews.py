@@ -286,7 +286,7 @@ async def test_a_job_that_is_watched_before_it_starts_is_shown_from_its_first_st
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     settings = settings.model_copy(update={"preview_interval_s": 60.0, "num_threads": 1})
-    job = await enqueue(queue, job_for(model, "", num_inference_steps=10))
+    job = await enqueue(queue, job_for(model, "", num_inference_steps=500))
 
     async def first_preview() -> int:
         async with contextlib.aclosing(queue.events(job.id, previews="linear")) as events:  # type: ignore[type-var]
@@ -296,6 +296,8 @@ async def test_a_job_that_is_watched_before_it_starts_is_shown_from_its_first_st
     await asyncio.wait([watching], timeout=0.2)
     async with serving(settings, queue, model, slow_engine):
         assert await watching == 1
+        await queue.cancel(job.id)
+        assert (await queue.wait(job.id, 10)).state is JobState.CANCELLED
 
 
 async def test_nothing_more_is_computed_once_nobody_watches_any_more(
