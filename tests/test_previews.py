@@ -290,7 +290,10 @@ async def test_a_job_that_is_watched_before_it_starts_is_shown_from_its_first_st
 
     async def first_preview() -> int:
         async with contextlib.aclosing(queue.events(job.id, previews="linear")) as events:  # type: ignore[type-var]
-            return next(iter([event.step async for event in events if event.kind == "preview"]))
+            async for event in events:
+                if event.kind == "preview":
+                    return event.step
+        raise AssertionError("the job ended unseen")
 
     watching = asyncio.create_task(first_preview())
     await asyncio.wait([watching], timeout=0.2)
