@@ -57,7 +57,8 @@ def answered(logits: Tensor, targets: Tensor) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--updates", type=int, help="3000; 1000 on a CPU")
+    parser.add_argument("--minutes", type=float, help="length of the run in training time")
+    parser.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--scenes", type=int, help="scenes whose captions are made once (300,000; 60,000 on a CPU)")
     parser.add_argument("--batch-size", type=int, help="512; 128 on a CPU")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -68,7 +69,6 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    updates = args.updates or common.by_device(device, 3000, 1000)
     batch_size = args.batch_size or common.by_device(device, 512, 128)
     tokenizer = build_tokenizer()
     scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 300_000, 60_000), tellings=2).to(device)
@@ -77,15 +77,15 @@ def main() -> None:
     head = nn.Linear(TEXT_WIDTH, sum(NUM_CLASSES)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = common.Progress(None, updates)
+    progress = common.Progress(args.minutes, args.updates)
     args.out.mkdir(parents=True, exist_ok=True)
     log = common.CsvLog(args.out / "log.csv", fresh=True)
     generator = torch.Generator().manual_seed(args.seed)
-    bar = tqdm(total=updates, desc="text", mininterval=5)
-    while not progress.finished:
+    bar = tqdm(total=args.updates, desc="text", mininterval=5)
+    while not progress.stopping:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=min(100, 1 + updates // 10))
+            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=50)
         picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
         tellings = torch.randint(2, (batch_size,), generator=generator).to(device)
         token_ids = scenes.token_ids[tellings, picks].long()
@@ -98,7 +98,7 @@ def main() -> None:
         optimizer.step()
         progress.done_updates += 1
         bar.update()
-        if progress.done_updates % args.report_every == 0 or progress.finished:
+        if progress.done_updates % args.report_every == 0 or progress.stopping:
             log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss.item())
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()
@@ -112,7 +112,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.out / "tokenizer")
     common.write_record(args.out, progress, batch_size, common.device_name(device))
     log.plot("loss")
-    common.finish(args.out)
+    if progress.finished:
+        common.finish(args.out)
 
 
 if __name__ == "__main__":
