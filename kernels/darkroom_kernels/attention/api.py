@@ -82,12 +82,12 @@ def head_refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: 
     return sdpa_backends.head_refusal(name, dtype, head_dim) if name in sdpa_backends.NAMES else None
 
 
-@decided_once
 def takes_key_lengths(name: str) -> bool:
     """Whether rows of an implementation may see different numbers of keys."""
     return name not in sdpa_backends.NAMES
 
 
+@decided_once
 def triton_refusal(
     device: torch.device, dtype: torch.dtype, head_dim: int, num_queries: int, num_keys: int
 ) -> str | None:
