@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -104,6 +105,22 @@ def follow_cpu_share() -> None:
     num_cores = len(os.sched_getaffinity(0))
     if num_cores != torch.get_num_threads():
         torch.set_num_threads(num_cores)
+
+
+def run_parser(description: str | None, *, lr: float, ema: float = 0.998, seed: int = 0) -> argparse.ArgumentParser:
+    """The options that every run of updates has, with its defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
+    parser.add_argument("--minutes", type=float, help="length of the run in training time")
+    parser.add_argument("--updates", type=int, help="length of the run in updates")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--ema", type=float, default=ema)
+    parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
+    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
+    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
+    return parser
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -6,7 +6,6 @@ of the student, without guidance, learns where several DDIM steps of the guided 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -91,25 +90,15 @@ def teacher_end(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.run_parser(__doc__.splitlines()[0], lr=3e-4, seed=1)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
-    parser.add_argument("--minutes", type=float, help="length of the run in training time")
-    parser.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (100,000; 20,000 on a CPU)")
     parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
     parser.add_argument("--substeps", type=int, default=6, help="steps of the teacher for one of the student")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
-    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints, each with samples")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

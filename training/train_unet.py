@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -196,22 +195,12 @@ def random_inputs(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.run_parser(__doc__, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
-    parser.add_argument("--minutes", type=float, help="length of the run in training time")
-    parser.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (500,000; 30,000 on a CPU)")
     parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
-    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints, each with samples")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,20 +92,11 @@ def held_out_pictures(painter: Painter, num: int) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
-    parser.add_argument("--minutes", type=float, help="length of the run in training time")
-    parser.add_argument("--updates", type=int, help="length of the run in updates")
+    parser = common.run_parser(__doc__, lr=1.5e-3)
     parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
     parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
     parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
-    parser.add_argument("--report-every", type=int, default=200, help="updates between log rows")
-    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
+    parser.set_defaults(report_every=200)
     args = parser.parse_args(arguments)
 
     torch.manual_seed(args.seed)

@@ -32,7 +32,7 @@ class Enqueued:
 
 @dataclass(frozen=True)
 class Renewal:
-    """Held jobs whose lease is lost (drop them, write nothing) those whose client asked to cancel, and those
+    """Held jobs whose lease is lost (drop them, write nothing), those whose client asked to cancel, and those
     that are to end with pictures of what was drawn by now."""
 
     lost: set[str] = field(default_factory=set)
