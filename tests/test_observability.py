@@ -203,9 +203,15 @@ def test_every_expression_has_data_while_darkroom_works(watched: Prometheus) -> 
 
 
 def test_what_prometheus_counted_is_what_was_asked_for(watched: Prometheus) -> None:
-    wait_until(lambda: watched.values('darkroom_queue_jobs_total{state="expired"}') == [1])
-    assert watched.values('darkroom_queue_jobs_total{state="succeeded"}') == [24]
-    assert watched.values('darkroom_queue_jobs_total{state="cancelled"}') == [1]
+    ended = {"succeeded": [24], "cancelled": [1], "expired": [1]}
+
+    def counted() -> dict[str, list[float]]:
+        return {state: watched.values(f'darkroom_queue_jobs_total{{state="{state}"}}') for state in ended}
+
+    until = time.monotonic() + 60
+    while (found := counted()) != ended:
+        assert time.monotonic() < until, found
+        time.sleep(0.1)
     assert watched.values('sum(darkroom_rejects_total{reason="invalid_request"})') == [1]
     assert watched.values("sum(darkroom_images_total)") == [24]
     assert watched.values('ALERTS{alertstate="firing"}') == []

@@ -260,8 +260,8 @@ async def test_a_drained_worker_under_load_repeats_no_step(stack: Stack) -> None
     api = await stack.start("api-0")
     first = await stack.start("worker-0")
     async with stack.client(api) as client:
-        # Long enough that none is done before the signal, on the slowest machine.
-        asked = {"num_inference_steps": 200, "sampler": "heun"}
+        # Long enough that none is done before the signal, and a row each, so that none waits for another to end.
+        asked = {"num_inference_steps": 200, "sampler": "heun", "guidance_scale": 1.0}
         jobs = await together(*(submit(client, seed=seed, **asked) for seed in range(3)))
     await stepped(stack.queue, jobs[0], 10)
     first.child.signal(signal.SIGTERM)
