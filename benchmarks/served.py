@@ -32,7 +32,9 @@ async def images_per_s(
 ) -> float:
     """Pictures that one worker makes in a second of `jobs` jobs of `steps` steps that are all there at the start."""
     queue = await JobQueue.connect(settings, url)
-    ready, worker = asyncio.Event(), Worker(settings, queue, functools.partial(Engine, {model.id: model}, settings))
+    # Ready as worker processes are: else the map for previews would be fitted while the pictures are timed.
+    engine = functools.partial(Engine, {model.id: model}, settings, warm_up=True)
+    ready, worker = asyncio.Event(), Worker(settings, queue, engine)
     serving = asyncio.create_task(worker.run(on_ready=ready.set))
     await ready.wait()
     try:
