@@ -7,6 +7,7 @@ the later stages get ready (scenes, compilation) while the earlier ones train.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,8 @@ def commands(out: Path, minutes: float, device: str, scenes: int | None = None) 
     given = {stage: ["--out", str(run), "--device", device] for stage, run in runs.items()}
     for stage, share in SHARES.items():
         given[stage] += ["--minutes", f"{share * minutes:.3f}"]
-        if device != "cpu":
+        # The text encoder trains for less time than compiling it would take.
+        if device != "cpu" and stage != "text":
             given[stage].append("--compile")
     if scenes is not None:
         for words in given.values():
@@ -40,23 +42,26 @@ def commands(out: Path, minutes: float, device: str, scenes: int | None = None) 
 
 
 def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: float, bar: tqdm) -> None:
-    """Wait until all have ended, telling the stage's last log row. Ends all when one fails or this process is ended."""
+    """Wait until all are finished, telling the stage's last log row. Ends all when one fails or this process ends."""
     try:
-        while any(process.poll() is None for process in processes.values()):
-            for stage, process in processes.items():
-                if process.poll():
-                    sys.exit(f"{stage} failed with code {process.returncode}: see {out / stage}.log")
-                log = common.CsvLog(out / stage / "log.csv")
-                if process.poll() is None and log.path.exists():
-                    row = log.last()
+        while True:
+            ended = {stage: process.returncode for stage, process in processes.items() if process.poll() is not None}
+            for stage in processes:
+                rows = common.CsvLog(out / stage / "log.csv").rows()
+                if stage in ended:
+                    if not common.is_finished(out / stage):
+                        sys.exit(f"{stage} ended unfinished with code {ended[stage]}: see {out / stage}.log")
+                elif rows:
                     bar.set_description(stage, refresh=False)
-                    bar.set_postfix({name: f"{float(value):.4g}" for name, value in row.items()}, refresh=False)
+                    bar.set_postfix({name: f"{value:.4g}" for name, value in rows[-1].items()}, refresh=False)
             done = sum(
                 share * (1.0 if common.is_finished(out / stage) else _fraction(out / stage, share * minutes))
                 for stage, share in SHARES.items()
             )
             bar.update(round(100 * done, 1) - bar.n)
-            time.sleep(2)
+            if len(ended) == len(processes):
+                return
+            time.sleep(1)
     finally:
         for process in processes.values():
             process.terminate()
@@ -65,8 +70,8 @@ def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: fl
 
 
 def _fraction(run: Path, minutes: float) -> float:
-    log = common.CsvLog(run / "log.csv")
-    return min(1.0, float(log.last()["minutes"]) / minutes) if log.path.exists() and minutes else 0.0
+    rows = common.CsvLog(run / "log.csv").rows()
+    return min(1.0, rows[-1]["minutes"] / minutes) if rows and minutes else 0.0
 
 
 def main() -> None:
@@ -80,6 +85,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("server/darkroom/models"), help="where the models go")
     args = parser.parse_args()
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     args.out.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (120 if args.device == "cpu" else 16)
     open_stages = {
@@ -94,7 +101,10 @@ def main() -> None:
             processes = {}
             for stage in group:
                 with (args.out / f"{stage}.log").open("ab") as output:
-                    processes[stage] = subprocess.Popen(open_stages[stage], stdout=output, stderr=subprocess.STDOUT)
+                    # In a session of its own, Ctrl-C reaches it as this process's SIGTERM, at which it saves.
+                    processes[stage] = subprocess.Popen(
+                        open_stages[stage], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    )
             follow(processes, args.out, minutes, bar)
     export = ["--vae", "vae", "--text", "text", "--unet", "unet", "--student", "student"]
     words = [word if word.startswith("--") else str(args.out / word) for word in export]

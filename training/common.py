@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,8 +63,8 @@ class Progress:
         return self.finished or self._stopping
 
     def is_save_due(self, every_minutes: float) -> bool:
-        """Whether to save now; says so once for each time that it is due, and when the run ends."""
-        is_due = self.stopping or time.monotonic() - self._saved_s >= 60 * every_minutes
+        """Whether to save while the run goes on; says so once for each time that it is due."""
+        is_due = time.monotonic() - self._saved_s >= 60 * every_minutes
         if is_due:
             self._saved_s = time.monotonic()
         return is_due
@@ -91,13 +92,21 @@ class Ema:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take the averages from a checkpoint, whatever the order of its names."""
-        self.shadow = {name: tensors[name].to(parameter.device) for name, parameter in self._live.items()}
+        self.shadow = {name: laid_out_as(parameter, tensors[name]) for name, parameter in self._live.items()}
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange live and averaged weights; a second call undoes the first."""
         for name, parameter in self._live.items():
             parameter.data, self.shadow[name] = self.shadow[name], parameter.data
+
+
+def laid_out_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of `tensor` on the parameter's device and in its memory layout, which a checkpoint does not keep.
+
+    The fused optimizers go through the memory of both at once, so another order pairs the wrong numbers.
+    """
+    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
 
 
 def follow_cpu_share() -> None:
@@ -144,8 +153,11 @@ def is_finished(run: Path) -> bool:
 
 
 def wait_for(run: Path) -> None:
-    """Wait until another process has finished this run. Whoever started both ends this one if that one dies."""
+    """Wait until another process has finished this run. Ends this process when the one that started it is gone."""
+    parent = os.getppid()
     while not is_finished(run):
+        if os.getppid() != parent:
+            raise SystemExit(f"nobody is left to finish {run}")
         time.sleep(0.5)
 
 
@@ -161,8 +173,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    batch_size: int,
-    device: str,
+    recipe: dict[str, Any],
 ) -> None:
     """Write the weights, the optimizer state and the figures. Each file is replaced whole."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,18 +183,27 @@ def save_checkpoint(
         temporary = folder / f"{name}.tmp"
         save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, temporary)
         os.replace(temporary, folder / f"{name}.safetensors")
-    write_record(folder, progress, batch_size, device)
+    write_record(folder, progress, recipe)
 
 
-def write_record(folder: Path, progress: Progress, batch_size: int, device: str) -> None:
-    """Write the figures that the model card gives."""
-    record = {
-        "updates": progress.done_updates,
-        "minutes": round(progress.elapsed_minutes, 2),
+def recipe_of(args: argparse.Namespace, num_scenes: int, batch_size: int) -> dict[str, Any]:
+    """What a run is made with, as the model card tells it."""
+    return {
         "batch": batch_size,
-        "device": device,
+        "scenes": num_scenes,
+        "lr": args.lr,
+        "seed": args.seed,
+        "device": device_name(torch.device(args.device)),
+        "torch": torch.__version__,
     }
-    (folder / "progress.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def write_record(folder: Path, progress: Progress, recipe: dict[str, Any]) -> None:
+    """Write how far the run is, and its recipe. A run without this file begins anew."""
+    record = {"updates": progress.done_updates, "minutes": round(progress.elapsed_minutes, 2), **recipe}
+    temporary = folder / "progress.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, folder / "progress.json")
 
 
 def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Tensor] | None:
@@ -192,10 +212,12 @@ def load_checkpoint(folder: Path, optimizer: torch.optim.Optimizer, progress: Pr
         return None
     record = json.loads((folder / "progress.json").read_text())
     progress.done_updates, progress.earlier_minutes = record["updates"], record["minutes"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
+        is_moment = value.shape == parameters[int(index)].shape
+        state.setdefault(int(index), {})[name] = laid_out_as(parameters[int(index)], value) if is_moment else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return load_file(folder / "weights.safetensors")
 
@@ -221,9 +243,13 @@ class CsvLog:
                 writer.writeheader()
             writer.writerow(row)
 
-    def last(self) -> dict[str, str]:
+    def rows(self) -> list[dict[str, float]]:
+        """What has been logged so far; another process may be writing."""
+        if not self.path.exists():
+            return []
         with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))[-1]
+            rows = [row for row in csv.DictReader(file) if None not in row.values()]
+        return [{name: float(value) for name, value in row.items()} for row in rows]
 
     def plot(self, *columns: str) -> None:
         """Draw the columns over the updates, one above the other, as a PNG beside the file."""
@@ -232,11 +258,10 @@ class CsvLog:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = self.rows()
         figure, axes = pyplot.subplots(len(columns), 1, figsize=(8, 3 * len(columns)), sharex=True, squeeze=False)
         for axis, column in zip(axes[:, 0], columns, strict=True):
-            axis.plot([int(row["updates"]) for row in rows], [float(row[column]) for row in rows])
+            axis.plot([row["updates"] for row in rows], [row[column] for row in rows])
             axis.set_ylabel(column)
             axis.grid(alpha=0.3)
         axes[-1, 0].set_xlabel("updates")

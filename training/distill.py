@@ -6,6 +6,7 @@ of the student, without guidance, learns where several DDIM steps of the guided 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def teacher_end(
     return latents
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = common.run_parser(__doc__.splitlines()[0], lr=3e-4, seed=1)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
@@ -99,7 +100,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
     parser.add_argument("--substeps", type=int, default=6, help="steps of the teacher for one of the student")
-    args = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -118,7 +123,10 @@ def main() -> None:
     stride = int(times[0] - times[1])
     teacher, student = build_unet(device), build_unet(device)
     teacher.eval().requires_grad_(False)
-    teach, learn = (torch.compile(teacher), torch.compile(student)) if args.compile else (teacher, student)
+    teach, learn = teacher, student
+    if args.compile:
+        # The teacher's batches are twice as large; that must not make sizes vary for both.
+        teach, learn = (torch.compile(unet, dynamic=False) for unet in (teacher, student))
 
     def batch_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
         end = teacher_end(
@@ -158,12 +166,19 @@ def main() -> None:
     if weights:
         student.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
+    recipe = common.recipe_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+
+    def report() -> None:
+        mean = float(torch.stack(running).mean())
+        running.clear()
+        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean)
+        bar.set_postfix(loss=f"{mean:.4f}")
 
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in student.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
+        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
         ema.swap()
         pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)
         ema.swap()
@@ -194,12 +209,12 @@ def main() -> None:
         running.append(loss.detach())
         bar.update()
         if progress.done_updates % args.report_every == 0:
-            mean = float(torch.stack(running).mean())
-            running.clear()
-            log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean)
-            bar.set_postfix(loss=f"{mean:.4f}")
+            report()
         if progress.is_save_due(args.save_minutes):
             save()
+    if running:
+        report()
+    save()
     bar.close()
     log.plot("loss")
     if progress.finished:

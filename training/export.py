@@ -105,7 +105,8 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae / "vae")
     text_encoder = CLIPTextModel.from_pretrained(args.text)
     teacher_folder, student_folder = (args.out / serving["id"] for serving in (TEACHER, STUDENT))
-    export(vae, text_encoder, averaged_unet(args.unet), TEACHER, teacher_folder)
+    unet = averaged_unet(args.unet)
+    export(vae, text_encoder, unet, TEACHER, teacher_folder)
     runs = {"vae": args.vae, "text": args.text, "unet": args.unet}
     if args.student:
         runs["student"] = args.student
@@ -113,14 +114,20 @@ def main() -> None:
         for part in SHARED:
             shutil.rmtree(student_folder / part)
             (student_folder / part).symlink_to(Path("..") / TEACHER["id"] / part)
-    record = {name: run_record(folder) for name, folder in runs.items()}
-    (teacher_folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    networks = {"vae": vae, "text": text_encoder, "unet": unet, "student": unet}
+    record = {name: {"parameters": num_parameters(networks[name]), **run_record(run)} for name, run in runs.items()}
+    for folder in (teacher_folder, *([student_folder] if args.student else [])):
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def num_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """How a run went: updates, minutes, device and the last row of its log."""
+    """How a run went: its updates and minutes, its recipe, and the last row of its log."""
     record: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-    return record | common.CsvLog(folder / "log.csv").last()
+    return common.CsvLog(folder / "log.csv").rows()[-1] | record
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def answered(logits: Tensor, targets: Tensor) -> list[float]:
     return [float((part.argmax(-1) == targets[:, index]).float().mean()) for index, part in enumerate(parts)]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
@@ -65,7 +65,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    args = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
 
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
@@ -82,6 +86,11 @@ def main() -> None:
     log = common.CsvLog(args.out / "log.csv", fresh=True)
     generator = torch.Generator().manual_seed(args.seed)
     bar = tqdm(total=args.updates, desc="text", mininterval=5)
+
+    def report() -> None:
+        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss.item())
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
     while not progress.stopping:
         common.follow_cpu_share()
         for group in optimizer.param_groups:
@@ -98,9 +107,9 @@ def main() -> None:
         optimizer.step()
         progress.done_updates += 1
         bar.update()
-        if progress.done_updates % args.report_every == 0 or progress.stopping:
-            log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss.item())
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if progress.done_updates % args.report_every == 0:
+            report()
+    report()
     bar.close()
     with torch.no_grad():
         # The last position is padding in all but the longest captions.
@@ -110,7 +119,7 @@ def main() -> None:
     print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
     encoder.cpu().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out / "tokenizer")
-    common.write_record(args.out, progress, batch_size, common.device_name(device))
+    common.write_record(args.out, progress, common.recipe_of(args, len(scenes), batch_size))
     log.plot("loss")
     if progress.finished:
         common.finish(args.out)

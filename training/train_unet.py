@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def encode_scenes(
         mean: Tensor = vae.encode(pictures).latent_dist.mode()
         return mean
 
-    run = torch.compile(encode) if compiled else encode
+    run = torch.compile(encode, dynamic=False) if compiled else encode
     parts = []
     picks = torch.arange(len(scenes), device=device)
     for part in tqdm(list(batches(len(scenes), 256)), desc="encode", mininterval=5):
@@ -194,14 +195,18 @@ def random_inputs(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor
     )
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = common.run_parser(__doc__, lr=1e-3)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
     parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (500,000; 30,000 on a CPU)")
     parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
-    args = parser.parse_args()
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -216,7 +221,7 @@ def main() -> None:
     empty_ids = tokenize(tokenizer, [""]).to(device)
     alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
     unet = build_unet(device)
-    network = torch.compile(unet) if args.compile else unet
+    network = torch.compile(unet, dynamic=False) if args.compile else unet
     if args.compile:
         inputs, timesteps, prompt_embeds = random_inputs(batch_size, device)
         step_loss(network, inputs, inputs, alphas_cumprod, timesteps, prompt_embeds).backward()
@@ -233,12 +238,19 @@ def main() -> None:
     if weights:
         unet.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
+    recipe = common.recipe_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+
+    def report() -> None:
+        mean, rate = float(torch.stack(running).mean()), optimizer.param_groups[0]["lr"]
+        running.clear()
+        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean, lr=rate)
+        bar.set_postfix(loss=f"{mean:.4f}")
 
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in unet.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
+        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
         ema.swap()
         pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
         ema.swap()
@@ -249,9 +261,8 @@ def main() -> None:
     bar = tqdm(total=args.updates, initial=progress.done_updates, desc="unet", mininterval=10)
     while not progress.stopping:
         common.follow_cpu_share()
-        rate = common.learning_rate(progress, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = common.learning_rate(progress, args.lr)
         picks = pick_scenes(scenes.alone, progress.fraction, batch_size, generator)
         tellings = torch.randint(CAPTIONS_PER_SCENE, picks.shape, generator=generator, device=device)
         ids = scenes.token_ids[tellings, picks].long()
@@ -270,12 +281,12 @@ def main() -> None:
         running.append(loss.detach())
         bar.update()
         if progress.done_updates % args.report_every == 0:
-            mean = float(torch.stack(running).mean())
-            running.clear()
-            log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean, lr=rate)
-            bar.set_postfix(loss=f"{mean:.4f}")
+            report()
         if progress.is_save_due(args.save_minutes):
             save()
+    if running:
+        report()
+    save()
     bar.close()
     log.plot("loss", "lr")
     if progress.finished:

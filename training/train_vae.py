@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -91,13 +92,17 @@ def held_out_pictures(painter: Painter, num: int) -> Tensor:
     return torch.cat([scenes.pictures(painter, torch.arange(num)[part]) for part in batches(num, 64)])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = common.run_parser(__doc__, lr=1.5e-3)
     parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
     parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
     parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
     parser.set_defaults(report_every=200)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
 
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -118,8 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     if weights:
         vae.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
+    recipe = common.recipe_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
-    forward = torch.compile(_forward) if args.compile else _forward
+    forward = torch.compile(_forward, dynamic=False) if args.compile else _forward
 
     def report() -> None:
         ema.swap()
@@ -135,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, batch_size, common.device_name(device))
+        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
 
     generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
@@ -154,10 +160,13 @@ def main(arguments: list[str] | None = None) -> None:
         ema.update(progress.done_updates)
         running.append(loss.detach())
         bar.update()
-        if progress.done_updates % args.report_every == 0 or progress.stopping:
+        if progress.done_updates % args.report_every == 0:
             report()
         if progress.is_save_due(args.save_minutes):
             save()
+    if running:
+        report()
+    save()
     bar.close()
 
     ema.swap()
