@@ -11,7 +11,7 @@ import statistics
 import time
 
 import torch
-from darkroom.config import Settings, load_settings
+from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.engine import Engine
 from darkroom.engine.events import Event, Finished
@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     settings = load_settings()
-    model = next(iter(load_models(settings, []).values()))
+    model = next(iter(load_models(settings, [BUILTIN_MODEL]).values()))
     requests = mixed_requests(model, arguments.requests)
     plain, tuned = (
         Peer(model.device, torch.float32, is_channels_last=False),

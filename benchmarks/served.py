@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from darkroom.config import Settings, load_settings
+from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.engine import Engine
 from darkroom.jobs import Job, JobState, new_job_id
@@ -67,7 +67,7 @@ def in_turn(
     rates: dict[str, list[float]] = {name: [] for name in sides}
     with tempfile.TemporaryDirectory() as directory:
         settings = load_settings(data_dir=Path(directory))
-        (model,) = load_models(settings, []).values()
+        (model,) = load_models(settings, [BUILTIN_MODEL]).values()
         with EmbeddedRedis(settings) as server:
             for round_ in range(rounds + 1):
                 names = list(sides)

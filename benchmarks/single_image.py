@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from darkroom.config import load_settings
+from darkroom.config import BUILTIN_MODEL, load_settings
 from darkroom.engine.local import generate_images
 from darkroom.jobs import GenerationRequest
 from darkroom.worker.main import load_models
@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     settings = load_settings()
-    model = next(iter(load_models(settings, []).values()))
+    model = next(iter(load_models(settings, [BUILTIN_MODEL]).values()))
     request = GenerationRequest(
         prompt="a duck in a forest",
         model=model.id,

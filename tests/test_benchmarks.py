@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from darkroom.config import Settings, load_settings
+from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.compiled import CompiledGraphs
 from darkroom.diffusion.loader import DiffusionModel
 from darkroom.engine.batcher import BatchKey, Candidate
@@ -383,7 +383,7 @@ def test_kernels_are_told_apart_by_name(kernel: str, label: str) -> None:
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningEngine]:
     settings = load_settings(device="cpu", max_rows=8)
-    engine = RunningEngine(next(iter(load_models(settings, []).values())), settings)
+    engine = RunningEngine(next(iter(load_models(settings, [BUILTIN_MODEL]).values())), settings)
     yield engine
     engine.close()
 

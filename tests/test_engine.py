@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from darkroom.config import Settings, load_settings
+from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
 from darkroom.engine.engine import Engine
@@ -68,7 +68,7 @@ def test_every_picture_is_the_same_alone_and_in_a_mixed_crowd(model: DiffusionMo
 
 def test_the_built_in_model_in_the_dtype_it_is_served_in_draws_the_same_alone_and_in_a_crowd() -> None:
     settings = settings_with()
-    model = load_models(settings, [])["emoji-world"]
+    model = load_models(settings, [BUILTIN_MODEL])["emoji-world"]
     crowd = [{**fields, "prompt": "a duck in a forest", "num_inference_steps": 6} for fields in CROWD[:5]]
     together = run_jobs(model, [job_for(model, str(i), **fields) for i, fields in enumerate(crowd)], settings)
     for i, fields in enumerate(crowd):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from darkroom.config import load_settings
+from darkroom.config import BUILTIN_MODEL, load_settings
 from darkroom.worker.main import load_models
 
 from benchmarks.families import SD15, SD21, SDXL, TOY, write_model
@@ -174,12 +174,12 @@ def make_section(name: str, options: argparse.Namespace) -> Any:
     settings = settings.model_copy(update={"encode_threads": 2 if is_cpu else 8})
 
     def make_engine() -> RunningEngine:
-        paths = [] if is_cpu else [write_model(SD15, options.models_dir, device)]
-        return RunningEngine(next(iter(load_models(settings, paths).values())), settings)
+        path = BUILTIN_MODEL if is_cpu else write_model(SD15, options.models_dir, device)
+        return RunningEngine(next(iter(load_models(settings, [path]).values())), settings)
 
     return BatchingSection(
         make_engine,
-        "built-in model 64 px" if is_cpu else SD15.name,
+        "built-in model" if is_cpu else SD15.name,
         window_s=window_s,
         loads=LOADS[:1] if quick else LOADS,
         policies=("step", "request") if quick else ("step", "request", "serial"),

@@ -19,10 +19,17 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from darkroom.errors import ConfigError, shorten
 
 BUILTIN_MODEL = Path(__file__).parent / "models" / "emoji-world"
+"""What a request means that names no model, where several are served."""
 _ORIGIN = re.compile(r"\*|https?://[a-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?")
 _RESULT_STORE = re.compile(
     r"file:///[^?#]+|(s3|gs)://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/(?!\.{1,2}(/|$))[a-zA-Z0-9._-]+)*/?"
 )
+
+
+def builtin_models() -> list[Path]:
+    """The folders of the models that come with Darkroom, the default one first: served where no other is named."""
+    folders = sorted(index.parent for index in BUILTIN_MODEL.parent.glob("*/model_index.json"))
+    return [BUILTIN_MODEL, *(folder for folder in folders if folder != BUILTIN_MODEL)]
 
 
 def default_data_dir() -> Path:

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from darkroom import __version__, tracing
-from darkroom.config import BUILTIN_MODEL, Settings
+from darkroom.config import Settings, builtin_models
 from darkroom.errors import ConfigError, QueueUnavailable
 from darkroom.jobs import ModelCard
 from darkroom.queue import EmbeddedRedis, JobQueue
@@ -172,7 +172,7 @@ async def run_up(settings: Settings, models: Sequence[str], num_workers: int | N
     supervisor.handle_signals()
     port = free_port(settings.host, settings.port, setting="--port")
     gpus = gpus_to_use(settings.device)
-    models = models or [str(BUILTIN_MODEL)]
+    models = models or [str(path) for path in builtin_models()]
     workers = plan_workers(settings, models, num_workers, gpus, os.cpu_count() or 1)
     children = [Child("api", ("api",), _metrics_port(settings, 0)), *workers]
     common = {

@@ -24,7 +24,7 @@ from darkroom.api.schema import (
     GenerateRequest,
     PromptSyntax,
 )
-from darkroom.config import Settings
+from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.errors import InvalidRequest, NoModel, UnknownModel
 from darkroom.jobs import INPUT_NAMES, GenerationRequest, ModelCard
 from darkroom.queue import Cards
@@ -102,7 +102,7 @@ def _is_bad_text(text: str, settings: Settings) -> bool:
 
 
 def choose_card(model: str | None, cards: Cards) -> ModelCard:
-    """The card of the model asked for, or of the only one there is.
+    """The card of the model asked for, or of the only one there is, or of several the built-in default.
 
     Raises `NoModel`, `UnknownModel`, or `InvalidRequest` when several could be meant.
     """
@@ -115,6 +115,8 @@ def choose_card(model: str | None, cards: Cards) -> ModelCard:
     if model is not None:
         raise UnknownModel("model", describe(model), f"one of {', '.join(sorted(cards.offered))}")
     if len(cards.offered) > 1:
+        if BUILTIN_MODEL.name in cards.offered:
+            return cards.offered[BUILTIN_MODEL.name]
         raise InvalidRequest("model", Missing(), f"one of {', '.join(sorted(cards.offered))}")
     return next(iter(cards.offered.values()))
 

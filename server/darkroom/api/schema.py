@@ -60,7 +60,9 @@ class GenerateRequest(BaseModel):
 
     prompt: str = Field(min_length=1, description="What the picture should show.", examples=["a red fox in the snow"])
     negative_prompt: str = Field("", description="What it should not show. Used only when guidance is on.")
-    model: str | None = Field(None, description="A model of `GET /models`; may be left out when there is only one.")
+    model: str | None = Field(
+        None, description="A model of `GET /models`; may be left out when there is only one, or for emoji-world."
+    )
     width: int | None = Field(None, ge=1, description="Pixels; a multiple of the model's `size_multiple`.")
     height: int | None = Field(None, ge=1, description="Pixels; a multiple of the model's `size_multiple`.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; more is slower and finer.")

@@ -50,7 +50,7 @@ ModelPaths = Annotated[
     typer.Option(
         "--model",
         metavar="PATH",
-        help="Model directory, or org/name on the Hugging Face hub; may be given again. (default: the built-in model)",
+        help="Model directory, or org/name on the Hugging Face hub; may be given again. (default: the built-in models)",
     ),
 ]
 Host = Annotated[str | None, typer.Option(help="Address to bind to. (default: DARKROOM_HOST or 127.0.0.1)")]
@@ -243,25 +243,25 @@ def models(
         bool, typer.Option("--memory", help="Estimate the GPU memory of each, in GiB, by model rows in a tick.")
     ] = False,
 ) -> None:
-    """List the built-in model, given directories, or the models of a server."""
+    """List the built-in models, given directories, or the models of a server."""
     import msgspec
+
+    from darkroom.config import builtin_models
 
     settings = read_settings("models", log_level="warning")
     if memory:
-        from darkroom.config import BUILTIN_MODEL
         from darkroom.worker.main import memory_table
 
-        print_table(memory_table(settings, [str(BUILTIN_MODEL), *(path or [])]))
+        print_table(memory_table(settings, [*builtin_models(), *(path or [])]))
         return
     if url is not None:
         from darkroom.generate import fetch_models
 
         cards = fetch_models(url, api_key=api_key_of(settings))
     else:
-        from darkroom.config import BUILTIN_MODEL
         from darkroom.worker.main import read_cards
 
-        cards = [msgspec.to_builtins(card) for card in read_cards([str(BUILTIN_MODEL), *(path or [])])]
+        cards = [msgspec.to_builtins(card) for card in read_cards([*builtin_models(), *(path or [])])]
     rows: list[tuple[str, ...]] = [("MODEL", "FAMILY", "SIZE", "STEPS", "SAMPLER", "WEIGHTS", "LICENCE")]
     for card in cards:
         size, digest = f"{card['width']}x{card['height']}", card["weights_hash"].rpartition(":")[2][:12]

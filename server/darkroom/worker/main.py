@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from darkroom import metrics, tracing
-from darkroom.config import BUILTIN_MODEL, Settings
+from darkroom.config import Settings, builtin_models
 from darkroom.diffusion.loader import DiffusionModel, load_model, measure_checkpoint, read_card
 from darkroom.diffusion.memory import GIB, ModelMemory, Needed, check_memory
 from darkroom.engine.engine import Engine
@@ -70,14 +70,14 @@ def chosen_vae_dtype(settings: Settings, device: torch.device) -> torch.dtype | 
 
 
 def load_models(settings: Settings, paths: Sequence[str | Path]) -> dict[str, DiffusionModel]:
-    """Load the models of `paths`, the built-in one when there is none. Raises `ModelError`, `ConfigError`."""
+    """Load the models of `paths`. Raises `ModelError`, `ConfigError`."""
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if device.type == "cuda" and dtype is torch.float32:
         # torch computes convolutions of fp32 in TF32, with the digits of fp16, unless told otherwise.
         torch.backends.cudnn.allow_tf32 = False
     models: dict[str, DiffusionModel] = {}
-    for path in paths or [BUILTIN_MODEL]:
+    for path in paths:
         started_s = time.monotonic()
         model = load_model(
             path,
@@ -147,18 +147,20 @@ def run_worker(
     *,
     on_ready: Callable[[dict[str, object]], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `on_ready` gets the worker's id, models and metrics port.
+    """Serve `model_paths`, by default all built-in models, until SIGTERM or SIGINT.
 
-    `/health/ready` beside the metrics answers 200 from then until the drain begins.
+    `on_ready` gets the worker's id, models and metrics port. `/health/ready` beside the metrics answers 200 from then
+    until the drain begins.
 
     Raises `ConfigError` and `ModelError` before anything is claimed.
     """
     tracing.configure(settings, "darkroom-worker")
     device = choose_device(settings.device)
     check_compile(settings, device)
+    model_paths = model_paths or builtin_models()
     use_cpu_threads(1)
     if device.type == "cuda":
-        check_that_models_fit(settings, model_paths or [BUILTIN_MODEL], torch.cuda.mem_get_info(device)[0])
+        check_that_models_fit(settings, model_paths, torch.cuda.mem_get_info(device)[0])
     JobQueue(settings, redis_url)  # an unusable URL or result store stops the start before models are loaded
     models = load_models(settings, model_paths)
     metrics.export_only("worker")
