@@ -128,7 +128,7 @@ def run_parser(description: str | None, *, lr: float, ema: float = 0.998, seed: 
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    parser.add_argument("--save-minutes", type=float, default=1.0, help="between checkpoints")
+    parser.add_argument("--save-minutes", type=float, help="between checkpoints and samples (1; 10 on a CPU)")
     return parser
 
 

@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     if weights:
         student.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
+    save_minutes = args.save_minutes or common.by_device(device, 1, 10)
     recipe = common.recipe_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
 
@@ -210,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         bar.update()
         if progress.done_updates % args.report_every == 0:
             report()
-        if progress.is_save_due(args.save_minutes):
+        if progress.is_save_due(save_minutes):
             save()
     if running:
         report()

@@ -39,8 +39,10 @@ class Report:
     sampling and share."""
 
     model: str
+    weights_hash: str
     device: str
     sampling: Sampling
+    seed: int
     vae_psnr_db: float | None = None
     categories: dict[tuple[str, str], Share] = field(default_factory=dict)
     readme: dict[str, Share] = field(default_factory=dict)
@@ -51,6 +53,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
+            "weights_hash": self.weights_hash,
+            "seed": self.seed,
             "device": self.device,
             "seconds": round(self.seconds, 1),
             "sampling": asdict(self.sampling),
@@ -196,7 +200,7 @@ def evaluate(model: DiffusionModel, detector: Detector, args: argparse.Namespace
     sampling = Sampling.of(model)
     own = {"sampler": args.sampler, "num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
     sampling = sampling.but(**{name: value for name, value in own.items() if value is not None})
-    report = Report(model.id, device_name(model), sampling)
+    report = Report(model.id, model.card.weights_hash, device_name(model), sampling, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def drawn(prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
@@ -236,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a diffusers folder")
     parser.add_argument("--validate", action="store_true", help="judge the detector on drawn scenes instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder of the report")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: one in runs/evaluation")
     parser.add_argument("--count", type=int, default=100, help="prompts of each category and split")
     parser.add_argument("--sweep-count", type=int, default=50, help="prompts of each category in a sweep")
     parser.add_argument("--samplers", type=_list_of(str), default=["dpmpp_2m", "ddim", "euler"], help="to sweep")
@@ -255,12 +259,14 @@ def main() -> None:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     detector = Detector(torch.device(args.device))
+    if args.model is None and not args.validate:
+        parser.error("a model's folder is needed, or --validate")
+    if args.out is None:
+        args.out = Path("runs/evaluation") / (args.model.resolve().name if args.model else "detector")
     if args.validate:
         args.out.mkdir(parents=True, exist_ok=True)
         validate(detector, args.count, args.seed, args.out)
         return
-    if args.model is None:
-        parser.error("a model's folder is needed, or --validate")
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     model = load(args.model, args.device, dtypes[args.dtype] if args.dtype else None)
     report = evaluate(model, detector, args)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from training.contact_sheet import wrapped
+
 Z_95 = 1.959964
 TILE_PX = 128
 RIGHT, WRONG = (40, 160, 80), (214, 40, 40)
@@ -92,17 +94,6 @@ def save_sheet(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[st
         left, top = index % columns * width, index // columns * height
         draw.rectangle((left + 1, top + 1, left + TILE_PX + 6, top + TILE_PX + 6), RIGHT if is_right else WRONG)
         sheet.paste(Image.fromarray(picture), (left + 4, top + 4))
-        for number, line in enumerate(_wrapped(caption, font)[:lines]):
+        for number, line in enumerate(wrapped(caption, font, TILE_PX)[:lines]):
             draw.text((left + 3, top + TILE_PX + 7 + number * line_px), line, "black", font)
     sheet.save(path)
-
-
-def _wrapped(text: str, font: Any) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= TILE_PX:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
