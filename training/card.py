@@ -149,13 +149,13 @@ def model_card(
 def _uses() -> str:
     return (
         "## What it is for\n\n"
-        "Trying out, testing and showing a server of diffusion models: it needs no GPU and no download, and a glance at "
-        "a picture tells whether the right thing was drawn.\n\n"
+        "Trying out, testing and showing a server of diffusion models: it needs no GPU and no download, and a glance "
+        "at a picture tells whether the right thing was drawn.\n\n"
         "## What it cannot do\n\n"
-        "It knows nothing outside the lists below: an unknown word is passed over, or gives one of the known objects or "
-        "a mixture. It draws one to four things, no text, and no style but the font's. It was trained at "
-        f"{IMAGE_PX} x {IMAGE_PX} px only. Prompts are English. One pair of objects in ten was never shown together, so "
-        "that the figures say what it makes of new combinations.\n"
+        "It knows nothing outside the lists below: an unknown word is passed over, or gives one of the known objects "
+        "or a mixture. It draws one to four things, no text, and no style but the font's. It was trained at "
+        f"{IMAGE_PX} x {IMAGE_PX} px only. Prompts are English. One pair of objects in ten was never shown together, "
+        "so that the figures say what it makes of new combinations.\n"
     )
 
 
