@@ -188,6 +188,15 @@ async def test_several_models_ask_for_a_choice(settings: Settings, queue: JobQue
         assert [model["id"] for model in (await client.get("/models")).json()["models"]] == ["one", "two"]
 
 
+async def test_who_names_none_of_several_models_means_the_built_in_one(settings: Settings, queue: JobQueue) -> None:
+    async with (
+        InstantWorker(queue, card("another"), card("emoji-world"), card("zoo")).running(),
+        in_process(settings, queue) as client,
+    ):
+        assert (await client.post("/generate", json=FOX)).json()["manifest"]["model"] == "emoji-world"
+        assert (await client.post("/generate", json={**FOX, "model": "zoo"})).json()["manifest"]["model"] == "zoo"
+
+
 async def last_served_ago(queue: JobQueue, model: str, seconds: float) -> None:
     """As if the model's last worker had gone that long ago."""
     connection = queue._connection

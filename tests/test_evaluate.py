@@ -183,7 +183,7 @@ def test_a_perfect_generator_scores_full_marks_and_a_blind_one_none(detector: De
 
 def test_a_report_holds_what_was_measured(tmp_path: Path) -> None:
     sampling = drawing.Sampling("euler", 20, 3.0)
-    report = evaluate.Report("emoji", "a CPU", sampling, 31.2)
+    report = evaluate.Report("emoji", "sha256:1", "a CPU", sampling, 0, 31.2)
     report.categories["two objects", "trained"] = Share(9, 10)
     report.steps = [(sampling.but(num_inference_steps=steps), Share(steps, 20)) for steps in (4, 8)]
     report.guidance = [(sampling, Share(5, 10))]

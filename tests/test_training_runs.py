@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch import nn
+from tqdm import tqdm
 
-from training import common, train_vae
+from training import __main__, common, distill, train_text, train_unet, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.train_unet import NOISE_CONFIG
 
@@ -66,8 +70,96 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
 def test_a_run_that_is_told_to_stop_ends_after_its_update_and_saves() -> None:
     progress = common.Progress(minutes=None, updates=1000)
     assert not progress.stopping
-    assert not progress.is_save_due(every_minutes=1.0)
     signal.raise_signal(signal.SIGTERM)
     assert progress.stopping
-    assert progress.is_save_due(every_minutes=1.0)
     assert not progress.finished
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_stage_takes_the_options_that_it_is_started_with(tmp_path: Path, device: str) -> None:
+    """The text encoder once refused `--compile`, which only a GPU's stages are given."""
+    parsers = {
+        "text": train_text.parser(),
+        "vae": train_vae.parser(),
+        "unet": train_unet.parser(),
+        "student": distill.parser(),
+    }
+    given = __main__.commands(tmp_path, 16, device, scenes=8)
+    assert given.keys() == parsers.keys()
+    for stage, words in given.items():
+        options = parsers[stage].parse_args(words[3:])
+        assert (options.out, options.device, options.scenes) == (tmp_path / stage, device, 8)
+        assert getattr(options, "compile", False) is (device == "cuda" and stage != "text")
+
+
+def stage_of(code: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def test_a_stage_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
+    """A stage that ended between two looks, alone, once passed for finished, and the next one waited forever."""
+    waiting = stage_of("import time; time.sleep(100)")
+    with tqdm(disable=True) as bar, pytest.raises(SystemExit, match="unet ended unfinished with code 3"):
+        __main__.follow({"unet": stage_of("raise SystemExit(3)"), "student": waiting}, tmp_path, 1.0, bar)
+    assert waiting.returncode == -signal.SIGTERM
+
+
+def test_stages_that_are_finished_are_followed_to_their_end(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    common.finish(tmp_path / "text")
+    process = stage_of("")
+    with tqdm(disable=True) as bar:
+        __main__.follow({"text": process}, tmp_path, 1.0, bar)
+    assert process.returncode == 0
+
+
+def test_a_stage_does_not_wait_for_a_run_that_nobody_is_left_to_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = iter((4711, 1))
+    monkeypatch.setattr(common.os, "getppid", lambda: next(parents))
+    with pytest.raises(SystemExit, match="nobody is left"):
+        common.wait_for(tmp_path)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_an_optimizer_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path) -> None:
+    """A checkpoint keeps no memory layout, and the fused optimizer paired each weight with another one's moments."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(8, 4, 3, 3, generator=generator)
+    gradients = torch.randn(4, 8, 4, 3, 3, generator=generator)
+
+    def begun() -> tuple[nn.Conv2d, torch.optim.AdamW]:
+        module = nn.Conv2d(4, 8, 3, bias=False).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            module.weight.copy_(start)
+        return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+
+    def update(module: nn.Conv2d, optimizer: torch.optim.AdamW, gradient: torch.Tensor) -> None:
+        module.weight.grad = gradient.to(memory_format=torch.channels_last)
+        optimizer.step()
+
+    progress = common.Progress(minutes=None, updates=4)
+    module, optimizer = begun()
+    for gradient in gradients[:2]:
+        update(module, optimizer, gradient)
+    common.save_checkpoint(tmp_path, {"live.weight": module.weight}, optimizer, progress, {"device": "here"})
+    resumed, its_optimizer = begun()
+    weights = common.load_checkpoint(tmp_path, its_optimizer, progress)
+    assert weights is not None
+    resumed.load_state_dict(common.with_prefix(weights, "live."))
+    for gradient in gradients[2:]:
+        update(module, optimizer, gradient)
+        update(resumed, its_optimizer, gradient)
+    assert torch.equal(module.weight, resumed.weight)
+
+
+def test_a_row_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
+    log = common.CsvLog(tmp_path / "log.csv")
+    assert log.rows() == []
+    log.path.touch()
+    assert log.rows() == []
+    log.write(updates=1, minutes=0.5, loss=2.0)
+    with log.path.open("a") as file:
+        file.write("2,1.0")
+    assert log.rows() == [{"updates": 1.0, "minutes": 0.5, "loss": 2.0}]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from darkroom.config import BUILTIN_MODEL, builtin_models
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
@@ -17,7 +18,6 @@ from training.captions import PLACE_PHRASES, caption, plural
 from training.scenes import NUM_CLASSES, answers
 from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
 
-MODEL = Path(__file__).parents[1] / "server" / "darkroom" / "models" / "emoji-world"
 SENTENCES = (
     "An astronaut riding a horse in photorealistic style.",
     "A chrome-plated duck with a golden beak arguing with an angry turtle in a forest.",
@@ -140,7 +140,7 @@ def test_no_caption_is_cut_and_ids_are_those_of_the_tokenizer_itself() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    return CLIPTokenizer.from_pretrained(BUILTIN_MODEL / "tokenizer")
 
 
 @pytest.mark.parametrize("text", ["", "a dog", "Zebra!? 42", "日本の猫 🤖", "naïve\tcafé\n", "x" * 500])
@@ -152,15 +152,17 @@ def test_the_shipped_tokenizer_covers_any_text(tokenizer: CLIPTokenizer, text: s
     assert tokenizer.eos_token_id not in ids[:-1]
 
 
-def test_the_shipped_model_is_safetensors_only_and_small() -> None:
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
+def test_the_shipped_models_are_safetensors_only_and_small() -> None:
+    """What a student shares with its teacher is linked, and counts once."""
+    files = {path.resolve() for model in builtin_models() for path in model.rglob("*") if path.is_file()}
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md"}
-    assert sum(path.stat().st_size for path in files) <= 30 * 2**20
+    assert sum(path.stat().st_size for path in files) <= 40e6
 
 
-def test_the_shipped_weights_are_finite_halves() -> None:
+@pytest.mark.parametrize("model", builtin_models(), ids=lambda model: model.name)
+def test_the_shipped_weights_are_finite_halves(model: Path) -> None:
     for part in ("vae", "unet", "text_encoder"):
-        (path,) = (MODEL / part).glob("*.safetensors")
+        (path,) = (model / part).glob("*.safetensors")
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 tensor = file.get_tensor(name)
@@ -168,9 +170,10 @@ def test_the_shipped_weights_are_finite_halves() -> None:
                 assert np.isfinite(tensor).all(), name
 
 
-def test_the_serving_settings_name_prompts_from_the_world() -> None:
-    settings = json.loads((MODEL / "darkroom.json").read_text())
-    assert settings["id"] == "emoji-world"
+@pytest.mark.parametrize("model", builtin_models(), ids=lambda model: model.name)
+def test_the_serving_settings_name_prompts_from_the_world(model: Path) -> None:
+    settings = json.loads((model / "darkroom.json").read_text())
+    assert settings["id"] == model.name
     assert settings["width"] % 8 == settings["height"] % 8 == 0
     for prompt in settings["example_prompts"]:
-        assert any(name in prompt for name in world.OBJECTS), prompt
+        assert any(name in prompt for name in (*world.OBJECTS, *world.SHAPE_NAMES)), prompt

@@ -59,9 +59,10 @@ def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: fl
                 for stage, share in SHARES.items()
             )
             bar.update(round(100 * done, 1) - bar.n)
+            bar.refresh()
             if len(ended) == len(processes):
                 return
-            time.sleep(1)
+            time.sleep(2)
     finally:
         for process in processes.values():
             process.terminate()

@@ -236,10 +236,9 @@ class CsvLog:
             path.unlink(missing_ok=True)
 
     def write(self, **row: float | int) -> None:
-        is_new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row))
-            if is_new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
 

@@ -91,6 +91,9 @@ def export(
     pipeline.save_pretrained(out, safe_serialization=True)
     save_tokenizer(tokenizer, out / "tokenizer")
     (out / "darkroom.json").write_text(json.dumps(serving, indent=2) + "\n")
+    for path in out.rglob("*.safetensors"):
+        # safetensors lets nobody else read what it writes, and an image's user is somebody else.
+        path.chmod(0o644)
 
 
 def main() -> None:
