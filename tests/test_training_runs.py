@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from darkroom.diffusion.loader import read_card
 from diffusers import DDIMScheduler
 from torch import nn
 from tqdm import tqdm
 
-from training import __main__, common, distill, train_text, train_unet, train_vae
+from tests.support.tiny_models import write_tiny_model
+from training import __main__, common, distill, export, train_text, train_unet, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.train_unet import NOISE_CONFIG
 
@@ -152,6 +154,15 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path) ->
         update(module, optimizer, gradient)
         update(resumed, its_optimizer, gradient)
     assert torch.equal(module.weight, resumed.weight)
+
+
+def test_a_student_links_to_the_files_that_it_shares_with_its_teacher(tmp_path: Path) -> None:
+    teacher, student = (write_tiny_model(tmp_path / name, "sd1", seed=3) for name in ("teacher", "student"))
+    before = read_card(student).weights_hash
+    export.share(teacher, student)
+    shared = {path.relative_to(student).parts[0] for path in student.rglob("*") if path.is_symlink()}
+    assert shared == set(export.SHARED)
+    assert read_card(student).weights_hash == before
 
 
 def test_a_row_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:

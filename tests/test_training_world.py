@@ -159,6 +159,11 @@ def test_the_shipped_models_are_safetensors_only_and_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 40e6
 
 
+def test_no_folder_of_a_shipped_model_is_a_link() -> None:
+    """A wheel takes in what a link to a file points to, and leaves out a folder that is a link."""
+    assert not [path for model in builtin_models() for path in model.rglob("*") if path.is_dir() and path.is_symlink()]
+
+
 @pytest.mark.parametrize("model", builtin_models(), ids=lambda model: model.name)
 def test_the_shipped_weights_are_finite_halves(model: Path) -> None:
     for part in ("vae", "unet", "text_encoder"):

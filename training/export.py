@@ -1,6 +1,6 @@
 """Write the averaged weights as diffusers folders: `python -m training.export --vae V --text T --unet U --student S`.
 
-The student's folder has a UNet of its own and links to the teacher's other parts, so that they are stored once.
+The student's folder has a UNet of its own and links to the teacher's other files, so that they are stored once.
 """
 
 from __future__ import annotations
@@ -96,6 +96,17 @@ def export(
         path.chmod(0o644)
 
 
+def share(teacher_folder: Path, student_folder: Path) -> None:
+    """Put links to the teacher's files in the place of equal ones of the student.
+
+    Links to files, since a wheel takes in what such a link points to, and leaves out a folder that is a link.
+    """
+    for part in SHARED:
+        for path in (student_folder / part).iterdir():
+            path.unlink()
+            path.symlink_to(Path("..", "..", teacher_folder.name, part, path.name))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vae", type=Path, required=True, help="folder of the finished train_vae run")
@@ -114,9 +125,7 @@ def main() -> None:
     if args.student:
         runs["student"] = args.student
         export(vae, text_encoder, averaged_unet(args.student), STUDENT, student_folder)
-        for part in SHARED:
-            shutil.rmtree(student_folder / part)
-            (student_folder / part).symlink_to(Path("..") / TEACHER["id"] / part)
+        share(teacher_folder, student_folder)
     networks = {"vae": vae, "text": text_encoder, "unet": unet, "student": unet}
     record = {name: {"parameters": num_parameters(networks[name]), **run_record(run)} for name, run in runs.items()}
     for folder in (teacher_folder, *([student_folder] if args.student else [])):
