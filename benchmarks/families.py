@@ -136,7 +136,7 @@ TOY = Family(
         "norm_num_groups": 8,
     },
     {**_VAE, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "layers_per_block": 1},
-    (_text(32, 2, 2, "quick_gelu", vocab_size=1024),),
+    (_text(32, 2, 2, "quick_gelu", vocab_size=2048),),
     4.32e7,
     7.73e7,
     1e6,

@@ -206,7 +206,7 @@ async def test_a_real_picture_is_watched_from_noise_to_print(browser: Browser, r
                 watch.observe(document.getElementById("prints"), { childList: true, subtree: true });
             }"""
         )
-        await develop(page, "a duck on a beach", seed=8, num_inference_steps=50, width=64, height=64)
+        await develop(page, "a duck on a beach", seed=8, num_inference_steps=50)
         await expect(page.locator("#status")).to_contain_text("seed 8 · 50 steps of DPM++ 2M")
         *drafts, last = await page.evaluate("laid")
         assert len(set(drafts)) >= 2
