@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from axe_playwright_python.async_playwright import Axe
 from darkroom.config import BUILTIN_MODEL, Settings
 from darkroom.diffusion.images import encode_image
 from darkroom.diffusion.loader import load_model
+from darkroom.engine.engine import Engine
 from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
 from darkroom.queue import JobQueue, new_key
@@ -193,7 +195,11 @@ async def test_a_real_picture_is_watched_from_noise_to_print(browser: Browser, r
     queue = await JobQueue.connect(settings, redis_url)
     threads = torch.get_num_threads()
     model = load_model(BUILTIN_MODEL)
-    async with serving(settings, queue, model), served(settings, queue) as site:
+    # Warm, as workers are: previews of a model wait until their map is fitted.
+    engine = functools.partial(Engine, warm_up=True)
+    async with serving(settings, queue, model, engine), served(settings, queue) as site:
+        while not (await queue.cards()).offered:  # noqa: ASYNC110 - another process might as well be the worker
+            await asyncio.sleep(0.01)
         darkroom = Darkroom(browser, site, None, queue)
         page = await darkroom.open(is_locked=True)
         await expect(page.locator("#examples button").first).to_be_attached()
@@ -206,7 +212,7 @@ async def test_a_real_picture_is_watched_from_noise_to_print(browser: Browser, r
                 watch.observe(document.getElementById("prints"), { childList: true, subtree: true });
             }"""
         )
-        await develop(page, "a duck on a beach", seed=8, num_inference_steps=50)
+        await develop(page, "a duck on a beach", seed=8, num_inference_steps=50, width=64, height=64)
         await expect(page.locator("#status")).to_contain_text("seed 8 · 50 steps of DPM++ 2M")
         *drafts, last = await page.evaluate("laid")
         assert len(set(drafts)) >= 2
