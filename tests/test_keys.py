@@ -388,15 +388,20 @@ async def test_a_key_may_call_as_often_as_its_rate_says(
 
 
 async def test_a_refused_call_may_come_when_it_was_told_to(queue: JobQueue) -> None:
-    rate = Rate(count=20, period_s=1, burst=3)
+    """An hour passes by moving what is kept of the rate, a time on Redis' clock, as far back."""
+    rate, minute_us = Rate(count=1, period_s=3600, burst=3), 60 * 10**6
     taken = [await queue.api_keys.take("k", rate) for _ in range(4)]
     assert [one.is_allowed for one in taken] == [True, True, True, False]
     assert [one.remaining for one in taken] == [2, 1, 0, 0]
-    assert 0 < taken[3].retry_after_s <= 0.05
-    await asyncio.sleep(taken[3].retry_after_s)
+    retry_us = round(taken[3].retry_after_s * 1e6)
+    assert minute_us < retry_us <= 60 * minute_us
+    command, name = queue._connection.command, f"{queue._connection.keys.prefix}rate:k"
+    assert 0 < await command("PTTL", name) <= 3 * 3600 * 1000
+    whole_us = int(await command("GET", name))
+    await command("SET", name, whole_us - retry_us + minute_us)
+    assert not (await queue.api_keys.take("k", rate)).is_allowed
+    await command("SET", name, whole_us - retry_us)
     assert (await queue.api_keys.take("k", rate)).is_allowed
-    ttl_ms = await queue._connection.command("PTTL", f"{queue._connection.keys.prefix}rate:k")
-    assert 0 < ttl_ms <= 151
 
 
 async def budget(queue: JobQueue) -> dict[bytes, bytes]:
