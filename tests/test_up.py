@@ -283,10 +283,11 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(start: Cal
     assert str(empty) in line
 
 
+@pytest.mark.timeout(300)
 def test_generate_draws_in_its_own_process(model: Path, tmp_path: Path) -> None:
     def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "darkroom", "generate", "a cat", "--model", str(model), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
 
     done = generate("-o", "cat.webp", "--seed", "3", "--steps", "3", "--sampler", "heun")
     assert (done.returncode, done.stderr) == (0, "")
