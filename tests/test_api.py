@@ -155,7 +155,7 @@ async def test_a_call_that_waits_too_long_is_handed_the_jobs_url(idle_client: ht
 async def test_the_servers_own_limit_caps_the_wait(settings: Settings, queue: JobQueue) -> None:
     await queue.register("idle", [card()])
     async with in_process(settings.model_copy(update={"wait_timeout_s": 0.05}), queue) as client:
-        reply = await asyncio.wait_for(client.post("/generate", json={**FOX, "wait_timeout_s": 500}), 5)
+        reply = await asyncio.wait_for(client.post("/generate", json={**FOX, "wait_timeout_s": 500}), 20)
     assert reply.status_code == 202
 
 
@@ -238,7 +238,7 @@ async def test_the_only_model_takes_jobs_while_its_worker_restarts(settings: Set
         assert [model["id"] for model in (await client.get("/models")).json()["models"]] == ["test-world"]
         url = (await client.post("/generate", json={**FOX, "mode": "async"})).headers["location"]
         async with worker.running():
-            assert (await queue.wait(url.removeprefix("/jobs/"), 5)).state == "succeeded"
+            assert (await queue.wait(url.removeprefix("/jobs/"), 20)).state == "succeeded"
 
 
 # Idempotency
@@ -383,7 +383,7 @@ async def test_a_waiting_client_that_leaves_cancels_its_job(
     site: Served, worker: InstantWorker, queue: JobQueue
 ) -> None:
     job_id = await _post_and_leave(site, worker)
-    assert (await queue.wait(job_id, 5)).state == "cancelled"
+    assert (await queue.wait(job_id, 20)).state == "cancelled"
 
 
 async def test_a_client_with_an_idempotency_key_may_leave_and_come_back(
@@ -406,7 +406,7 @@ async def test_a_client_that_wants_its_job_to_continue_may_leave(
     await service.all_answered(5)
     assert (await queue.status(job_id)).state == "running"
     worker.gate.set()
-    assert (await queue.wait(job_id, 5)).state == "succeeded"
+    assert (await queue.wait(job_id, 20)).state == "succeeded"
 
 
 async def test_a_job_whose_client_has_a_key_and_stays_away_is_cancelled_after_a_while(
@@ -668,7 +668,7 @@ def test_the_api_process_is_small_and_ends_well(redis_url: str) -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
     finally:
         process.kill()
         process.communicate()

@@ -29,12 +29,14 @@ from darkroom.infotext import infotext
 from darkroom.jobs import Failure, GenerationRequest
 from darkroom.queue import JobQueue, new_key
 from PIL import Image
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Route, async_playwright, expect
 
 from tests.support.http import Served, served
 from tests.support.instant_worker import InstantWorker, colour
+from tests.support.s3 import BUCKET, S3Server
 from tests.test_worker import serving
 
+pytest_plugins = "tests.support.bucket"
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 expect.set_options(timeout=30_000)
@@ -581,6 +583,54 @@ async def test_a_darkroom_with_a_lock_asks_for_a_key_and_remembers_it_for_the_vi
         assert await page.evaluate("localStorage.length") == 0
         await darkroom.contexts[0].close()
         assert darkroom.complaints == []
+    await queue.close()
+
+
+async def test_prints_come_from_a_bucket_whose_keys_the_page_does_not_have(
+    browser: Browser, redis_url: str, s3: S3Server, tmp_path: Path
+) -> None:
+    settings = Settings(
+        data_dir=tmp_path, redis_url=redis_url, shard="test-page-bucket", auth="keys",
+        result_store=f"s3://{BUCKET}/darkroom", result_urls="signed",
+    )  # fmt: skip
+    queue = await JobQueue.connect(settings, redis_url)
+    key, token = new_key(name="ann", tenant="ann", scopes=["generate"])
+    await queue.api_keys.add(key)
+    async with InstantWorker(queue).running() as worker, served(settings, queue) as site:
+        darkroom = Darkroom(browser, site, worker, queue)
+        page = await darkroom.open(is_locked=True)
+        await page.fill("#key-input", token)
+        await page.click("#key-use")
+        await develop(page, "a red fox", seed=6, num_images_per_prompt=2)
+        await printed(page, 6)
+        assert len(s3.objects) == 2
+        await page.click("#tray .paper:nth-child(2)")
+        async with page.expect_download() as download:
+            await page.click("#download")
+        assert Image.open(await (await download.value).path()).getpixel((0, 0)) == colour(7)
+        await page.click("#again")
+        await expect(page.locator("#strip .frame")).to_have_count(2)
+        await printed(page, 6)
+        assert darkroom.complaints == []
+
+        async def without_the_bucket(route: Route) -> None:
+            s3.stop()
+            await route.continue_()
+
+        await page.route("**/images/*", without_the_bucket)
+        await develop(page, "a blue fox", seed=9, num_images_per_prompt=1)
+        await expect(page.get_by_role("alert")).to_contain_text("The result store cannot be reached")
+        await expect(page.locator(".count")).to_contain_text("It may work again")
+        # What is drawn is not lost by a page that could not have it yet, nor by one that is loaded too early.
+        await page.reload()
+        await expect(page.get_by_role("alert")).to_contain_text("The result store cannot be reached")
+        await page.unroute("**/images/*")
+        s3.start()
+        await page.reload()
+        await printed(page, 9)
+        await expect(page.locator("#strip .frame")).to_have_count(3)
+        await darkroom.contexts[0].close()
+        assert all("the server responded with a status of 503" in complaint for complaint in darkroom.complaints)
     await queue.close()
 
 

@@ -296,7 +296,9 @@ async def test_a_job_that_is_watched_before_it_starts_is_shown_from_its_first_st
         raise AssertionError("the job ended unseen")
 
     watching = asyncio.create_task(first_preview())
-    await asyncio.wait([watching], timeout=0.2)
+    key = queue._connection.keys.job(job.id)
+    while not await queue._connection.command("HEXISTS", key, "look_linear"):  # noqa: ASYNC110 - nobody is told of it
+        await asyncio.sleep(0.02)
     async with serving(settings, queue, model, slow_engine):
         assert await watching == 1
         await queue.cancel(job.id)

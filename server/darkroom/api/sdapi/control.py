@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import UTC, datetime
-from typing import Any
 
 import msgspec
 import structlog
@@ -16,7 +15,16 @@ from starlette.responses import Response
 from darkroom.api.body import read_json
 from darkroom.api.sdapi.callers import card_of, choose, options_of, unfinished
 from darkroom.api.sdapi.names import sha256_of, title_of
-from darkroom.api.sdapi.shapes import Options, Progress, documented_here, parse_lenient
+from darkroom.api.sdapi.shapes import (
+    Options,
+    Progress,
+    component,
+    documented_here,
+    json_body,
+    json_content,
+    json_reply,
+    parse_lenient,
+)
 from darkroom.api.service import service_of
 from darkroom.errors import ImageNotFound, JobNotFound
 
@@ -38,15 +46,6 @@ _SKIP_IMAGE = {
     "schema": {"type": "string"},
 }
 _ERRORS = documented_here("queue_unavailable", "internal")
-
-
-def _json(reply: Any) -> Response:
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-def _content(example: Any, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": schema or {"type": "object"}, "example": example}}}
-
 
 _IDLE = Progress(
     progress=0.0,
@@ -75,7 +74,7 @@ _IDLE = Progress(
     responses={
         200: {
             "description": "Of the caller's own jobs.",
-            **_content(msgspec.to_builtins(_IDLE), {"$ref": "#/components/schemas/Progress"}),
+            **json_content(msgspec.to_builtins(_IDLE), component(Progress)),
         },
         **_ERRORS,
     },
@@ -83,7 +82,7 @@ _IDLE = Progress(
 async def progress(request: Request) -> Response:
     statuses = await unfinished(request)
     if not statuses:
-        return _json(_IDLE)
+        return json_reply(_IDLE)
     status = next((one for one in statuses if one.started_at_ms is not None), statuses[0])
     done = status.step / status.num_steps if status.num_steps else 0.0
     created = datetime.fromtimestamp(status.job.created_at_ms / 1000, UTC)
@@ -100,7 +99,7 @@ async def progress(request: Request) -> Response:
         # To ask is to watch: there is one from the next step on.
         with contextlib.suppress(ImageNotFound, JobNotFound):
             image = await service_of(request).queue.preview(status.job.id, 0)
-    return _json(Progress(progress=done, eta_relative=status.eta_s or 0.0, state=state, current_image=image))
+    return json_reply(Progress(progress=done, eta_relative=status.eta_s or 0.0, state=state, current_image=image))
 
 
 async def _stop(request: Request) -> None:
@@ -117,11 +116,11 @@ async def _stop(request: Request) -> None:
     description="Those that run answer with what they have drawn so far, those that wait with no images.",
     response_class=Response,
     openapi_extra={"parameters": [_TASK]},
-    responses={200: {"description": "They are stopped, or about to be.", **_content({})}, **_ERRORS},
+    responses={200: {"description": "They are stopped, or about to be.", **json_content({})}, **_ERRORS},
 )
 async def interrupt(request: Request) -> Response:
     await _stop(request)
-    return _json({})
+    return json_reply({})
 
 
 @router.post(
@@ -131,13 +130,13 @@ async def interrupt(request: Request) -> Response:
     response_class=Response,
     openapi_extra={"parameters": [_TASK]},
     responses={
-        200: {"description": "They are stopped, or about to be.", **_content(None, {"type": "null"})},
+        200: {"description": "They are stopped, or about to be.", **json_content(None, {"type": "null"})},
         **_ERRORS,
     },
 )
 async def skip(request: Request) -> Response:
     await _stop(request)
-    return _json(None)
+    return json_reply(None)
 
 
 @router.get(
@@ -147,7 +146,7 @@ async def skip(request: Request) -> Response:
     responses={
         200: {
             "description": "Those that have a meaning here.",
-            **_content(
+            **json_content(
                 {
                     "sd_model_checkpoint": "emoji-world [9b2f6c1d0e]",
                     "sd_checkpoint_hash": "9b2f6c1d0e7a4c35",
@@ -163,7 +162,7 @@ async def skip(request: Request) -> Response:
 async def options(request: Request) -> Response:
     chosen = await options_of(request)
     card = await card_of(request, chosen)
-    return _json(
+    return json_reply(
         {
             "sd_model_checkpoint": title_of(card),
             "sd_checkpoint_hash": sha256_of(card),
@@ -180,19 +179,9 @@ async def options(request: Request) -> Response:
     description="Some of them or the whole object; what has no meaning here is left alone. They are kept for 30 days "
     "after the last change, and are nobody else's.",
     response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/Options"},
-                    "example": {"sd_model_checkpoint": "emoji-world"},
-                }
-            },
-        }
-    },
+    openapi_extra=json_body(Options, {"sd_model_checkpoint": "emoji-world"}),
     responses={
-        200: {"description": "They are set.", **_content(None, {"type": "null"})},
+        200: {"description": "They are set.", **json_content(None, {"type": "null"})},
         **documented_here(
             "malformed_json", "unknown_model", "request_timeout", "body_too_large", "unsupported_media_type",
             "invalid_request", "queue_unavailable", "internal",
@@ -202,4 +191,4 @@ async def options(request: Request) -> Response:
 async def set_options(request: Request) -> Response:
     fields = await read_json(request, service_of(request).settings.max_body_bytes)
     await choose(request, parse_lenient(Options, fields))
-    return _json(None)
+    return json_reply(None)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from darkroom.api.body import read_json
 from darkroom.api.sdapi.names import AUTOMATIC, SAMPLER_ALIASES, SCHEDULE_ALIASES, sha256_of, title_of
-from darkroom.api.sdapi.shapes import documented_here, parse_lenient
+from darkroom.api.sdapi.shapes import documented_here, json_body, json_content, json_reply, parse_lenient
 from darkroom.api.service import service_of
 from darkroom.infotext import SAMPLER_LABELS, SIGMA_SCHEDULE_LABELS, parse, short_hash
 
@@ -41,16 +41,8 @@ NOTHING: dict[str, Any] = {
 NOTHING_TO_DO = ("refresh-checkpoints", "refresh-vae", "refresh-loras", "refresh-embeddings")
 
 
-def _json(reply: Any) -> Response:
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
-
-
-def _content(example: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": schema, "example": example}}}
-
-
 def _list_of(example: Any) -> dict[str, Any]:
-    return _content([example], {"type": "array", "items": {"type": "object"}})
+    return json_content([example], {"type": "array", "items": {"type": "object"}})
 
 
 @router.get(
@@ -65,7 +57,9 @@ def _list_of(example: Any) -> dict[str, Any]:
 async def samplers(request: Request) -> Response:
     offered = (await service_of(request).queue.cards()).offered.values()
     names = [name for name in SAMPLER_LABELS if any(name in card.samplers for card in offered)]
-    return _json([{"name": SAMPLER_LABELS[name], "aliases": SAMPLER_ALIASES[name], "options": {}} for name in names])
+    return json_reply(
+        [{"name": SAMPLER_LABELS[name], "aliases": SAMPLER_ALIASES[name], "options": {}} for name in names]
+    )
 
 
 def _scheduler(name: str, label: str, aliases: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -83,7 +77,7 @@ def _scheduler(name: str, label: str, aliases: tuple[str, ...] = ()) -> dict[str
 )
 async def schedulers(request: Request) -> Response:
     ours = [_scheduler(name, label, SCHEDULE_ALIASES[name]) for name, label in SIGMA_SCHEDULE_LABELS.items()]
-    return _json([_scheduler(AUTOMATIC, "Automatic"), *ours])
+    return json_reply([_scheduler(AUTOMATIC, "Automatic"), *ours])
 
 
 @router.get(
@@ -109,7 +103,7 @@ async def schedulers(request: Request) -> Response:
 )
 async def sd_models(request: Request) -> Response:
     cards = (await service_of(request).queue.cards()).offered.values()
-    return _json(
+    return json_reply(
         [
             {
                 "title": title_of(card),
@@ -136,21 +130,11 @@ class PngInfo(BaseModel):
     "/sdapi/v1/png-info",
     summary="What a picture says of how it was made (AUTOMATIC1111)",
     response_class=Response,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/PngInfo"},
-                    "example": {"image": "iVBORw0KGgoAAAANSUhEUgAA..."},
-                }
-            },
-        }
-    },
+    openapi_extra=json_body(PngInfo, {"image": "iVBORw0KGgoAAAANSUhEUgAA..."}),
     responses={
         200: {
             "description": "`info` is the text, `parameters` what it says, `items` all texts.",
-            **_content(
+            **json_content(
                 {
                     "info": "a red fox\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64",
                     "items": {"parameters": "a red fox\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64"},
@@ -174,12 +158,12 @@ async def png_info(request: Request) -> Response:
     parameters = {"Prompt": found.prompt, "Negative prompt": found.negative_prompt, **found.values} if text else {}
     if "x" in (size := parameters.pop("Size", "")):
         parameters["Size-1"], _, parameters["Size-2"] = size.partition("x")
-    return _json({"info": text, "items": texts, "parameters": parameters})
+    return json_reply({"info": text, "items": texts, "parameters": parameters})
 
 
 def _tell(reply: Any) -> Any:
     async def told() -> Response:
-        return _json(reply)
+        return json_reply(reply)
 
     return told
 
@@ -190,7 +174,7 @@ for _name, _reply in NOTHING.items():
         _tell(_reply),
         summary=f"There are no {_name} (AUTOMATIC1111)",
         response_class=Response,
-        responses={200: {"description": "Nothing.", **_content(_reply, {})}},
+        responses={200: {"description": "Nothing.", **json_content(_reply, {})}},
     )
 for _name in NOTHING_TO_DO:
     router.add_api_route(
@@ -199,5 +183,5 @@ for _name in NOTHING_TO_DO:
         methods=["POST"],
         summary="Nothing to do (AUTOMATIC1111)",
         response_class=Response,
-        responses={200: {"description": "Nothing was done.", **_content({}, {})}},
+        responses={200: {"description": "Nothing was done.", **json_content({}, {})}},
     )

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,8 +21,12 @@ from darkroom.api.sdapi.shapes import (
     ImageToImage,
     Pictures,
     TextToImage,
+    component,
     documented_here,
     info_of,
+    json_body,
+    json_content,
+    json_reply,
     parse_lenient,
 )
 from darkroom.api.service import service_of
@@ -50,19 +53,20 @@ RESIZE_MODES = ("stretch", "crop", "fill")
 
 def _documented(kind: type[TextToImage], example: dict[str, Any]) -> dict[str, Any]:
     """What the two routes say of themselves alike."""
-    body = {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}, "example": example}
     reply = {
         "images": ["iVBORw0KGgoAAAANSUhEUgAA"],
         "parameters": example,
         "info": '{"seed": 7, "all_seeds": [7], "infotexts": ["..."]}',
     }
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Pictures"}, "example": reply}}
     return {
         "description": "Waits for the pictures; a client that goes away cancels its job. A call that is interrupted "
         "answers with what was drawn by then, or no images if nothing was.",
         "response_class": Response,
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": body}}},
-        "responses": {200: {"description": "The pictures.", "content": content}, **PICTURE_ERRORS},
+        "openapi_extra": json_body(kind, example),
+        "responses": {
+            200: {"description": "The pictures.", **json_content(reply, component(Pictures))},
+            **PICTURE_ERRORS,
+        },
     }
 
 
@@ -192,5 +196,4 @@ def _reply(body: TextToImage, status: JobStatus, images: list[bytes]) -> Respons
     parameters = body.model_dump(mode="json")
     if not parameters.get("include_init_images"):
         parameters |= dict.fromkeys(parameters.keys() & {"init_images", "mask"})
-    reply = Pictures(images if body.send_images else [], parameters, info)
-    return Response(msgspec.json.encode(reply), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return json_reply(Pictures(images if body.send_images else [], parameters, info))

@@ -182,9 +182,28 @@ def documented_here(*codes: str) -> dict[int | str, dict[str, Any]]:
             for code, example in content["examples"].items():
                 problem = msgspec.convert(example["value"], Problem)
                 examples[code] = {"value": json.loads(error_body(problem))}
-        schema = {"$ref": "#/components/schemas/WebUIError"}
-        reply["content"] = {"application/json": {"schema": schema, "examples": examples}}
+        reply["content"] = {"application/json": {"schema": component(WebUIError), "examples": examples}}
     return responses
+
+
+def json_content(example: Any, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a route's document says of the JSON that it reads or writes; without a schema it is any object."""
+    schema = {"type": "object"} if schema is None else schema
+    return {"content": {"application/json": {"schema": schema, "example": example}}}
+
+
+def json_body(kind: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
+    """The same of a request's body, whose schema is that of `kind`."""
+    return {"requestBody": {"required": True, **json_content(example, component(kind))}}
+
+
+def component(kind: type[BaseModel] | type[msgspec.Struct]) -> dict[str, Any]:
+    """A reference to the schema of `kind` in the document."""
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def json_reply(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 class WebUIError(msgspec.Struct, frozen=True):

@@ -49,7 +49,7 @@ function showProblem(problem, ...extra) {
   $("problem").scrollIntoView({ block: "nearest" });
 }
 
-// The server is full for now and says when to come back: count down to that, and come back then if asked to.
+// The server is full, or lacks something it needs, and says when to come back: count down to that, and come back then if asked to.
 function offerRetry(problem, attempt) {
   const until = Date.now() + Math.max(1, problem.retryAfterS) * 1000;
   let isAuto = false;
@@ -64,7 +64,8 @@ function offerRetry(problem, attempt) {
   auto.setAttribute("aria-pressed", "false");
   const tick = () => {
     const left = Math.max(0, Math.ceil((until - Date.now()) / 1000));
-    count.textContent = left ? `A place comes free in about ${seconds(left)}.` : "A place should be free now.";
+    const [what, whatNow] = problem.status === 429 ? ["A place comes free", "A place should be free"] : ["It may work again", "It may work again"];
+    count.textContent = left ? `${what} in about ${seconds(left)}.` : `${whatNow} now.`;
     if (left) return;
     clearInterval(retry);
     if (isAuto) develop(attempt);
@@ -166,12 +167,12 @@ async function lookAtQueue(id) {
   }
 }
 
-// Until it is known what became of a job, a reload takes it up again.
+// Until it is known what became of a job, and its pictures are here, a reload takes it up again.
 async function finish(id, request) {
   const job = await json(`/jobs/${id}`);
+  const images = job.state === "succeeded" ? await Promise.all(job.images.map(fetched)) : [];
   sessionStorage.removeItem(FOLLOWED);
   if (job.state === "succeeded") {
-    const images = await Promise.all(job.images.map(fetched));
     const manifest = job.manifest;
     const print = {
       id, request: { ...request, seed: request.seed ?? String(job.seed) }, images, at: Date.now(),
@@ -351,9 +352,11 @@ async function resume() {
     if (TERMINAL.includes(job.state)) await finish(id, request);
     else await follow(id, request);
   } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
     if (problem.status === 404) sessionStorage.removeItem(FOLLOWED);
     emptyTray();
     setBusy(false);
+    if (problem.status !== 404) showProblem(problem);
   }
 }
 
