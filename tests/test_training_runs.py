@@ -14,11 +14,12 @@ import pytest
 import torch
 from darkroom.diffusion.loader import read_card
 from diffusers import DDIMScheduler
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from tests.support.tiny_models import write_tiny_model
-from training import __main__, common, distill, export, train_text, train_unet, train_vae
+from training import __main__, common, contact_sheet, distill, export, train_text, train_unet, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.train_unet import NOISE_CONFIG
 
@@ -174,3 +175,12 @@ def test_a_row_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
     with log.path.open("a") as file:
         file.write("2,1.0")
     assert log.rows() == [{"updates": 1.0, "minutes": 0.5, "loss": 2.0}]
+
+
+def test_a_contact_sheet_is_as_wide_as_its_pictures_and_has_room_for_the_longest_prompt() -> None:
+    pictures = [Image.new("RGB", (64, 64), "red") for _ in range(3)]
+    wide, high = (contact_sheet.sheet_of(pictures, ["a cat", "a dog", words], 2) for words in ("a", "a cow " * 9))
+    assert wide.width == high.width == 2 * 64 + 3 * contact_sheet.GAP_PX
+    assert high.height > wide.height
+    assert wide.getpixel((contact_sheet.GAP_PX, contact_sheet.GAP_PX)) == (255, 0, 0)
+    assert contact_sheet.sheet_of(pictures[:1], ["a cat"], 5).width == 64 + 2 * contact_sheet.GAP_PX

@@ -215,7 +215,7 @@ def _how_measured(measured: Measured) -> str:
 
 
 def _tables(measured: Measured) -> list[str]:
-    """What was measured beyond the aims: all categories, samplers with their steps, guidance."""
+    """All that was measured: categories, prompts, samplers with their steps, guidance."""
     tables = []
     if measured.categories:
         rows = [
@@ -223,6 +223,9 @@ def _tables(measured: Measured) -> list[str]:
             for name in dict.fromkeys(category for category, _ in measured.categories)
         ]
         tables.append(table(("category", "trained combinations", "held-out combinations"), rows))
+    if measured.prompts:
+        rows = [(prompt, str(share)) for prompt, share in measured.prompts.items()]
+        tables.append(table(("prompt", "all objects"), rows))
     for name, heading in (("steps", "Score by sampler and steps"), ("guidance", "Score by guidance")):
         if swept := measured.report.get(name):
             rows = [

@@ -33,6 +33,7 @@ def sheet_of(pictures: Sequence[Image.Image], prompts: Sequence[str], columns: i
     width = pictures[0].width
     lines = [wrapped(prompt, font, width) for prompt in prompts]
     height = pictures[0].height + LINE_PX * max(map(len, lines)) + GAP_PX
+    columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (width + GAP_PX) + GAP_PX, rows * (height + GAP_PX) + GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
