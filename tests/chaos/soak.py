@@ -20,10 +20,10 @@ from tests.chaos.verdict import GONE_AT_REST, NEVER_EXPIRES, TERMINAL, come_to_r
 SETTINGS: dict[str, Any] = {"result_ttl_s": 30, "job_ttl_s": 60}
 SAMPLE_S = 2.0
 # Memory is counted once allocators and caches have seen what they will see: after so many short requests, and then as
-# many minutes of the load itself as are counted. What libraries leave in cycles behind some 800 calls of the API lies
-# there until a collection takes it; after two of those its memory is as large as it gets.
-WARM_UP_REQUESTS, WARM_UP_S = 2000, 1800.0
-NUM_CLIENTS, NUM_WARM_UP_CLIENTS = 3, 6
+# many minutes of the load itself as are counted. An API's blocks in use are as many after 1,000 calls as after 10,000,
+# but its malloc goes on spreading them, some 25 bytes a call, over pages of the heap that start-up left untouched.
+WARM_UP_REQUESTS, WARM_UP_S = 10_000, 1800.0
+NUM_CLIENTS, NUM_WARM_UP_CLIENTS = 3, 16
 # Keys that say which models there are and who serves them; a worker alone has them too.
 _STANDING = NEVER_EXPIRES - GONE_AT_REST | {"workers", "worker", "serving", "pace", "debts"}
 
