@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,18 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
             for kind in ("api", "worker")
         }
         with scraping(directory, targets) as prometheus:
-            wait_until(lambda: prometheus.values("sum(up)") == [2])
+            wait_until_equal(lambda: prometheus.values("sum(up)"), [2])
             send_load(url)
             yield prometheus
     finally:
         up.end(signal.SIGINT, timeout_s=30)
 
 
-def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
+def wait_until_equal(look: Callable[[], Any], wanted: object, timeout_s: float = 60.0) -> None:
+    """Wait until `look` finds what is wanted; a failure tells what it found last."""
     until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until
+    while (found := look()) != wanted:
+        assert time.monotonic() < until, found
         time.sleep(0.1)
 
 
@@ -196,10 +197,7 @@ def test_every_expression_has_data_while_darkroom_works(watched: Prometheus) -> 
         }
         return {name for name, values in found.items() if all(map(math.isnan, values))}
 
-    until = time.monotonic() + 60
-    while left := missing():
-        assert time.monotonic() < until, left
-        time.sleep(0.2)
+    wait_until_equal(missing, set())
 
 
 def test_what_prometheus_counted_is_what_was_asked_for(watched: Prometheus) -> None:
@@ -211,12 +209,6 @@ def test_what_prometheus_counted_is_what_was_asked_for(watched: Prometheus) -> N
         "sum(darkroom_images_total)": [24],
     }
 
-    def counted() -> dict[str, list[float]]:
-        return {expr: watched.values(expr) for expr in wanted}
-
     # The API's counters and the worker's are not read at the same time.
-    until = time.monotonic() + 60
-    while (found := counted()) != wanted:
-        assert time.monotonic() < until, found
-        time.sleep(0.1)
+    wait_until_equal(lambda: {expr: watched.values(expr) for expr in wanted}, wanted)
     assert watched.values('ALERTS{alertstate="firing"}') == []
