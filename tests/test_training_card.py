@@ -16,8 +16,9 @@ from training.evaluate import Report
 from training.export import STUDENT, TEACHER
 from training.figures import Share
 from training.judging import README_CASES
+from training.world import SMALL
 
-RUN = {"parameters": 1234567, "updates": 10, "minutes": 2.4, "device": "one test card", "loss": 0.25}
+RUN = {"recipe": "small", "parameters": 1234567, "updates": 10, "minutes": 2.4, "device": "one test card", "loss": 0.25}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def models(tmp_path: Path) -> Path:
     """A teacher and a student that were trained, and a model that this recipe did not make."""
     for seed, serving in enumerate((TEACHER, STUDENT, {"id": "another"})):
         folder = write_tiny_model(tmp_path / "models" / serving["id"], "sd1", seed=seed)
-        (folder / "darkroom.json").write_text(json.dumps(serving))
+        (folder / "darkroom.json").write_text(json.dumps(serving | {"width": 64, "height": 64}))
     record = {"text": RUN, "vae": RUN | {"psnr_db": 31.25}, "unet": RUN}
     (tmp_path / "models" / "emoji-world" / "training.json").write_text(json.dumps(record))
     (tmp_path / "models" / "emoji-world-4step" / "training.json").write_text(json.dumps(record | {"student": RUN}))
@@ -80,7 +81,14 @@ def test_a_card_tells_how_each_stage_was_trained(models: Path) -> None:
     )
     assert "trained for 7.2 minutes" in teacher
     assert "trained for 9.6 minutes" in student
-    assert '--minutes 10"' in student
+    assert '"--recipe small --minutes 10"' in student
+
+
+def test_a_card_lists_what_the_recipe_s_world_holds_and_nothing_else(models: Path) -> None:
+    teacher, _ = (path.read_text() for path in write_cards(models, models))
+    assert line_with(teacher, "- Objects:") == f"- Objects: {', '.join(SMALL.objects)}."
+    assert line_with(teacher, "- Colours of shapes:") == "- Colours of shapes: red, yellow, green, blue, purple."
+    assert "64 x 64 px only" in teacher
 
 
 def test_what_nobody_measured_is_said_to_be_so(models: Path) -> None:

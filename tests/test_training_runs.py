@@ -21,7 +21,10 @@ from tqdm import tqdm
 from tests.support.tiny_models import write_tiny_model
 from training import __main__, common, contact_sheet, distill, export, train_text, train_unet, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
+from training.recipes import RECIPES
 from training.train_unet import NOISE_CONFIG
+
+SHARES = RECIPES["small"].shares
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_every_stage_takes_the_options_that_it_is_started_with(tmp_path: Path, d
         "unet": train_unet.parser(),
         "student": distill.parser(),
     }
-    given = __main__.commands(tmp_path, 16, device, scenes=8)
+    given = __main__.commands(RECIPES["small"], tmp_path, 16, device, scenes=8)
     assert given.keys() == parsers.keys()
     for stage, words in given.items():
         options = parsers[stage].parse_args(words[3:])
@@ -103,7 +106,7 @@ def test_a_stage_that_fails_ends_those_that_wait_for_it(tmp_path: Path) -> None:
     """A stage that ended between two looks, alone, once passed for finished, and the next one waited forever."""
     waiting = stage_of("import time; time.sleep(100)")
     with tqdm(disable=True) as bar, pytest.raises(SystemExit, match="unet ended unfinished with code 3"):
-        __main__.follow({"unet": stage_of("raise SystemExit(3)"), "student": waiting}, tmp_path, 1.0, bar)
+        __main__.follow({"unet": stage_of("raise SystemExit(3)"), "student": waiting}, SHARES, tmp_path, 1.0, bar)
     assert waiting.returncode == -signal.SIGTERM
 
 
@@ -112,7 +115,7 @@ def test_stages_that_are_finished_are_followed_to_their_end(tmp_path: Path) -> N
     common.finish(tmp_path / "text")
     process = stage_of("")
     with tqdm(disable=True) as bar:
-        __main__.follow({"text": process}, tmp_path, 1.0, bar)
+        __main__.follow({"text": process}, SHARES, tmp_path, 1.0, bar)
     assert process.returncode == 0
 
 

@@ -13,9 +13,10 @@ from darkroom.config import BUILTIN_MODEL, builtin_models
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from training import painting, world
+from training import common, contact_sheet, export, painting, train_unet, world
 from training.captions import PLACE_PHRASES, caption, plural
-from training.scenes import NUM_CLASSES, answers
+from training.recipes import RECIPES, Recipe, recipe_of
+from training.scenes import NUM_CLASSES, answers, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
 
 SENTENCES = (
@@ -129,8 +130,43 @@ def test_several_of_a_thing_are_named_in_the_plural() -> None:
     ]
 
 
-def test_no_caption_is_cut_and_ids_are_those_of_the_tokenizer_itself() -> None:
-    tokenizer = build_tokenizer()
+def test_the_small_world_is_a_part_of_the_full_one_and_lies_on_its_grid() -> None:
+    small = world.SMALL
+    assert set(small.objects) < set(world.OBJECTS)
+    sprites = {*small.objects, *small.shape_names, *small.made_names}
+    assert sprites < set(world.SPRITES)
+    shown = [placed for index in range(500) for placed in world.scene_at(7, index, world=small).objects]
+    assert {placed.name for placed in shown} == sprites
+    for placed in shown:
+        cells = [value / small.grid for value in (placed.x, placed.y, placed.size)]
+        assert cells == [round(cell) for cell in cells], placed
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_training_sees_the_pictures_of_its_world(recipe: Recipe) -> None:
+    scenes = make_scenes(recipe.world, 3, 4, tellings=1)
+    pictures = common.to_pixels(scenes.pictures(painting.Painter(torch.device("cpu")), torch.arange(4)))
+    drawn = [world.scene_at(3, index, world=recipe.world) for index in range(4)]
+    expected = painting.scene_pixels(drawn, recipe.world.image_px)
+    assert pictures.shape == (4, recipe.world.image_px, recipe.world.image_px, 3)
+    assert np.abs(pictures.astype(int) - expected).max() <= 1
+
+
+def test_prompts_that_show_a_model_off_name_what_the_small_world_holds_too() -> None:
+    others = {phrase for name in set(world.OBJECTS) - set(world.SMALL.objects) for phrase in world.OBJECTS[name][1]}
+    for prompt in (*export.EXAMPLES, *contact_sheet.PROMPTS, *train_unet.PROMPTS):
+        assert not others & {*prompt.split(), *(plural(word) for word in prompt.split())}, prompt
+
+
+def test_a_model_tells_the_recipe_that_made_it(tmp_path: Path) -> None:
+    assert recipe_of(tmp_path) is RECIPES["full"]
+    (tmp_path / "training.json").write_text(json.dumps({"unet": {"recipe": "small"}}))
+    assert recipe_of(tmp_path) is RECIPES["small"]
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "full"])
+def test_no_caption_is_cut_and_ids_are_those_of_the_tokenizer_itself(small: bool) -> None:
+    tokenizer = build_tokenizer(world.SMALL if small else world.FULL)
     captions = [told(index)[1] for index in range(1000)] + [*SENTENCES, ""]
     lengths = [len(ids) for ids in tokenizer(captions).input_ids]
     assert max(lengths) <= MAX_TOKENS

@@ -1,4 +1,6 @@
-"""Train the shipped models: `python -m training --minutes 16`. The same command goes on where it was stopped.
+"""Train the shipped models: `python -m training`. The same command goes on where it was stopped.
+
+The recipe is `full` on a GPU and `small` on a CPU, unless `--recipe` names the other.
 
 The autoencoder and the text encoder come first, then the denoiser, then the student that is distilled from it. On a GPU
 the later stages get ready (scenes, compilation) while the earlier ones train.
@@ -17,16 +19,14 @@ import torch
 from tqdm import tqdm
 
 from training import common
-
-# Of the minutes.
-SHARES = {"text": 0.05, "vae": 0.25, "unet": 0.55, "student": 0.15}
+from training.recipes import RECIPES, Recipe, add_recipe
 
 
-def commands(out: Path, minutes: float, device: str, scenes: int | None = None) -> dict[str, list[str]]:
+def commands(recipe: Recipe, out: Path, minutes: float, device: str, scenes: int | None = None) -> dict[str, list[str]]:
     """Stage -> its command, in the order in which they depend on each other. `scenes` is for each stage."""
     runs = {stage: out / stage for stage in ("text", "vae", "unet", "student")}
-    given = {stage: ["--out", str(run), "--device", device] for stage, run in runs.items()}
-    for stage, share in SHARES.items():
+    given = {stage: ["--recipe", recipe.name, "--out", str(run), "--device", device] for stage, run in runs.items()}
+    for stage, share in recipe.shares.items():
         given[stage] += ["--minutes", f"{share * minutes:.3f}"]
         # The text encoder trains for less time than compiling it would take.
         if device != "cpu" and stage != "text":
@@ -41,7 +41,9 @@ def commands(out: Path, minutes: float, device: str, scenes: int | None = None) 
     return {stage: [sys.executable, "-m", f"training.{modules[stage]}", *words] for stage, words in given.items()}
 
 
-def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: float, bar: tqdm) -> None:
+def follow(
+    processes: dict[str, subprocess.Popen[bytes]], shares: dict[str, float], out: Path, minutes: float, bar: tqdm
+) -> None:
     """Wait until all are finished, telling the stage's last log row. Ends all when one fails or this process ends."""
     try:
         while True:
@@ -56,7 +58,7 @@ def follow(processes: dict[str, subprocess.Popen[bytes]], out: Path, minutes: fl
                     bar.set_postfix({name: f"{value:.4g}" for name, value in rows[-1].items()}, refresh=False)
             done = sum(
                 share * (1.0 if common.is_finished(out / stage) else _fraction(out / stage, share * minutes))
-                for stage, share in SHARES.items()
+                for stage, share in shares.items()
             )
             bar.update(round(100 * done, 1) - bar.n)
             bar.refresh()
@@ -77,8 +79,9 @@ def _fraction(run: Path, minutes: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_recipe(parser)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs; unfinished ones resume")
-    parser.add_argument("--minutes", type=float, help="of training in all (16 on a GPU, 120 on a CPU)")
+    parser.add_argument("--minutes", type=float, help="of training in all; default: the recipe's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--scenes", type=int, help="for each stage; a few, with a part of a minute, try the whole chain"
@@ -89,10 +92,11 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     args.out.mkdir(parents=True, exist_ok=True)
-    minutes = args.minutes or (120 if args.device == "cpu" else 16)
+    recipe = RECIPES[args.recipe]
+    minutes = args.minutes or recipe.minutes
     open_stages = {
         stage: command
-        for stage, command in commands(args.out, minutes, args.device, args.scenes).items()
+        for stage, command in commands(recipe, args.out, minutes, args.device, args.scenes).items()
         if not common.is_finished(args.out / stage)
     }
     # A CPU has nothing left over to get the next stage ready with.
@@ -106,10 +110,13 @@ def main() -> None:
                     processes[stage] = subprocess.Popen(
                         open_stages[stage], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                     )
-            follow(processes, args.out, minutes, bar)
+            follow(processes, recipe.shares, args.out, minutes, bar)
     export = ["--vae", "vae", "--text", "text", "--unet", "unet", "--student", "student"]
     words = [word if word.startswith("--") else str(args.out / word) for word in export]
-    subprocess.run([sys.executable, "-m", "training.export", *words, "--out", str(args.models)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "training.export", "--recipe", recipe.name, *words, "--out", str(args.models)],
+        check=True,
+    )
 
 
 if __name__ == "__main__":

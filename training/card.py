@@ -20,12 +20,14 @@ from darkroom.diffusion.loader import read_card
 from training.captions import PLACE_PHRASES
 from training.figures import Share, table
 from training.judging import README_CASES
-from training.world import COLOURS, IMAGE_PX, MATERIALS, OBJECTS, PLACES, PLAIN, SHAPES
+from training.recipes import recipe_of
+from training.world import PLACES, PLAIN, World
 
 UNKNOWN = "not measured yet"
 STAGES = {"text": "text encoder", "vae": "autoencoder", "unet": "denoiser", "student": "student"}
 # Of what `training.json` holds of a stage, in the order of the table's lines.
 RECORDED = {
+    "recipe": "recipe",
     "parameters": "parameters",
     "updates": "updates",
     "batch": "examples in an update",
@@ -119,7 +121,11 @@ def _points_apart(name: str, better: Share | None, worse: Share | None) -> Figur
 
 
 def model_card(
-    serving: dict[str, Any], training: dict[str, dict[str, Any]], measured: Measured, figures: Sequence[Figure]
+    serving: dict[str, Any],
+    training: dict[str, dict[str, Any]],
+    world: World,
+    measured: Measured,
+    figures: Sequence[Figure],
 ) -> str:
     """The card in Markdown. `serving` is `darkroom.json`, `training` is `training.json`."""
     return "\n".join(
@@ -130,8 +136,8 @@ def model_card(
             f"holds what it is served with: {serving['sampler']}, {serving['num_inference_steps']} steps, guidance "
             f"{serving['guidance_scale']:g}, {serving['width']} x {serving['height']} px.\n",
             "This card is written by `python -m training.card` and not by hand.\n",
-            _uses(),
-            _vocabulary(),
+            _uses(world),
+            _vocabulary(world),
             "## Data and licence\n",
             "Scenes that `training/painting.py` draws from a seed, with captions made from them by "
             "`training/captions.py`. The glyphs are those of [Noto Color Emoji]"
@@ -146,7 +152,7 @@ def model_card(
     )
 
 
-def _uses() -> str:
+def _uses(world: World) -> str:
     return (
         "## What it is for\n\n"
         "Trying out, testing and showing a server of diffusion models: it needs no GPU and no download, and a glance "
@@ -154,19 +160,19 @@ def _uses() -> str:
         "## What it cannot do\n\n"
         "It knows nothing outside the lists below: an unknown word is passed over, or gives one of the known objects "
         "or a mixture. It draws one to four things, no text, and no style but the font's. It was trained at "
-        f"{IMAGE_PX} x {IMAGE_PX} px only. Prompts are English. One pair of objects in ten was never shown together, "
-        "so that the figures say what it makes of new combinations.\n"
+        f"{world.image_px} x {world.image_px} px only. Prompts are English. One pair of objects in ten was never shown "
+        "together, so that the figures say what it makes of new combinations.\n"
     )
 
 
-def _vocabulary() -> str:
+def _vocabulary(world: World) -> str:
     lists = {
-        "Objects": OBJECTS,
+        "Objects": world.objects,
         "Places": [PLACE_PHRASES[place][0] for place in PLACES],
         "Plain backgrounds": PLAIN,
-        "Shapes": SHAPES,
-        "Colours of shapes": COLOURS,
-        "Foods that a house can be made of": MATERIALS,
+        "Shapes": world.shapes,
+        "Colours of shapes": world.colours,
+        "Foods that a house can be made of": world.materials,
         "Relations": (
             "left of", "right of", "above", "below", "next to", "riding", "in", "in front of", "looking at", "facing",
             "looking in the mirror",
@@ -186,10 +192,11 @@ def _training(training: dict[str, dict[str, Any]]) -> str:
         if any(name in training[stage] for stage in stages)
     ]
     minutes = sum(training[stage]["minutes"] for stage in stages)
+    options = f"--recipe {training['unet']['recipe']} --minutes {math.ceil(minutes)}"
     return (
         f"## Training\n\n{table(('', *(STAGES[stage] for stage in stages)), rows)}\n"
         f"All stages together trained for {minutes:.1f} minutes. To do it again, `make dev` and then "
-        f'`make train-model TRAIN_ARGS="--minutes {math.ceil(minutes)}"`; `training/README.md` tells the rest. '
+        f'`make train-model TRAIN_ARGS="{options}"`; `training/README.md` tells the rest. '
         "Scenes and captions follow from the seed; the weights come out a little different each time.\n"
     )
 
@@ -261,7 +268,7 @@ def write_cards(models: Path, reports: Path) -> list[Path]:
         else:
             figures = figures_of_teacher(measured[folder.name])
         cards.append(folder / "README.md")
-        cards[-1].write_text(model_card(serving, training, measured[folder.name], figures))
+        cards[-1].write_text(model_card(serving, training, recipe_of(folder).world, measured[folder.name], figures))
     return cards
 
 

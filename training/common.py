@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.recipes import add_recipe
+
 FINISHED = "finished"
 
 
@@ -119,6 +121,7 @@ def follow_cpu_share() -> None:
 def run_parser(description: str | None, *, lr: float, ema: float = 0.998, seed: int = 0) -> argparse.ArgumentParser:
     """The options that every run of updates has, with its defaults."""
     parser = argparse.ArgumentParser(description=description)
+    add_recipe(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
@@ -186,9 +189,10 @@ def save_checkpoint(
     write_record(folder, progress, recipe)
 
 
-def recipe_of(args: argparse.Namespace, num_scenes: int, batch_size: int) -> dict[str, Any]:
+def record_of(args: argparse.Namespace, num_scenes: int, batch_size: int) -> dict[str, Any]:
     """What a run is made with, as the model card tells it."""
     return {
+        "recipe": args.recipe,
         "batch": batch_size,
         "scenes": num_scenes,
         "lr": args.lr,

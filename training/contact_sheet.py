@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 PROMPTS = (
     "an astronaut riding a horse", "a duck arguing with a turtle in a forest", "a corgi in a house made of sushi",
     "a dog looking in the mirror seeing a cat", "a penguin in the snow", "a rocket above a house at night",
-    "three apples", "a whale under water", "a panda riding a cow in the mountains", "a castle at night",
-    "a red heart left of a blue star", "a fox in front of a tree in a meadow", "a unicorn on a pink background",
-    "a crab below an umbrella on the beach", "a robot in the city",
+    "three apples", "a fish under water", "a robot riding a turtle in the mountains", "a house at night",
+    "a red heart left of a blue circle", "a cat in front of a tree in a meadow", "a butterfly on a pink background",
+    "a duck below a banana on the beach", "a robot in the city",
 )  # fmt: skip
 GAP_PX, LINE_PX = 8, 12
 

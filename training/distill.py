@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from training import common
 from training.painting import Painter
+from training.recipes import RECIPES
 from training.scenes import make_scenes
 from training.tokenizer import build_tokenizer, tokenize
 from training.train_unet import (
@@ -96,10 +97,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (100,000; 20,000 on a CPU)")
-    parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
+    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
-    parser.add_argument("--substeps", type=int, default=6, help="steps of the teacher for one of the student")
+    parser.add_argument("--substeps", type=int, help="steps of the teacher for one of the student; default: the recipe's")
     return parser
 
 
@@ -109,11 +110,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
-    batch_size = args.batch_size or common.by_device(device, 1024, 64)
+    recipe = RECIPES[args.recipe]
+    amount = recipe.amounts["student"]
+    batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = build_tokenizer()
-    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 100_000, 20_000), CAPTIONS_PER_SCENE)
+    tokenizer = build_tokenizer(recipe.world)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE)
     scenes = scenes.to(device)
     painter = Painter(device)
     noise_scheduler = DDIMScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
     times = step_times(STUDENT_STEPS).to(device)
     stride = int(times[0] - times[1])
-    teacher, student = build_unet(device), build_unet(device)
+    teacher, student = build_unet(recipe, device), build_unet(recipe, device)
     teacher.eval().requires_grad_(False)
     teach, learn = teacher, student
     if args.compile:
@@ -137,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             empty_embeds,
             alphas_cumprod,
             stride,
-            args.substeps,
+            args.substeps or recipe.substeps,
             args.guidance_scale,
         )
         now = signal_and_spread(alphas_cumprod, timesteps)
@@ -147,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         return F.mse_loss(predicted.float(), velocity_between(noisy, end, now, then))
 
     if args.compile:
-        noisy, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        noisy, timesteps, prompt_embeds = random_inputs(recipe, batch_size, device)
         batch_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
     if args.wait:
         for run in (args.text, args.vae, args.teacher):
@@ -167,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         student.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
     save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    recipe = common.recipe_of(args, len(scenes), batch_size)
+    record = common.record_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
 
     def report() -> None:
@@ -179,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in student.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
+        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
         ema.swap()
         pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)
         ema.swap()

@@ -15,7 +15,7 @@ from darkroom_kernels.step import scale_input, step_
 from torch import Tensor
 
 from training.painting import scene_pixels
-from training.world import IMAGE_PX, scene_at
+from training.world import World, scene_at
 
 # Scenes of this series are never trained on.
 VAE_SEED = 1_000_003
@@ -111,12 +111,14 @@ def _decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
 
 
 @torch.inference_mode()
-def vae_psnr_db(model: DiffusionModel, num_scenes: int = 64) -> float:
+def vae_psnr_db(model: DiffusionModel, world: World, num_scenes: int = 64) -> float:
     """Mean PSNR in dB of what the autoencoder makes of `num_scenes` scenes that it was not trained on."""
-    pixels = scene_pixels([scene_at(VAE_SEED, index, "any") for index in range(num_scenes)])
+    scenes = [scene_at(VAE_SEED, index, "any", world) for index in range(num_scenes)]
+    pixels = scene_pixels(scenes, world.image_px)
+    at_once = MAX_DECODE_PIXELS // world.image_px**2 // 4
     values = []
-    for start in range(0, num_scenes, MAX_DECODE_PIXELS // IMAGE_PX**2 // 4):
-        part = torch.from_numpy(pixels[start : start + MAX_DECODE_PIXELS // IMAGE_PX**2 // 4])
+    for start in range(0, num_scenes, at_once):
+        part = torch.from_numpy(pixels[start : start + at_once])
         pictures = part.to(model.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         mean, _ = model.vae.encode(pictures)
         error = (model.vae.decode(mean) - pictures).square().mean((1, 2, 3))

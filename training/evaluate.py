@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from darkroom.diffusion.loader import DiffusionModel
-from PIL import Image
 
 from training.detector import Detector, Reading
 from training.drawing import Sampling, draw, load, vae_psnr_db
 from training.figures import Share, plot_curves, save_sheet, share_of, table
 from training.judging import CATEGORIES, README_CASES, Case, cases_of, shows
+from training.painting import at_world_size
+from training.recipes import RECIPES, recipe_of
 from training.validation import validate
-from training.world import IMAGE_PX
+from training.world import World
 
 README_SEEDS = 10
 NUM_FAILURES = 60
@@ -130,14 +131,6 @@ class Judged:
         return f"{self.case.prompt}: {seen}; {self.reading.background}"
 
 
-def at_world_size(pictures: np.ndarray) -> np.ndarray:
-    """`[N, H, W, 3]` uint8 at the world's size: a model of smaller pictures is read enlarged."""
-    if pictures.shape[1:3] == (IMAGE_PX, IMAGE_PX):
-        return pictures
-    side = (IMAGE_PX, IMAGE_PX)
-    return np.stack([np.asarray(Image.fromarray(p).resize(side, Image.Resampling.BICUBIC)) for p in pictures])
-
-
 def device_name(model: DiffusionModel) -> str:
     """Where and in which dtype the network ran."""
     name = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "a CPU"
@@ -160,10 +153,12 @@ def share(judged: Sequence[Judged]) -> Share:
     return share_of([entry.is_right for entry in judged])
 
 
-def score_categories(report: Report, draw: Draw, detector: Detector, count: int, seed: int) -> list[Judged]:
+def score_categories(
+    report: Report, world: World, draw: Draw, detector: Detector, count: int, seed: int
+) -> list[Judged]:
     """Every category and split, then the README's prompts. Returns all pictures."""
     wanted = [(category, split) for category, (_, splits) in CATEGORIES.items() for split in splits]
-    cases = [case for category, split in wanted for case in cases_of(category, split, count, seed)]
+    cases = [case for category, split in wanted for case in cases_of(category, split, count, seed, world)]
     readme = [case for case in README_CASES for _ in range(README_SEEDS)]
     seeds = [index % count for index in range(len(cases))] + [index % README_SEEDS for index in range(len(readme))]
     judged = judge(cases + readme, seeds, report.sampling, draw, detector)
@@ -176,9 +171,9 @@ def score_categories(report: Report, draw: Draw, detector: Detector, count: int,
     return judged
 
 
-def score_swept(sampling: Sampling, draw: Draw, detector: Detector, count: int, seed: int) -> Share:
+def score_swept(sampling: Sampling, world: World, draw: Draw, detector: Detector, count: int, seed: int) -> Share:
     """One share over `count` cases of each of `SWEPT`."""
-    cases = [case for category, split in SWEPT for case in cases_of(category, split, count, seed)]
+    cases = [case for category, split in SWEPT for case in cases_of(category, split, count, seed, world)]
     return share(judge(cases, [index % count for index in range(len(cases))], sampling, draw, detector))
 
 
@@ -194,7 +189,7 @@ def save_sheets(folder: Path, judged: Sequence[Judged]) -> None:
             save_sheet(folder / f"{name}.png", *map(list, columns))
 
 
-def evaluate(model: DiffusionModel, detector: Detector, args: argparse.Namespace) -> Report:
+def evaluate(model: DiffusionModel, world: World, detector: Detector, args: argparse.Namespace) -> Report:
     """Measure all that the arguments ask for; sweeps end early when the time is over."""
     began_s = time.monotonic()
     sampling = Sampling.of(model)
@@ -211,9 +206,9 @@ def evaluate(model: DiffusionModel, detector: Detector, args: argparse.Namespace
         report.write(args.out)
         print(f"{report.seconds:7.1f} s  {text}", flush=True)
 
-    report.vae_psnr_db = vae_psnr_db(model)
+    report.vae_psnr_db = vae_psnr_db(model, world)
     note(f"autoencoder {report.vae_psnr_db:.2f} dB")
-    judged = score_categories(report, drawn, detector, args.count, args.seed)
+    judged = score_categories(report, world, drawn, detector, args.count, args.seed)
     save_sheets(args.out, judged)
     note(f"{len(judged)} pictures of {len(CATEGORIES)} categories and the README's prompts")
     guided = [sampling.but(guidance_scale=scale) for scale in args.guidance]
@@ -225,7 +220,7 @@ def evaluate(model: DiffusionModel, detector: Detector, args: argparse.Namespace
             if time.monotonic() - began_s > 60 * args.minutes:
                 note("time is over: the rest is not measured")
                 return report
-            rows.append((other, score_swept(other, drawn, detector, args.sweep_count, args.seed)))
+            rows.append((other, score_swept(other, world, drawn, detector, args.sweep_count, args.seed)))
             note(
                 f"{other.sampler}, {other.num_inference_steps} steps, guidance {other.guidance_scale:g}: {rows[-1][1]}"
             )
@@ -240,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a diffusers folder")
     parser.add_argument("--validate", action="store_true", help="judge the detector on drawn scenes instead")
+    parser.add_argument("--recipe", choices=RECIPES, default="full", help="whose scenes --validate draws")
     parser.add_argument("--out", type=Path, help="folder of the report; default: one in runs/evaluation")
     parser.add_argument("--count", type=int, default=100, help="prompts of each category and split")
     parser.add_argument("--sweep-count", type=int, default=50, help="prompts of each category in a sweep")
@@ -265,11 +261,11 @@ def main() -> None:
         args.out = Path("runs/evaluation") / (args.model.resolve().name if args.model else "detector")
     if args.validate:
         args.out.mkdir(parents=True, exist_ok=True)
-        validate(detector, args.count, args.seed, args.out)
+        validate(detector, args.count, args.seed, args.out, RECIPES[args.recipe].world)
         return
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     model = load(args.model, args.device, dtypes[args.dtype] if args.dtype else None)
-    report = evaluate(model, detector, args)
+    report = evaluate(model, recipe_of(args.model).world, detector, args)
     print(report.as_markdown())
 
 

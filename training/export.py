@@ -18,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import common
 from training.distill import STUDENT_STEPS
+from training.recipes import RECIPES, Recipe, add_recipe
 from training.tokenizer import build_tokenizer
-from training.train_unet import NOISE_CONFIG, UNET_CONFIG
-from training.world import IMAGE_PX
+from training.train_unet import NOISE_CONFIG
 
 LICENSE = "Apache-2.0 (weights); the pictures it learned from use Noto Color Emoji, SIL OFL 1.1"
 EXAMPLES = [
@@ -31,19 +31,17 @@ EXAMPLES = [
     "a penguin in the snow",
     "three apples",
     "a rocket above a house at night",
-    "a panda riding a cow in the mountains",
-    "a red heart left of a blue star",
+    "a robot riding a turtle in the mountains",
+    "a red heart left of a blue circle",
 ]
 TEACHER: dict[str, Any] = {
     "id": "emoji-world",
-    "description": f"A small text-to-image model of scenes of emoji, {IMAGE_PX} px, made to run on any computer.",
+    "description": "A small text-to-image model of scenes of emoji, made to run on any computer.",
     "license": LICENSE,
     "num_inference_steps": 20,
     "guidance_scale": 3.0,
     "sampler": "dpmpp_2m",
     "sigma_schedule": "simple",
-    "width": IMAGE_PX,
-    "height": IMAGE_PX,
     "example_prompts": EXAMPLES,
 }
 STUDENT: dict[str, Any] = TEACHER | {
@@ -65,19 +63,24 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
 
 
-def averaged_unet(run: Path) -> UNet2DConditionModel:
+def averaged_unet(recipe: Recipe, run: Path) -> UNet2DConditionModel:
     """The UNet of a run of `train_unet` or `distill`, with its averaged weights."""
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG)
+    unet = UNet2DConditionModel.from_config(recipe.unet)
     unet.load_state_dict(common.with_prefix(load_file(run / "weights.safetensors"), "ema."))
     return unet
 
 
 def export(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, serving: dict[str, Any], out: Path
+    recipe: Recipe,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    serving: dict[str, Any],
+    out: Path,
 ) -> None:
     """Write one diffusers folder in fp16, with the settings that Darkroom serves it with."""
     shutil.rmtree(out, ignore_errors=True)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(recipe.world)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
@@ -90,7 +93,8 @@ def export(
     )
     pipeline.save_pretrained(out, safe_serialization=True)
     save_tokenizer(tokenizer, out / "tokenizer")
-    (out / "darkroom.json").write_text(json.dumps(serving, indent=2) + "\n")
+    side = {"width": recipe.world.image_px, "height": recipe.world.image_px}
+    (out / "darkroom.json").write_text(json.dumps(serving | side, indent=2) + "\n")
     for path in out.rglob("*.safetensors"):
         # safetensors lets nobody else read what it writes, and an image's user is somebody else.
         path.chmod(0o644)
@@ -109,6 +113,7 @@ def share(teacher_folder: Path, student_folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_recipe(parser)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the finished train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the finished train_text run")
     parser.add_argument("--unet", type=Path, required=True, help="folder of the train_unet run")
@@ -119,12 +124,13 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae / "vae")
     text_encoder = CLIPTextModel.from_pretrained(args.text)
     teacher_folder, student_folder = (args.out / serving["id"] for serving in (TEACHER, STUDENT))
-    unet = averaged_unet(args.unet)
-    export(vae, text_encoder, unet, TEACHER, teacher_folder)
+    recipe = RECIPES[args.recipe]
+    unet = averaged_unet(recipe, args.unet)
+    export(recipe, vae, text_encoder, unet, TEACHER, teacher_folder)
     runs = {"vae": args.vae, "text": args.text, "unet": args.unet}
     if args.student:
         runs["student"] = args.student
-        export(vae, text_encoder, averaged_unet(args.student), STUDENT, student_folder)
+        export(recipe, vae, text_encoder, averaged_unet(recipe, args.student), STUDENT, student_folder)
         share(teacher_folder, student_folder)
     networks = {"vae": vae, "text": text_encoder, "unet": unet, "student": unet}
     record = {name: {"parameters": num_parameters(networks[name]), **run_record(run)} for name, run in runs.items()}

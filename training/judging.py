@@ -14,7 +14,7 @@ from itertools import permutations
 
 from training.captions import PLACE_PHRASES, plural, with_article
 from training.detector import Detection, Reading
-from training.world import PLACES, Scene, Split, is_held_out_pair, sample_scene
+from training.world import FULL, PLACES, Scene, Split, World, is_held_out_pair, sample_scene
 
 # Between the centres, as a share of the picture, before one object is left of or above another.
 APART = 0.1
@@ -85,13 +85,13 @@ TEMPLATES = {
 _REVERSED = {"left": "right", "above": "below"}
 
 
-def cases_of(category: str, split: Split, count: int, seed: int) -> list[Case]:
-    """`count` cases of a category, the same for the same seed. Raises `KeyError` on an unknown category."""
+def cases_of(category: str, split: Split, count: int, seed: int, world: World = FULL) -> list[Case]:
+    """`count` cases of a category in a world, the same for the same seed. Raises `KeyError` on an unknown category."""
     kind, _ = CATEGORIES[category]
     rng = random.Random(f"cases-{seed}-{category}-{split}")
     cases: list[Case] = []
     while len(cases) < count:
-        scene = sample_scene(rng, kind, "any" if category == "two objects" else split)
+        scene = sample_scene(rng, kind, "any" if category == "two objects" else split, world)
         case = _case(category, split, scene, rng)
         if case is not None:
             cases.append(case)

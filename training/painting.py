@@ -130,9 +130,17 @@ def render(scene: Scene) -> Image.Image:
     return picture
 
 
-def scene_pixels(scenes: Sequence[Scene]) -> np.ndarray:
-    """Render scenes. Returns `[N, H, W, 3]` uint8."""
-    return np.stack([np.asarray(render(scene)) for scene in scenes])
+def scene_pixels(scenes: Sequence[Scene], image_px: int = IMAGE_PX) -> np.ndarray:
+    """Render scenes, made smaller where `image_px` says so. Returns `[N, H, W, 3]` uint8."""
+    return np.stack([np.asarray(render(scene).reduce(IMAGE_PX // image_px)) for scene in scenes])
+
+
+def at_world_size(pictures: np.ndarray) -> np.ndarray:
+    """`[N, H, W, 3]` uint8 at `IMAGE_PX`: smaller pictures are read enlarged."""
+    if pictures.shape[1:3] == (IMAGE_PX, IMAGE_PX):
+        return pictures
+    side = (IMAGE_PX, IMAGE_PX)
+    return np.stack([np.asarray(Image.fromarray(p).resize(side, Image.Resampling.BICUBIC)) for p in pictures])
 
 
 @cache

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from training import common
 from training.captions import caption
 from training.painting import Painter, pack_layers
 from training.tokenizer import build_tokenizer, tokenize
-from training.world import BACKGROUNDS, MAX_OBJECTS, RELATIONS, SCALES, SPRITES, Scene, scene_at
+from training.world import BACKGROUNDS, IMAGE_PX, MAX_OBJECTS, RELATIONS, SCALES, SPRITES, Scene, World, scene_at
 
 # Classes of each answer about a scene: first, second and third sprite or none, relation, number of objects,
 # background, scale.
@@ -36,12 +37,13 @@ CHUNK = 4096
 
 @dataclass
 class SceneSet:
-    """Scenes 0..N-1 of a series.
+    """Scenes 0..N-1 of a series of a world.
 
     `layers` `[N, MAX_OBJECTS, 5]` and `backgrounds` `[N]` int16 are a `Painter`'s; `token_ids` `[T, N, L]` int16 are T
     captions of each; `answers` `[N, 7]` int16 are classes (`NUM_CLASSES`); `alone` `[N]` marks scenes of one object.
     """
 
+    world: World
     layers: Tensor
     backgrounds: Tensor
     token_ids: Tensor
@@ -52,11 +54,12 @@ class SceneSet:
         return len(self.alone)
 
     def to(self, device: torch.device) -> SceneSet:
-        return SceneSet(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return SceneSet(self.world, *(getattr(self, field.name).to(device) for field in fields(self)[1:]))
 
     def pictures(self, painter: Painter, picks: Tensor) -> Tensor:
         """Paint scenes `picks` `[B]`. Returns `[B, 3, H, W]` fp32 in [-1, 1], channels last in memory."""
-        return common.to_tensor(painter.paint(self.layers[picks], self.backgrounds[picks]))
+        pictures = common.to_tensor(painter.paint(self.layers[picks], self.backgrounds[picks]))
+        return F.avg_pool2d(pictures, IMAGE_PX // self.world.image_px)
 
 
 def answers(scene: Scene) -> list[int]:
@@ -74,9 +77,9 @@ def answers(scene: Scene) -> list[int]:
     ]
 
 
-def make_scenes(seed: int, num_scenes: int, tellings: int) -> SceneSet:
+def make_scenes(world: World, seed: int, num_scenes: int, tellings: int) -> SceneSet:
     """Draw the first `num_scenes` of the series `seed`, each with `tellings` captions, in a process for each core."""
-    jobs = [(seed, start, min(start + CHUNK, num_scenes), tellings) for start in range(0, num_scenes, CHUNK)]
+    jobs = [(world, seed, start, min(start + CHUNK, num_scenes), tellings) for start in range(0, num_scenes, CHUNK)]
     workers = min(len(jobs), len(os.sched_getaffinity(0)))
     if workers == 1:
         parts = [_chunk(*job) for job in jobs]
@@ -87,7 +90,7 @@ def make_scenes(seed: int, num_scenes: int, tellings: int) -> SceneSet:
             )
     layers, backgrounds, token_ids, told, alone = zip(*parts, strict=True)
     joined = (np.concatenate(layers), np.concatenate(backgrounds), np.concatenate(token_ids, axis=1))
-    return SceneSet(*(torch.from_numpy(part) for part in (*joined, np.concatenate(told), np.concatenate(alone))))
+    return SceneSet(world, *(torch.from_numpy(part) for part in (*joined, np.concatenate(told), np.concatenate(alone))))
 
 
 def batches(num: int, size: int) -> Iterator[slice]:
@@ -99,9 +102,9 @@ def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _chunk(seed: int, start: int, end: int, tellings: int) -> tuple[np.ndarray, ...]:
-    tokenizer = build_tokenizer()
-    scenes = [scene_at(seed, index) for index in range(start, end)]
+def _chunk(world: World, seed: int, start: int, end: int, tellings: int) -> tuple[np.ndarray, ...]:
+    tokenizer = build_tokenizer(world)
+    scenes = [scene_at(seed, index, world=world) for index in range(start, end)]
     layers, backgrounds = pack_layers(scenes)
     token_ids = []
     for telling in range(tellings):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from training.captions import caption
-from training.world import sample_scene
+from training.world import World, sample_scene
 
 MAX_TOKENS = 48
 NUM_MERGES = 600
@@ -22,10 +22,10 @@ CLIP_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @cache
-def build_tokenizer(num_captions: int = 20_000) -> CLIPTokenizer:
-    """Train byte-pair merges on captions. Ids as in CLIP: bytes, bytes with `</w>`, merges, then the two marks."""
+def build_tokenizer(world: World, num_captions: int = 20_000) -> CLIPTokenizer:
+    """Train byte-pair merges on a world's captions. Ids as in CLIP: bytes, bytes with `</w>`, merges, the two marks."""
     rng = random.Random("captions")
-    captions = [caption(sample_scene(rng), rng) for _ in range(num_captions)]
+    captions = [caption(sample_scene(rng, world=world), rng) for _ in range(num_captions)]
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     split = pre_tokenizers.Split(Regex(CLIP_SPLIT), "removed", invert=True)

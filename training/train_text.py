@@ -17,21 +17,17 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import common
+from training.recipes import RECIPES, add_recipe
 from training.scenes import NUM_CLASSES, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer
 
-TEXT_WIDTH = 192
 HELD_OUT_SEED = 1_000_003
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(tokenizer: CLIPTokenizer, sizes: dict[str, int]) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=4,
-        num_attention_heads=3,
+        **sizes,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -56,11 +52,12 @@ def answered(logits: Tensor, targets: Tensor) -> list[float]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_recipe(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--minutes", type=float, help="length of the run in training time")
     parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, help="scenes whose captions are made once (300,000; 60,000 on a CPU)")
-    parser.add_argument("--batch-size", type=int, help="512; 128 on a CPU")
+    parser.add_argument("--scenes", type=int, help="scenes whose captions are made once; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,12 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    batch_size = args.batch_size or common.by_device(device, 512, 128)
-    tokenizer = build_tokenizer()
-    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 300_000, 60_000), tellings=2).to(device)
-    held_out = make_scenes(HELD_OUT_SEED, 2048, tellings=1).to(device)
-    encoder = build_text_encoder(tokenizer).to(device)
-    head = nn.Linear(TEXT_WIDTH, sum(NUM_CLASSES)).to(device)
+    recipe = RECIPES[args.recipe]
+    world, amount = recipe.world, recipe.amounts["text"]
+    batch_size = args.batch_size or amount.batch
+    tokenizer = build_tokenizer(world)
+    scenes = make_scenes(world, args.seed, args.scenes or amount.scenes, tellings=2).to(device)
+    held_out = make_scenes(world, HELD_OUT_SEED, 2048, tellings=1).to(device)
+    encoder = build_text_encoder(tokenizer, recipe.text).to(device)
+    head = nn.Linear(recipe.text["hidden_size"], sum(NUM_CLASSES)).to(device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     progress = common.Progress(args.minutes, args.updates)
@@ -119,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
     encoder.cpu().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out / "tokenizer")
-    common.write_record(args.out, progress, common.recipe_of(args, len(scenes), batch_size))
+    common.write_record(args.out, progress, common.record_of(args, len(scenes), batch_size))
     log.plot("loss")
     if progress.finished:
         common.finish(args.out)

@@ -17,27 +17,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training import common
 from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
+from training.recipes import RECIPES, Recipe
 from training.scenes import SceneSet, batches, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
-from training.train_text import TEXT_WIDTH
-from training.train_vae import VAE_CONFIG
-from training.world import IMAGE_PX
 
-UNET_CONFIG = {
-    "sample_size": IMAGE_PX // 8,
-    "in_channels": VAE_CONFIG["latent_channels"],
-    "out_channels": VAE_CONFIG["latent_channels"],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [96, 128, 128],
-    "layers_per_block": 1,
-    "cross_attention_dim": TEXT_WIDTH,
-    # Despite its name, diffusers reads this as the number of heads of each level: heads of 64 here.
-    "attention_head_dim": [2, 2, 2],
-    "norm_num_groups": 32,
-    "use_linear_projection": True,
-}
 NOISE_CONFIG = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -51,18 +34,19 @@ NOISE_CONFIG = {
 EMPTY_CAPTION_SHARE = 0.1
 # The same picture is told differently from one pass to the next.
 CAPTIONS_PER_SCENE = 4
+# Of what every recipe's world holds.
 PROMPTS = (
     "an astronaut riding a horse", "a duck arguing with a turtle in a forest", "a corgi in a house made of sushi",
-    "a dog looking in the mirror seeing a cat", "a dog", "a red circle", "three apples", "a castle at night",
+    "a dog looking in the mirror seeing a cat", "a dog", "a red circle", "three apples", "a house at night",
     "An astronaut riding a horse in photorealistic style.",
     "A chrome-plated duck with a golden beak arguing with an angry turtle in a forest.",
     "A cute corgi lives in a house made out of sushi.", "A dog looking curiously in the mirror, seeing a cat.",
-    "four robots in the city", "two blue stars", "a cat left of a dog on a beach", "a rocket above a house at night",
-    "a penguin in the snow", "a fish under water", "a panda riding a cow", "a frog in a bathtub",
-    "a house made of pizza in the mountains", "a rabbit looking at a carrot", "a fox in front of a tree in a meadow",
-    "a banana right of an apple", "a guitar", "an elephant in the desert", "a small snail in a forest",
-    "a big strawberry", "a bee and a sunflower in a meadow", "a green triangle above a purple square",
-    "a unicorn next to a snowman in the snow", "a crab below an umbrella on the beach",
+    "four robots in the city", "two blue hearts", "a cat left of a dog on a beach", "a rocket above a house at night",
+    "a penguin in the snow", "a fish under water", "a robot riding a turtle", "a frog in a car",
+    "a house made of pizza in the mountains", "a duck looking at an apple", "a penguin in front of a tree in a meadow",
+    "a banana right of an apple", "a butterfly", "a car in the desert", "a small frog in a forest",
+    "a big mushroom", "a butterfly and a mushroom in a meadow", "a green circle above a purple square",
+    "a penguin next to a rocket in the snow", "a fish below a banana on the beach",
 )  # fmt: skip
 
 
@@ -130,7 +114,7 @@ def pick_timesteps(num_timesteps: int, fraction: float, num_picks: int, generato
 
 @torch.no_grad()
 def draw(
-    unet: nn.Module,
+    unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
@@ -143,7 +127,7 @@ def draw(
     device = next(unet.parameters()).device
     texts = [*prompts, *[""] * len(prompts)] if scale > 1 else list(prompts)
     prompt_embeds = embed(text_encoder, tokenize(tokenizer, texts).to(device))
-    side, channels = UNET_CONFIG["sample_size"], UNET_CONFIG["in_channels"]
+    side, channels = unet.config.sample_size, unet.config.in_channels
     latents = torch.randn(len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed)).to(device)
     for timestep in noise_scheduler.timesteps:
         with common.autocast(device):
@@ -176,8 +160,8 @@ def load_vae(run: Path, device: torch.device) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def build_unet(device: torch.device) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel.from_config(UNET_CONFIG).to(device, memory_format=torch.channels_last)
+def build_unet(recipe: Recipe, device: torch.device) -> UNet2DConditionModel:
+    unet = UNet2DConditionModel.from_config(recipe.unet).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(unet)
         # The fused attention's backward pass is slow at these short lengths.
@@ -185,13 +169,13 @@ def build_unet(device: torch.device) -> UNet2DConditionModel:
     return unet
 
 
-def random_inputs(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_inputs(recipe: Recipe, batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, timesteps and text states of the shapes of a run: what a compiled network is compiled with."""
-    channels, side = UNET_CONFIG["in_channels"], UNET_CONFIG["sample_size"]
+    channels, side = recipe.unet["in_channels"], recipe.unet["sample_size"]
     return (
         torch.randn(batch_size, channels, side, side, device=device),
         torch.randint(NOISE_CONFIG["num_train_timesteps"], (batch_size,), device=device),
-        torch.randn(batch_size, MAX_TOKENS, TEXT_WIDTH, device=device),
+        torch.randn(batch_size, MAX_TOKENS, recipe.text["hidden_size"], device=device),
     )
 
 
@@ -200,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once (500,000; 30,000 on a CPU)")
-    parser.add_argument("--batch-size", type=int, help="1024; 64 on a CPU")
+    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     return parser
 
 
@@ -211,19 +195,21 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
-    batch_size = args.batch_size or common.by_device(device, 1024, 64)
+    recipe = RECIPES[args.recipe]
+    amount = recipe.amounts["unet"]
+    batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = build_tokenizer()
-    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 500_000, 30_000), CAPTIONS_PER_SCENE)
+    tokenizer = build_tokenizer(recipe.world)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE)
     scenes = scenes.to(device)
     painter = Painter(device)
     empty_ids = tokenize(tokenizer, [""]).to(device)
     alphas_cumprod = DDIMScheduler.from_config(NOISE_CONFIG).alphas_cumprod.to(device)
-    unet = build_unet(device)
+    unet = build_unet(recipe, device)
     network = torch.compile(unet, dynamic=False) if args.compile else unet
     if args.compile:
-        inputs, timesteps, prompt_embeds = random_inputs(batch_size, device)
+        inputs, timesteps, prompt_embeds = random_inputs(recipe, batch_size, device)
         step_loss(network, inputs, inputs, alphas_cumprod, timesteps, prompt_embeds).backward()
     if args.wait:
         common.wait_for(args.text)
@@ -239,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         unet.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
     save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    recipe = common.recipe_of(args, len(scenes), batch_size)
+    record = common.record_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
 
     def report() -> None:
@@ -251,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in unet.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
+        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
         ema.swap()
         pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
         ema.swap()

@@ -15,33 +15,22 @@ from tqdm import tqdm
 from training import common
 from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
+from training.recipes import RECIPES
 from training.scenes import batches, make_scenes
-from training.world import IMAGE_PX
+from training.world import World
 
-VAE_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [32, 64, 96, 96],
-    "layers_per_block": 1,
-    "latent_channels": 12,
-    "norm_num_groups": 16,
-    "sample_size": IMAGE_PX,
-    "mid_block_add_attention": False,
-}
 KL_WEIGHT = 1e-6
 GRADIENT_WEIGHT = 0.5
 SQUARED_WEIGHT = 3.0
 HELD_OUT_SEED = 1_000_003
 
 
-def build_vae() -> AutoencoderKL:
-    vae = AutoencoderKL.from_config(VAE_CONFIG)
+def build_vae(config: dict[str, Any]) -> AutoencoderKL:
+    vae = AutoencoderKL.from_config(config)
     # Start nearly without sampling noise: at unit noise the decoder learns to ignore the latents and stays there.
     with torch.no_grad():
-        vae.quant_conv.weight[VAE_CONFIG["latent_channels"] :] = 0
-        vae.quant_conv.bias[VAE_CONFIG["latent_channels"] :] = -7
+        vae.quant_conv.weight[config["latent_channels"] :] = 0
+        vae.quant_conv.bias[config["latent_channels"] :] = -7
     return vae
 
 
@@ -81,22 +70,31 @@ def psnr_db(output: Tensor, target: Tensor) -> float:
 
 
 @torch.no_grad()
-def latent_std(vae: AutoencoderKL, images: Tensor) -> float:
-    """Standard deviation of the latents over pictures, channels and places."""
-    return float(torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)]).std())
+def centre_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Have each channel of the latents of `images` be around 0, and set the scale at which all together have variance 1.
+
+    The 1 x 1 convolutions on either side of the latents take the mean away and put it back: reconstructions stay as
+    they are, and a denoiser does not have to learn it.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(64)])
+    mean = latents.mean((0, 2, 3))
+    vae.quant_conv.bias[: len(mean)] -= mean
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    std = float((latents - mean[:, None, None]).std())
+    vae.register_to_config(scaling_factor=round(1 / std, 5))
 
 
-def held_out_pictures(painter: Painter, num: int) -> Tensor:
+def held_out_pictures(world: World, painter: Painter, num: int) -> Tensor:
     """Scenes that no training run draws, `[N, 3, H, W]` in [-1, 1]."""
-    scenes = make_scenes(HELD_OUT_SEED, num, tellings=1)
+    scenes = make_scenes(world, HELD_OUT_SEED, num, tellings=1)
     return torch.cat([scenes.pictures(painter, torch.arange(num)[part]) for part in batches(num, 64)])
 
 
 def parser() -> argparse.ArgumentParser:
     parser = common.run_parser(__doc__, lr=1.5e-3)
-    parser.add_argument("--scenes", type=int, help="scenes drawn for training (200,000; 16,000 on a CPU)")
+    parser.add_argument("--scenes", type=int, help="scenes drawn for training; default: the recipe's")
     parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
-    parser.add_argument("--batch-size", type=int, help="96; 16 on a CPU")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.set_defaults(report_every=200)
     return parser
 
@@ -107,13 +105,15 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
-    batch_size = args.batch_size or common.by_device(device, 96, 16)
+    recipe = RECIPES[args.recipe]
+    amount = recipe.amounts["vae"]
+    batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
     painter = Painter(device)
-    scenes = make_scenes(args.seed, args.scenes or common.by_device(device, 200_000, 16_000), tellings=1).to(device)
-    held_out = held_out_pictures(painter, args.held_out)
-    vae = build_vae().to(device, memory_format=torch.channels_last)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, tellings=1).to(device)
+    held_out = held_out_pictures(recipe.world, painter, args.held_out)
+    vae = build_vae(recipe.vae).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         vae.load_state_dict(common.with_prefix(weights, "live."))
         ema.restore(common.with_prefix(weights, "ema."))
     save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    recipe = common.recipe_of(args, len(scenes), batch_size)
+    record = common.record_of(args, len(scenes), batch_size)
     log = common.CsvLog(args.out / "log.csv", fresh=not weights)
     forward = torch.compile(_forward, dynamic=False) if args.compile else _forward
 
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
         tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, recipe)
+        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
 
     generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
     running: list[Tensor] = []
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     ema.swap()
     picks = torch.arange(min(1024, len(scenes)), device=device)
     pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
-    vae.register_to_config(scaling_factor=round(1 / latent_std(vae, pictures), 5))
+    centre_latents(vae, pictures)
     vae.cpu().save_pretrained(args.out / "vae")
     log.plot("loss", "psnr_db")
     if progress.finished:

@@ -15,8 +15,8 @@ from PIL import Image, ImageFilter
 from training.detector import Detector, Reading
 from training.figures import Share, save_sheet, share_of, table
 from training.judging import case_of_scene, shows
-from training.painting import scene_pixels
-from training.world import KINDS, OBJECTS, Scene, sample_scene
+from training.painting import at_world_size, scene_pixels
+from training.world import FULL, KINDS, OBJECTS, Scene, World, sample_scene
 
 NUM_WRONG_SHOWN = 80
 
@@ -48,9 +48,11 @@ CONDITIONS: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]]
 }
 
 
-def scenes_of(kind: str, count: int, seed: int) -> list[Scene]:
+def scenes_of(kind: str, count: int, seed: int, world: World) -> list[Scene]:
     """`count` scenes of a kind, of any split, the same for the same seed."""
-    return [sample_scene(random.Random(f"validate-{seed}-{kind}-{index}"), kind, "any") for index in range(count)]
+    return [
+        sample_scene(random.Random(f"validate-{seed}-{kind}-{index}"), kind, "any", world) for index in range(count)
+    ]
 
 
 def is_read_right(reading: Reading, scene: Scene) -> bool:
@@ -59,15 +61,19 @@ def is_read_right(reading: Reading, scene: Scene) -> bool:
     return is_exact and shows(reading, case_of_scene(scene))
 
 
-def validate(detector: Detector, count: int, seed: int, folder: Path) -> dict[str, dict[str, Share]]:
-    """Read `count` scenes of each kind under each condition. Prints and writes tables. Returns kind -> condition ->
-    share of scenes in which all was read right."""
+def validate(
+    detector: Detector, count: int, seed: int, folder: Path, world: World = FULL
+) -> dict[str, dict[str, Share]]:
+    """Read `count` scenes of each kind under each condition, smaller pictures enlarged. Prints and writes tables.
+
+    Returns kind -> condition -> share of scenes in which all was read right.
+    """
     shares: dict[str, dict[str, Share]] = {kind: {} for kind in KINDS}
     wrong: list[tuple[np.ndarray, str]] = []
     false_finds, missed, absent = Counter[str](), Counter[str](), Counter[str]()
     for kind in KINDS:
-        scenes = scenes_of(kind, count, seed)
-        clean = scene_pixels(scenes)
+        scenes = scenes_of(kind, count, seed, world)
+        clean = at_world_size(scene_pixels(scenes, world.image_px))
         for name, spoil in CONDITIONS.items():
             rng = np.random.default_rng(seed)
             pixels = np.stack([np.asarray(spoil(Image.fromarray(picture), rng)) for picture in clean])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +94,8 @@ LOOKERS = (
 CONTAINERS = ("house", "castle", "boat", "bathtub", "car")
 DWELLERS = ("dog", "cat", "duck", "frog", "rabbit", "penguin", "panda", "robot", "ghost", "owl", "fox", "astronaut")
 MATERIALS = ("sushi", "pizza", "banana", "apple", "doughnut", "strawberry", "cheese", "carrot")
+# Large enough to stand behind somebody.
+BACKDROPS = ("tree", "house", "castle", "rocket", "car", "train", "boat", "elephant", "cactus")
 
 Colour = tuple[int, int, int]
 SHAPES = ("circle", "square", "triangle", "star", "heart")
@@ -129,6 +131,60 @@ SCALES = ("", "small", "big")
 MAX_OBJECTS = 4
 
 Split = Literal["trained", "held_out", "any"]
+
+
+@dataclass(frozen=True)
+class World:
+    """What the scenes of a recipe hold, and where.
+
+    `image_px` is the side of its pictures, which are painted at `IMAGE_PX` and made smaller. Sizes and centres are
+    multiples of `grid`, a share of the side; 0 lets them be anything. Backgrounds come in `num_variants`.
+    """
+
+    image_px: int
+    objects: tuple[str, ...]
+    colours: tuple[str, ...]
+    shapes: tuple[str, ...]
+    grid: float = 0.0
+    num_variants: int = 2**31
+
+    @property
+    def shape_names(self) -> tuple[str, ...]:
+        return tuple(f"{colour} {shape}" for colour in self.colours for shape in self.shapes)
+
+    @property
+    def materials(self) -> tuple[str, ...]:
+        return self.of(MATERIALS)
+
+    @property
+    def made_names(self) -> tuple[str, ...]:
+        return tuple(f"house of {material}" for material in self.materials)
+
+    def of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the names that are objects here."""
+        return tuple(name for name in names if name in self.objects)
+
+    def placed(self, name: str, x: float, y: float, size: float, flip: bool = False) -> Placed:
+        """On the grid, where there is one."""
+        if self.grid:
+            x, y, size = (round(value / self.grid) * self.grid for value in (x, y, size))
+        return Placed(name, x, y, size, flip)
+
+
+FULL = World(IMAGE_PX, tuple(OBJECTS), tuple(COLOURS), SHAPES)
+"""All there is, for a GPU."""
+SMALL = World(
+    image_px=64,
+    objects=(
+        "astronaut", "horse", "duck", "turtle", "dog", "cat", "house", "sushi", "tree", "rocket", "apple", "banana",
+        "car", "fish", "butterfly", "mushroom", "pizza", "penguin", "frog", "robot", "mirror",
+    ),
+    colours=("red", "yellow", "green", "blue", "purple"),
+    shapes=("circle", "square", "heart"),
+    grid=1 / 16,
+    num_variants=8,
+)  # fmt: skip
+"""What two cores of a CPU learn to draw in hours: fewer things, at places half a latent apart."""
 
 
 @dataclass(frozen=True)
@@ -188,22 +244,22 @@ Layout = tuple[tuple[Placed, ...], str, str]
 """Objects, relation, scale."""
 
 
-def _single(rng: random.Random) -> Layout:
+def _single(rng: random.Random, world: World) -> Layout:
     scale = rng.choices(SCALES, (0.76, 0.12, 0.12))[0]
     low, high = {"": (0.58, 0.78), "big": (0.82, 0.9), "small": (0.32, 0.42)}[scale]
     jitter = 0.16 if scale == "small" else 0.06
-    placed = _within(rng, rng.choice(tuple(OBJECTS)), 0.5, 0.54, rng.uniform(low, high), jitter)
+    placed = _within(rng, world, rng.choice(world.objects), 0.5, 0.54, rng.uniform(low, high), jitter)
     return (placed,), "", scale
 
 
-def _shape(rng: random.Random) -> Layout:
+def _shape(rng: random.Random, world: World) -> Layout:
     if rng.random() < 0.5:
-        return (_within(rng, rng.choice(SHAPE_NAMES), 0.5, 0.5, rng.uniform(0.4, 0.66), 0.08),), "", ""
-    return _beside(rng, *rng.sample(SHAPE_NAMES, 2))
+        return (_within(rng, world, rng.choice(world.shape_names), 0.5, 0.5, rng.uniform(0.4, 0.66), 0.08),), "", ""
+    return _beside(rng, world, *rng.sample(world.shape_names, 2))
 
 
-def _count(rng: random.Random) -> Layout:
-    name = rng.choice((*OBJECTS, *rng.sample(SHAPE_NAMES, 8)))
+def _count(rng: random.Random, world: World) -> Layout:
+    name = rng.choice((*world.objects, *rng.sample(world.shape_names, 8)))
     number = rng.choice((2, 3, 4))
     size = rng.uniform(*{2: (0.4, 0.46), 3: (0.31, 0.37), 4: (0.31, 0.37)}[number])
     row = {
@@ -211,82 +267,84 @@ def _count(rng: random.Random) -> Layout:
         3: rng.choice((((0.18, 0.53), (0.5, 0.53), (0.82, 0.53)), ((0.5, 0.27), (0.26, 0.73), (0.74, 0.73)))),
         4: ((0.26, 0.27), (0.74, 0.27), (0.26, 0.74), (0.74, 0.74)),
     }[number]
-    return tuple(_within(rng, name, x, y, size, 0.02) for x, y in row), "count", ""
+    return tuple(_within(rng, world, name, x, y, size, 0.02) for x, y in row), "count", ""
 
 
-def _pair(rng: random.Random) -> Layout:
-    return _beside(rng, *rng.sample((*OBJECTS, *rng.sample(SHAPE_NAMES, 6)), 2))
+def _pair(rng: random.Random, world: World) -> Layout:
+    return _beside(rng, world, *rng.sample((*world.objects, *rng.sample(world.shape_names, 6)), 2))
 
 
-def _beside(rng: random.Random, first: str, second: str) -> Layout:
+def _beside(rng: random.Random, world: World, first: str, second: str) -> Layout:
     if rng.random() < 0.6:
         y = rng.uniform(0.48, 0.62)
-        a = _within(rng, first, 0.255, y, rng.uniform(0.42, 0.48), 0.03)
-        b = _within(rng, second, 0.745, y, rng.uniform(0.42, 0.48), 0.03)
+        a = _within(rng, world, first, 0.255, y, rng.uniform(0.42, 0.48), 0.03)
+        b = _within(rng, world, second, 0.745, y, rng.uniform(0.42, 0.48), 0.03)
         return (a, b), "left", ""
-    a = _within(rng, first, 0.5, 0.25, rng.uniform(0.4, 0.46), 0.03)
-    b = _within(rng, second, 0.5, 0.74, rng.uniform(0.4, 0.46), 0.03)
+    a = _within(rng, world, first, 0.5, 0.25, rng.uniform(0.4, 0.46), 0.03)
+    b = _within(rng, world, second, 0.5, 0.74, rng.uniform(0.4, 0.46), 0.03)
     return (a, b), "above", ""
 
 
-def _riding(rng: random.Random) -> Layout:
-    mount = rng.choice(MOUNTS)
-    rider = rng.choice([name for name in RIDERS if name != mount])
+def _riding(rng: random.Random, world: World) -> Layout:
+    mount = rng.choice(world.of(MOUNTS))
+    rider = rng.choice([name for name in world.of(RIDERS) if name != mount])
     mount_size, rider_size = rng.uniform(0.54, 0.6), rng.uniform(0.38, 0.44)
-    below = _within(rng, mount, 0.5, 0.7, mount_size, 0.03)
-    above = _within(rng, rider, below.x + 0.02, below.y - mount_size * 0.4 - rider_size * 0.36, rider_size, 0.01)
+    below = _within(rng, world, mount, 0.5, 0.7, mount_size, 0.03)
+    above = _within(rng, world, rider, below.x + 0.02, below.y - mount_size * 0.4 - rider_size * 0.36, rider_size, 0.01)
     return (above, below), "riding", ""
 
 
-def _in(rng: random.Random) -> Layout:
-    container = rng.choice((*CONTAINERS, *rng.sample(MADE_NAMES, 4)))
-    around = _within(rng, container, 0.5, 0.5, rng.uniform(0.82, 0.9), 0.02)
-    inside = _within(rng, rng.choice(DWELLERS), around.x, around.y + 0.17, rng.uniform(0.36, 0.42), 0.02)
+def _in(rng: random.Random, world: World) -> Layout:
+    container = rng.choice((*world.of(CONTAINERS), *rng.sample(world.made_names, 4)))
+    around = _within(rng, world, container, 0.5, 0.5, rng.uniform(0.82, 0.9), 0.02)
+    inside = _within(
+        rng, world, rng.choice(world.of(DWELLERS)), around.x, around.y + 0.17, rng.uniform(0.36, 0.42), 0.02
+    )
     return (inside, around), "in", ""
 
 
-def _made(rng: random.Random) -> Layout:
-    return (_within(rng, rng.choice(MADE_NAMES), 0.5, 0.52, rng.uniform(0.74, 0.9), 0.05),), "", ""
+def _made(rng: random.Random, world: World) -> Layout:
+    return (_within(rng, world, rng.choice(world.made_names), 0.5, 0.52, rng.uniform(0.74, 0.9), 0.05),), "", ""
 
 
-def _looking(rng: random.Random) -> Layout:
-    looker = rng.choice(LOOKERS)
-    other = rng.choice([name for name in OBJECTS if name != looker])
+def _looking(rng: random.Random, world: World) -> Layout:
+    looker = rng.choice(world.of(LOOKERS))
+    other = rng.choice([name for name in world.objects if name != looker])
     is_right = rng.random() < 0.5
     y = rng.uniform(0.5, 0.62)
-    a = _within(rng, looker, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
-    b = _within(rng, other, 0.26 if is_right else 0.74, y, rng.uniform(0.4, 0.46), 0.03)
+    a = _within(rng, world, looker, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
+    b = _within(rng, world, other, 0.26 if is_right else 0.74, y, rng.uniform(0.4, 0.46), 0.03)
     return (a, b), "looking", ""
 
 
-def _facing(rng: random.Random) -> Layout:
-    first, second = rng.sample(LOOKERS, 2)
+def _facing(rng: random.Random, world: World) -> Layout:
+    first, second = rng.sample(world.of(LOOKERS), 2)
     is_right = rng.random() < 0.5
     y = rng.uniform(0.5, 0.62)
-    a = _within(rng, first, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
-    b = _within(rng, second, 0.26 if is_right else 0.74, y, rng.uniform(0.42, 0.48), 0.03, flip=is_right)
+    a = _within(rng, world, first, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
+    b = _within(rng, world, second, 0.26 if is_right else 0.74, y, rng.uniform(0.42, 0.48), 0.03, flip=is_right)
     return (a, b), "facing", ""
 
 
-def _front(rng: random.Random) -> Layout:
-    behind_name = rng.choice(("tree", "house", "castle", "rocket", "car", "train", "boat", "elephant", "cactus"))
-    behind = _within(rng, behind_name, 0.5, 0.42, rng.uniform(0.64, 0.74), 0.03)
-    before_name = rng.choice([name for name in (*DWELLERS, *LOOKERS) if name != behind_name])
+def _front(rng: random.Random, world: World) -> Layout:
+    behind_name = rng.choice(world.of(BACKDROPS))
+    behind = _within(rng, world, behind_name, 0.5, 0.42, rng.uniform(0.64, 0.74), 0.03)
+    before_name = rng.choice([name for name in world.of((*DWELLERS, *LOOKERS)) if name != behind_name])
     side = rng.choice((-1, 1))
-    before = _within(rng, before_name, behind.x + side * 0.17, 0.78, rng.uniform(0.36, 0.42), 0.02)
+    before = _within(rng, world, before_name, behind.x + side * 0.17, 0.78, rng.uniform(0.36, 0.42), 0.02)
     return (before, behind), "front", ""
 
 
-def _mirror(rng: random.Random) -> Layout:
-    looker, seen = rng.choice(LOOKERS), rng.choice(LOOKERS)
+def _mirror(rng: random.Random, world: World) -> Layout:
+    looker, seen = rng.choice(world.of(LOOKERS)), rng.choice(world.of(LOOKERS))
     is_right = rng.random() < 0.5
-    mirror = _within(rng, "mirror", 0.31 if is_right else 0.69, 0.47, rng.uniform(0.84, 0.9), 0.02)
-    a = _within(rng, looker, 0.77 if is_right else 0.23, 0.72, rng.uniform(0.4, 0.44), 0.02, flip=not is_right)
-    glass = Placed(seen, mirror.x, mirror.y + rng.uniform(-0.01, 0.03), rng.uniform(0.35, 0.39), is_right)
+    mirror = _within(rng, world, "mirror", 0.31 if is_right else 0.69, 0.47, rng.uniform(0.84, 0.9), 0.02)
+    a = _within(rng, world, looker, 0.77 if is_right else 0.23, 0.72, rng.uniform(0.4, 0.44), 0.02, flip=not is_right)
+    glass = world.placed(seen, mirror.x, mirror.y + rng.uniform(-0.01, 0.03), rng.uniform(0.35, 0.39), is_right)
     return (a, glass, mirror), "mirror", ""
 
 
-KINDS: dict[str, tuple[float, Callable[[random.Random], Layout]]] = {
+KINDS: dict[str, tuple[float, Callable[[random.Random, World], Layout]]] = {
     "single": (0.28, _single),
     "shape": (0.06, _shape),
     "count": (0.12, _count),
@@ -310,22 +368,22 @@ def is_held_out(scene: Scene) -> bool:
     return is_held_out_pair(names[0], names[1]) or is_held_out_relation(scene.relation, names[0], names[1])
 
 
-def sample_scene(rng: random.Random, kind: str | None = None, split: Split = "trained") -> Scene:
+def sample_scene(rng: random.Random, kind: str | None = None, split: Split = "trained", world: World = FULL) -> Scene:
     """Draw a scene of a kind in `KINDS`, by default of any; `split` keeps to what training shows, or to the rest."""
     background = rng.choice(PLACES) if rng.random() < 0.6 else _plain_background(rng)
-    background_seed = rng.randrange(2**31)
+    background_seed = rng.randrange(world.num_variants)
     if kind is None:
         kind = rng.choices(tuple(KINDS), [share for share, _ in KINDS.values()])[0]
     while True:
-        objects, relation, scale = KINDS[kind][1](rng)
+        objects, relation, scale = KINDS[kind][1](rng, world)
         scene = Scene(objects, background, relation, scale, background_seed)
         if split == "any" or is_held_out(scene) == (split == "held_out"):
             return scene
 
 
-def scene_at(seed: int, index: int, split: Split = "trained") -> Scene:
+def scene_at(seed: int, index: int, split: Split = "trained", world: World = FULL) -> Scene:
     """Return scene number `index` of the endless series that `seed` starts."""
-    return sample_scene(random.Random(f"scene-{seed}-{index}"), split=split)
+    return sample_scene(random.Random(f"scene-{seed}-{index}"), split=split, world=world)
 
 
 def _plain_background(rng: random.Random) -> str:
@@ -333,10 +391,17 @@ def _plain_background(rng: random.Random) -> str:
 
 
 def _within(
-    rng: random.Random, name: str, x: float, y: float, size: float, jitter: float, flip: bool = False
+    rng: random.Random,
+    world: World,
+    name: str,
+    x: float,
+    y: float,
+    size: float,
+    jitter: float,
+    flip: bool = False,
 ) -> Placed:
     """Jitter a place, then keep the object inside the picture."""
     low, high = size / 2 + 0.01, 0.99 - size / 2
     x = min(max(x + rng.uniform(-jitter, jitter), low), high)
     y = min(max(y + rng.uniform(-jitter, jitter), low), high)
-    return Placed(name, x, y, size, flip)
+    return world.placed(name, x, y, size, flip)

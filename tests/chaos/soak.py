@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from benchmarks.record import Figure
 from tests.chaos.load import Book, Client, make_bodies
@@ -22,7 +23,7 @@ SAMPLE_S = 2.0
 # Memory is counted once allocators and caches have seen what they will see: after so many short requests, and then as
 # many minutes of the load itself as are counted. An API's blocks in use are as many after 1,000 calls as after 10,000,
 # but its malloc goes on spreading them, some 25 bytes a call, over pages of the heap that start-up left untouched.
-WARM_UP_REQUESTS, WARM_UP_S = 10_000, 1800.0
+WARM_UP_REQUESTS, WARM_UP_S = 20_000, 1800.0
 NUM_CLIENTS, NUM_WARM_UP_CLIENTS = 3, 16
 # Keys that say which models there are and who serves them; a worker alone has them too.
 _STANDING = NEVER_EXPIRES - GONE_AT_REST | {"workers", "worker", "serving", "pace", "debts"}
@@ -32,7 +33,8 @@ def slope_with_interval(seconds: Sequence[float], values: Sequence[float]) -> tu
     """The least-squares slope of `values` and half its 95 % interval, both per second.
 
     Samples of a process's memory depend on those before them, so the residuals' correlation at lag one widens the
-    interval: n(1 - r) / (1 + r) of n samples count.
+    interval: n(1 - r) / (1 + r) of n samples count. Memory goes in steps, and of few steps few samples count, for which
+    Student's t is much wider than the normal distribution.
     """
     x, y = np.asarray(seconds, float), np.asarray(values, float)
     x = x - x.mean()
@@ -42,7 +44,7 @@ def slope_with_interval(seconds: Sequence[float], values: Sequence[float]) -> tu
     r = float((rest[1:] * rest[:-1]).sum() / spread) if spread else 0.0
     counted = max(3.0, len(x) * (1 - max(0.0, r)) / (1 + max(0.0, r)))
     error = (spread / (counted - 2) / float((x * x).sum())) ** 0.5
-    return slope, 1.96 * error
+    return slope, float(student_t.ppf(0.975, counted - 2)) * error
 
 
 def rss_bytes(pid: int) -> int:

@@ -88,3 +88,12 @@ def test_the_interval_of_a_slope_knows_a_leak_from_a_wobble() -> None:
     assert abs(slope) < half
     slope, half = slope_with_interval(seconds, [value + at for at, value in zip(seconds, wobble, strict=True)])
     assert 0.9 < slope - half < slope + half < 1.1
+
+
+def test_one_page_of_memory_within_minutes_is_no_slope_and_a_page_each_few_seconds_is_one() -> None:
+    """Of a single step hardly two samples count: the normal distribution called it growth."""
+    seconds = [2.0 * n for n in range(300)]
+    slope, half = slope_with_interval(seconds, [4096.0 * (at >= 250) for at in seconds])
+    assert abs(slope) < half
+    slope, half = slope_with_interval(seconds, [4096.0 * (at // 10) for at in seconds])
+    assert 0 < slope - half
