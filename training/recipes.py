@@ -122,7 +122,7 @@ RECIPES = {
             amounts={
                 "text": Amount(60_000, 128),
                 "vae": Amount(40_000, 8),
-                "unet": Amount(60_000, 32),
+                "unet": Amount(40_000, 32),
                 "student": Amount(20_000, 32),
             },
         ),
