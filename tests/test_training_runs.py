@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import randomise, write_tiny_model
 from training import __main__, common, contact_sheet, distill, export, train_text, train_unet, train_vae
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.recipes import RECIPES
@@ -70,6 +70,19 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
     assert json.loads((tmp_path / "progress.json").read_text())["updates"] == 2
     assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").exists()
     assert (tmp_path / "log.png").exists()
+
+
+def test_latents_are_centred_without_changing_what_is_reconstructed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vae = randomise(train_vae.build_vae(RECIPES["small"].vae), seed=1).eval()
+    images = torch.rand(4, 3, 64, 64, generator=generator) * 2 - 1
+    with torch.no_grad():
+        before = train_vae.reconstruct(vae, images)
+        train_vae.centre_latents(vae, images)
+        latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+        torch.testing.assert_close(train_vae.reconstruct(vae, images), before, atol=1e-4, rtol=1e-4)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+    assert abs(float(latents.std()) - 1) < 1e-3
 
 
 @pytest.mark.usefixtures("sigterm")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training import common
 from training.painting import Painter
@@ -34,6 +33,7 @@ from training.train_unet import (
     load_vae,
     random_inputs,
 )
+from training.trainer import Trainer
 
 STUDENT_STEPS = 4
 
@@ -100,7 +100,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once; default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
-    parser.add_argument("--substeps", type=int, help="steps of the teacher for one of the student; default: the recipe's")
+    parser.add_argument(
+        "--substeps", type=int, help="of the teacher for one step of the student; default: the recipe's"
+    )
     return parser
 
 
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         # The teacher's batches are twice as large; that must not make sizes vary for both.
         teach, learn = (torch.compile(unet, dynamic=False) for unet in (teacher, student))
 
-    def batch_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
+    def student_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
         end = teacher_end(
             teach,
             noisy,
@@ -151,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.compile:
         noisy, timesteps, prompt_embeds = random_inputs(recipe, batch_size, device)
-        batch_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
+        student_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
     if args.wait:
         for run in (args.text, args.vae, args.teacher):
             common.wait_for(run)
@@ -162,39 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
     taught = common.with_prefix(load_file(args.teacher / "weights.safetensors"), "ema.")
     teacher.load_state_dict(taught)
     student.load_state_dict(taught)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    progress = common.Progress(args.minutes, args.updates)
-    weights = common.load_checkpoint(args.out, optimizer, progress)
-    ema = common.Ema(student, args.ema)
-    if weights:
-        student.load_state_dict(common.with_prefix(weights, "live."))
-        ema.restore(common.with_prefix(weights, "ema."))
-    save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    record = common.record_of(args, len(scenes), batch_size)
-    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+    trainer = Trainer(args, student, weight_decay=0.0, num_scenes=len(scenes), batch_size=batch_size)
+    generator = trainer.generator
 
-    def report() -> None:
-        mean = float(torch.stack(running).mean())
-        running.clear()
-        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean)
-        bar.set_postfix(loss=f"{mean:.4f}")
-
-    def save() -> None:
-        tensors = {f"live.{name}": p for name, p in student.named_parameters()}
-        tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
-        ema.swap()
-        pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)
-        ema.swap()
-        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
-
-    generator = torch.Generator(device).manual_seed(args.seed + progress.done_updates)
-    running: list[Tensor] = []
-    bar = tqdm(total=args.updates, initial=progress.done_updates, desc="distil", mininterval=10)
-    while not progress.stopping:
-        common.follow_cpu_share()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr)
+    def batch_loss() -> Tensor:
         size = (batch_size,)
         picks = torch.randint(len(scenes), size, generator=generator, device=device)
         tellings = torch.randint(CAPTIONS_PER_SCENE, size, generator=generator, device=device)
@@ -203,26 +176,15 @@ def main(arguments: list[str] | None = None) -> None:
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = times[torch.randint(STUDENT_STEPS, size, generator=generator, device=device)]
         signal, spread = signal_and_spread(alphas_cumprod, timesteps)
-        loss = batch_loss(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        progress.done_updates += 1
-        ema.update(progress.done_updates)
-        running.append(loss.detach())
-        bar.update()
-        if progress.done_updates % args.report_every == 0:
-            report()
-        if progress.is_save_due(save_minutes):
-            save()
-    if running:
-        report()
-    save()
-    bar.close()
-    log.plot("loss")
-    if progress.finished:
-        common.finish(args.out)
+        return student_loss(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds)
+
+    def show() -> None:
+        pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)
+        name = f"{trainer.progress.done_updates:06d}.png"
+        common.save_grid(args.out / "samples" / name, pixels, columns=8, zoom=1)
+
+    trainer.run(batch_loss, show=show)
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ def _vae(world: World, latent_channels: int, widths: tuple[int, ...]) -> dict[st
     }
 
 
-def _unet(
-    vae: dict[str, Any], text: dict[str, int], levels: str, widths: tuple[int, ...]
-) -> dict[str, Any]:
+def _unet(vae: dict[str, Any], text: dict[str, int], levels: str, widths: tuple[int, ...]) -> dict[str, Any]:
     """`levels`: for each resolution "X" with attention to the prompt, "-" without."""
     down = [{"X": "CrossAttnDownBlock2D", "-": "DownBlock2D"}[level] for level in levels]
     return {

@@ -20,6 +20,7 @@ from training.painting import Painter
 from training.recipes import RECIPES, Recipe
 from training.scenes import SceneSet, batches, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
+from training.trainer import Trainer
 
 NOISE_CONFIG = {
     "num_train_timesteps": 1000,
@@ -217,39 +218,10 @@ def main(arguments: list[str] | None = None) -> None:
     text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
     latents = encode_scenes(vae, painter, scenes, device, args.compile)
 
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = common.Progress(args.minutes, args.updates)
-    weights = common.load_checkpoint(args.out, optimizer, progress)
-    ema = common.Ema(unet, args.ema)
-    if weights:
-        unet.load_state_dict(common.with_prefix(weights, "live."))
-        ema.restore(common.with_prefix(weights, "ema."))
-    save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    record = common.record_of(args, len(scenes), batch_size)
-    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+    trainer = Trainer(args, unet, weight_decay=0.01, num_scenes=len(scenes), batch_size=batch_size)
+    generator, progress = trainer.generator, trainer.progress
 
-    def report() -> None:
-        mean, rate = float(torch.stack(running).mean()), optimizer.param_groups[0]["lr"]
-        running.clear()
-        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=mean, lr=rate)
-        bar.set_postfix(loss=f"{mean:.4f}")
-
-    def save() -> None:
-        tensors = {f"live.{name}": p for name, p in unet.named_parameters()}
-        tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
-        ema.swap()
-        pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
-        ema.swap()
-        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
-
-    generator = torch.Generator(device).manual_seed(args.seed + progress.done_updates)
-    running: list[Tensor] = []
-    bar = tqdm(total=args.updates, initial=progress.done_updates, desc="unet", mininterval=10)
-    while not progress.stopping:
-        common.follow_cpu_share()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr)
+    def batch_loss() -> Tensor:
         picks = pick_scenes(scenes.alone, progress.fraction, batch_size, generator)
         tellings = torch.randint(CAPTIONS_PER_SCENE, picks.shape, generator=generator, device=device)
         ids = scenes.token_ids[tellings, picks].long()
@@ -258,26 +230,14 @@ def main(arguments: list[str] | None = None) -> None:
         clean = latents[picks].float()
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = pick_timesteps(len(alphas_cumprod), progress.fraction, batch_size, generator)
-        loss = step_loss(network, clean, noise, alphas_cumprod, timesteps, prompt_embeds)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        progress.done_updates += 1
-        ema.update(progress.done_updates)
-        running.append(loss.detach())
-        bar.update()
-        if progress.done_updates % args.report_every == 0:
-            report()
-        if progress.is_save_due(save_minutes):
-            save()
-    if running:
-        report()
-    save()
-    bar.close()
-    log.plot("loss", "lr")
-    if progress.finished:
-        common.finish(args.out)
+        return step_loss(network, clean, noise, alphas_cumprod, timesteps, prompt_embeds)
+
+    def show() -> None:
+        pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
+        common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
+
+    trainer.run(batch_loss, show=show)
+    trainer.finish()
 
 
 if __name__ == "__main__":

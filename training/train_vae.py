@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
 from training import common
 from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
 from training.recipes import RECIPES
 from training.scenes import batches, make_scenes
+from training.trainer import Trainer
 from training.world import World
 
 KL_WEIGHT = 1e-6
@@ -71,7 +71,7 @@ def psnr_db(output: Tensor, target: Tensor) -> float:
 
 @torch.no_grad()
 def centre_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Have each channel of the latents of `images` be around 0, and set the scale at which all together have variance 1.
+    """Have each channel of the latents of `images` be around 0, and set the scale at which all have variance 1.
 
     The 1 x 1 convolutions on either side of the latents take the mean away and put it back: reconstructions stay as
     they are, and a denoiser does not have to learn it.
@@ -116,68 +116,26 @@ def main(arguments: list[str] | None = None) -> None:
     vae = build_vae(recipe.vae).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         use_fast_group_norm(vae)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    progress = common.Progress(args.minutes, args.updates)
-    weights = common.load_checkpoint(args.out, optimizer, progress)
-    ema = common.Ema(vae, args.ema)
-    if weights:
-        vae.load_state_dict(common.with_prefix(weights, "live."))
-        ema.restore(common.with_prefix(weights, "ema."))
-    save_minutes = args.save_minutes or common.by_device(device, 1, 10)
-    record = common.record_of(args, len(scenes), batch_size)
-    log = common.CsvLog(args.out / "log.csv", fresh=not weights)
     forward = torch.compile(_forward, dynamic=False) if args.compile else _forward
+    trainer = Trainer(args, vae, weight_decay=1e-4, num_scenes=len(scenes), batch_size=batch_size)
 
-    def report() -> None:
-        ema.swap()
+    def batch_loss() -> Tensor:
+        picks = torch.randint(len(scenes), (batch_size,), generator=trainer.generator, device=device)
+        return step_loss(forward, vae, scenes.pictures(painter, picks))
+
+    def measure() -> dict[str, float]:
         output = reconstruct(vae, held_out)
-        ema.swap()
-        loss, score = float(torch.stack(running).mean()), psnr_db(output, held_out)
-        running.clear()
-        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss, psnr_db=score)
-        bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{score:.1f} dB")
         pairs = torch.stack([held_out[:32], output[:32]], dim=1).flatten(0, 1)
         common.save_grid(args.out / "reconstructions.png", common.to_pixels(pairs), columns=16, zoom=1)
+        return {"psnr_db": psnr_db(output, held_out)}
 
-    def save() -> None:
-        tensors = {f"live.{name}": p for name, p in vae.named_parameters()}
-        tensors |= {f"ema.{name}": p for name, p in ema.shadow.items()}
-        common.save_checkpoint(args.out, tensors, optimizer, progress, record)
-
-    generator = torch.Generator().manual_seed(args.seed + progress.done_updates)
-    running: list[Tensor] = []
-    bar = tqdm(total=args.updates, initial=progress.done_updates, desc="vae", mininterval=10)
-    while not progress.stopping:
-        common.follow_cpu_share()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr)
-        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
-        loss = step_loss(forward, vae, scenes.pictures(painter, picks))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        progress.done_updates += 1
-        ema.update(progress.done_updates)
-        running.append(loss.detach())
-        bar.update()
-        if progress.done_updates % args.report_every == 0:
-            report()
-        if progress.is_save_due(save_minutes):
-            save()
-    if running:
-        report()
-    save()
-    bar.close()
-
-    ema.swap()
-    picks = torch.arange(min(1024, len(scenes)), device=device)
-    pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
-    centre_latents(vae, pictures)
-    vae.cpu().save_pretrained(args.out / "vae")
-    log.plot("loss", "psnr_db")
-    if progress.finished:
-        common.finish(args.out)
+    trainer.run(batch_loss, measure=measure)
+    with trainer.averaged():
+        picks = torch.arange(min(1024, len(scenes)), device=device)
+        pictures = torch.cat([scenes.pictures(painter, picks[part]) for part in batches(len(picks), 64)])
+        centre_latents(vae, pictures)
+        vae.save_pretrained(args.out / "vae")
+    trainer.finish()
 
 
 if __name__ == "__main__":

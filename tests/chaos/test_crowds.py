@@ -96,4 +96,4 @@ def test_one_page_of_memory_within_minutes_is_no_slope_and_a_page_each_few_secon
     slope, half = slope_with_interval(seconds, [4096.0 * (at >= 250) for at in seconds])
     assert abs(slope) < half
     slope, half = slope_with_interval(seconds, [4096.0 * (at // 10) for at in seconds])
-    assert 0 < slope - half
+    assert slope - half > 0
