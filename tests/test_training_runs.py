@@ -72,6 +72,23 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
     assert (tmp_path / "log.png").exists()
 
 
+@pytest.mark.usefixtures("sigterm")
+def test_an_autoencoder_s_decoder_goes_on_alone_and_leaves_the_latents_as_they_are(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--scenes", "8", "--batch-size", "1", "--held-out", "1"]
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def coded() -> tuple[torch.Tensor, torch.Tensor]:
+        vae = train_unet.load_vae(tmp_path, torch.device("cpu"))
+        latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+        return latents, vae.decode(torch.ones_like(latents)).sample
+
+    train_vae.main([*arguments, "--recipe", "small", "--updates", "2"])
+    latents, decoded = coded()
+    train_vae.main([*arguments, "--recipe", "small", "--updates", "4", "--decoder-only"])
+    torch.testing.assert_close(coded()[0], latents)
+    assert not torch.allclose(coded()[1], decoded)
+
+
 def test_latents_are_centred_without_changing_what_is_reconstructed() -> None:
     generator = torch.Generator().manual_seed(0)
     vae = randomise(train_vae.build_vae(RECIPES["small"].vae), seed=1).eval()

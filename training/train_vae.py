@@ -105,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--scenes", type=int, help="scenes drawn for training; default: the recipe's")
     parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
+    parser.add_argument(
+        "--decoder-only",
+        action="store_true",
+        help="go on without changing the latents that a denoiser learns",
+    )
     parser.set_defaults(report_every=200)
     return parser
 
@@ -128,6 +133,10 @@ def main(arguments: list[str] | None = None) -> None:
         use_fast_group_norm(vae)
     forward = torch.compile(_forward, dynamic=False) if args.compile else _forward
     trainer = Trainer(args, vae, weight_decay=1e-4, num_scenes=len(scenes), batch_size=batch_size)
+    if args.decoder_only:
+        trainer.take_averages()
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
 
     def batch_loss() -> Tensor:
         picks = torch.randint(len(scenes), (batch_size,), generator=trainer.generator, device=device)

@@ -39,6 +39,12 @@ class Trainer:
         self._save_minutes = args.save_minutes or common.by_device(device, 1, 10)
         self._record = common.record_of(args, num_scenes, batch_size)
 
+    @torch.no_grad()
+    def take_averages(self) -> None:
+        """Go on from the averaged weights: those that get no gradient then stay exactly so."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self.ema.shadow[name])
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The module has its averaged weights meanwhile."""
