@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +38,19 @@ from training.train_unet import (
 from training.trainer import Trainer
 
 STUDENT_STEPS = 4
+# Lessons that are repeated, where a recipe repeats them.
+NUM_KEPT = 100
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of latents `[B, C, H, W]` at timesteps `[B]` with text states `[B, L, D]`, and the v that the student is
+    to predict for them."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    prompt_embeds: Tensor
+    velocity: Tensor
 
 
 def step_times(num_steps: int, num_timesteps: int = 1000) -> Tensor:
@@ -133,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         # The teacher's batches are twice as large; that must not make sizes vary for both.
         teach, learn = (torch.compile(unet, dynamic=False) for unet in (teacher, student))
 
-    def student_loss(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Tensor:
+    def lesson(noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor, empty_embeds: Tensor) -> Lesson:
         end = teacher_end(
             teach,
             noisy,
@@ -147,13 +162,16 @@ def main(arguments: list[str] | None = None) -> None:
         )
         now = signal_and_spread(alphas_cumprod, timesteps)
         then = signal_and_spread(alphas_cumprod, timesteps - stride)
+        return Lesson(noisy, timesteps, prompt_embeds, velocity_between(noisy, end, now, then))
+
+    def lesson_loss(given: Lesson) -> Tensor:
         with common.autocast(device):
-            predicted = learn(noisy, timesteps, prompt_embeds, return_dict=False)[0]
-        return F.mse_loss(predicted.float(), velocity_between(noisy, end, now, then))
+            predicted = learn(given.noisy, given.timesteps, given.prompt_embeds, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), given.velocity)
 
     if args.compile:
         noisy, timesteps, prompt_embeds = random_inputs(recipe, batch_size, device)
-        student_loss(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1]).backward()
+        lesson_loss(lesson(noisy, times[timesteps % STUDENT_STEPS], prompt_embeds, prompt_embeds[:1])).backward()
     if args.wait:
         for run in (args.text, args.vae, args.teacher):
             common.wait_for(run)
@@ -166,8 +184,11 @@ def main(arguments: list[str] | None = None) -> None:
     student.load_state_dict(taught)
     trainer = Trainer(args, student, weight_decay=0.0, num_scenes=len(scenes), batch_size=batch_size)
     generator = trainer.generator
+    kept: deque[Lesson] = deque(maxlen=NUM_KEPT if recipe.repeats > 1 else 1)
 
     def batch_loss() -> Tensor:
+        if kept and trainer.progress.done_updates % recipe.repeats:
+            return lesson_loss(kept[int(torch.randint(len(kept), (), generator=generator, device=device))])
         size = (batch_size,)
         picks = torch.randint(len(scenes), size, generator=generator, device=device)
         tellings = torch.randint(CAPTIONS_PER_SCENE, size, generator=generator, device=device)
@@ -176,7 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
         noise = torch.randn(clean.shape, generator=generator, device=device)
         timesteps = times[torch.randint(STUDENT_STEPS, size, generator=generator, device=device)]
         signal, spread = signal_and_spread(alphas_cumprod, timesteps)
-        return student_loss(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds)
+        kept.append(lesson(signal * clean + spread * noise, timesteps, prompt_embeds, empty_embeds))
+        return lesson_loss(kept[-1])
 
     def show() -> None:
         pixels = draw(student, text_encoder, vae, tokenizer, PROMPTS, noise_scheduler, scale=1.0)

@@ -26,7 +26,7 @@ class Recipe:
     """`text`, `vae` and `unet` are what the classes of transformers and diffusers are configured with.
 
     `amounts` has each stage of `python -m training`, `shares` what it takes of the `minutes`. `substeps` are the steps
-    of the teacher that the student learns to do in one.
+    of the teacher that the student learns to do in one, and it learns from what the teacher did `repeats` times.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Recipe:
     vae: dict[str, Any]
     unet: dict[str, Any]
     substeps: int
+    repeats: int
     minutes: float
     shares: dict[str, float]
     amounts: dict[str, Amount]
@@ -98,6 +99,7 @@ RECIPES = {
             vae=_FULL_VAE,
             unet=_unet(_FULL_VAE, _FULL_TEXT, "-XX", (96, 128, 128)),
             substeps=6,
+            repeats=1,
             minutes=16,
             shares={"text": 0.05, "vae": 0.25, "unet": 0.55, "student": 0.15},
             amounts={
@@ -115,6 +117,7 @@ RECIPES = {
             vae=_SMALL_VAE,
             unet=_unet(_SMALL_VAE, _SMALL_TEXT, "-XX", (64, 128, 128)),
             substeps=3,
+            repeats=3,
             minutes=180,
             shares={"text": 0.06, "vae": 0.12, "unet": 0.7, "student": 0.12},
             amounts={
