@@ -23,7 +23,7 @@ SAMPLE_S = 2.0
 # Memory is counted once allocators and caches have seen what they will see: after so many short requests, and then as
 # many minutes of the load itself as are counted. An API's blocks in use are as many after 1,000 calls as after 10,000,
 # but its malloc goes on spreading them, some 25 bytes a call, over pages of the heap that start-up left untouched.
-WARM_UP_REQUESTS, WARM_UP_S = 20_000, 1800.0
+WARM_UP_REQUESTS, WARM_UP_S = 10_000, 1800.0
 NUM_CLIENTS, NUM_WARM_UP_CLIENTS = 3, 16
 # Keys that say which models there are and who serves them; a worker alone has them too.
 _STANDING = NEVER_EXPIRES - GONE_AT_REST | {"workers", "worker", "serving", "pace", "debts"}
