@@ -128,6 +128,8 @@ def run_parser(description: str | None, *, lr: float, ema: float = 0.998, seed: 
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--seed", type=int, default=seed)
+    parser.add_argument("--scenes", type=int, help="made once; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, which takes a minute first")
     parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
@@ -139,11 +141,6 @@ def autocast(device: torch.device) -> torch.autocast:
     """Mixed precision in bf16, where the device multiplies it fast: on every GPU, and on some CPUs."""
     has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16)
-
-
-def by_device(device: torch.device, gpu: int, cpu: int) -> int:
-    """A size that suits the device."""
-    return gpu if device.type == "cuda" else cpu
 
 
 def finish(run: Path) -> None:

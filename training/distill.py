@@ -112,8 +112,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once; default: the recipe's")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
     parser.add_argument(
         "--substeps", type=int, help="of the teacher for one step of the student; default: the recipe's"

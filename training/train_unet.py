@@ -185,8 +185,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae", type=Path, required=True, help="folder of the train_vae run")
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--scenes", type=int, help="scenes drawn and encoded once; default: the recipe's")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     return parser
 
 

@@ -102,9 +102,7 @@ def held_out_pictures(world: World, painter: Painter, num: int) -> Tensor:
 
 def parser() -> argparse.ArgumentParser:
     parser = common.run_parser(__doc__, lr=1.5e-3)
-    parser.add_argument("--scenes", type=int, help="scenes drawn for training; default: the recipe's")
     parser.add_argument("--held-out", type=int, default=64, help="scenes that the quality is measured on")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
     parser.add_argument(
         "--decoder-only",
         action="store_true",

@@ -36,7 +36,7 @@ class Trainer:
         self.log = common.CsvLog(args.out / "log.csv", fresh=not weights)
         self.generator = torch.Generator(device).manual_seed(args.seed + self.progress.done_updates)
         self._args = args
-        self._save_minutes = args.save_minutes or common.by_device(device, 1, 10)
+        self._save_minutes = args.save_minutes or (1 if device.type == "cuda" else 10)
         self._record = common.record_of(args, num_scenes, batch_size)
 
     @torch.no_grad()

@@ -120,12 +120,6 @@ PLAIN: dict[str, Colour] = {
 PLACES: tuple[str, ...] = ("forest", "night", "beach", "snow", "desert", "city", "sea", "meadow", "mountains")
 BACKGROUNDS: tuple[str, ...] = (*PLACES, *PLAIN)
 
-SHAPE_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-MADE_NAMES = tuple(f"house of {material}" for material in MATERIALS)
-"""Houses whose walls and roof are pieces of a food."""
-SPRITES: tuple[str, ...] = (*OBJECTS, *SHAPE_NAMES, *MADE_NAMES)
-"""Everything that can be placed, by name."""
-
 RELATIONS = ("", "count", "left", "above", "riding", "in", "looking", "facing", "front", "mirror")
 SCALES = ("", "small", "big")
 MAX_OBJECTS = 4
@@ -158,6 +152,7 @@ class World:
 
     @property
     def made_names(self) -> tuple[str, ...]:
+        """Houses whose walls and roof are pieces of a food."""
         return tuple(f"house of {material}" for material in self.materials)
 
     def of(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -173,6 +168,9 @@ class World:
 
 FULL = World(IMAGE_PX, tuple(OBJECTS), tuple(COLOURS), SHAPES)
 """All there is, for a GPU."""
+SHAPE_NAMES, MADE_NAMES = FULL.shape_names, FULL.made_names
+SPRITES: tuple[str, ...] = (*FULL.objects, *SHAPE_NAMES, *MADE_NAMES)
+"""Everything that can be placed, by name."""
 SMALL = World(
     image_px=64,
     objects=(
