@@ -570,6 +570,20 @@ async def test_a_key_made_on_the_command_line_opens_a_server_and_revoking_it_clo
     assert (await darkroom("keys", "revoke", key_id))[0] == 2
 
 
+async def test_a_data_directory_that_is_named_comes_before_the_redis_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DARKROOM_REDIS_URL", "redis://127.0.0.1:1")
+    there = ("--data-dir", str(tmp_path))
+    code, out, _ = await darkroom("keys", "create", "--name", "here", *there)
+    assert code == 0
+    key_id = out.split("_")[1]
+    assert (await darkroom("keys", "list", *there))[1].splitlines()[1].split()[:2] == [key_id, "here"]
+    assert (await darkroom("keys", "revoke", key_id, *there))[0] == 0
+    code, _, err = await darkroom("keys", "list", *there, "--redis-url", "redis://127.0.0.1:1")
+    assert (code, "the queue cannot be reached" in err) == (1, True)
+
+
 async def test_keys_of_a_data_directory_are_made_whether_or_not_its_server_runs(tmp_path: Path) -> None:
     there = ("--data-dir", str(tmp_path))
     code, _, err = await darkroom("keys", "create", "--name", "before", *there)

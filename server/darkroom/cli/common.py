@@ -35,16 +35,21 @@ def read_settings(process: str, **overrides: object) -> Settings:
     return settings
 
 
+def settings_of_redis(process: str, redis_url: str | None, data_dir: Path | None, *, log_level: str) -> Settings:
+    """As `read_settings`, for a command that works on a Redis, or on the private one of a data directory."""
+    settings = read_settings(process, redis_url=redis_url, data_dir=data_dir, log_level=log_level)
+    # A data directory that is named means the private Redis in it, whatever the environment says.
+    if data_dir is not None and redis_url is None:
+        return settings.model_copy(update={"redis_url": None})
+    return settings
+
+
 def with_queue(redis_url: str | None, data_dir: Path | None, run: Callable[[JobQueue], Awaitable[_Reply]]) -> _Reply:
     """Run something against the queue of a Redis, or of a data directory, whether or not a server runs on it."""
     import asyncio
 
-    settings = read_settings("jobs", redis_url=redis_url, data_dir=data_dir, log_level="error")
+    settings = settings_of_redis("jobs", redis_url, data_dir, log_level="error")
     from darkroom.queue import JobQueue, redis_of
-
-    # A data directory that is named means the private Redis in it, whatever the environment says.
-    if data_dir is not None and redis_url is None:
-        settings = settings.model_copy(update={"redis_url": None})
 
     async def connected(url: str) -> _Reply:
         queue = JobQueue(settings, url)

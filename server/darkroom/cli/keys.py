@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from darkroom.cli.common import DataDir, RedisUrl, print_table, read_settings
+from darkroom.cli.common import DataDir, RedisUrl, print_table, settings_of_redis
 from darkroom.jobs import Priority
 
 keys = typer.Typer(help="API keys of a server with DARKROOM_AUTH=keys.", no_args_is_help=True)
@@ -37,7 +37,7 @@ def create_key(
     """Make a key and print it. It is shown this once: Darkroom keeps its hash alone."""
     import asyncio
 
-    settings = read_settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    settings = settings_of_redis("keys", redis_url, data_dir, log_level="warning")
     from darkroom.keys import create
 
     key, token = asyncio.run(
@@ -63,7 +63,7 @@ def list_keys(data_dir: DataDir = None, redis_url: RedisUrl = None) -> None:
     """List the keys there are, without their secrets."""
     import asyncio
 
-    settings = read_settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    settings = settings_of_redis("keys", redis_url, data_dir, log_level="warning")
     from darkroom.keys import table
 
     print_table(asyncio.run(table(settings)))
@@ -78,7 +78,7 @@ def revoke_key(
     """End a key. Servers refuse it within two seconds; jobs that it has asked for go on."""
     import asyncio
 
-    settings = read_settings("keys", log_level="warning", data_dir=data_dir, redis_url=redis_url)
+    settings = settings_of_redis("keys", redis_url, data_dir, log_level="warning")
     from darkroom.keys import revoke
 
     asyncio.run(revoke(settings, key_id))
