@@ -47,6 +47,7 @@ def scraping(directory: Path, targets: Mapping[str, Sequence[str]], interval: st
     config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
     config["rule_files"] = [str(CONFIG.parent / pattern) for pattern in config["rule_files"]]
     for scrape in config["scrape_configs"]:
+        scrape.pop("dns_sd_configs", None)
         scrape["static_configs"] = [{"targets": list(targets[scrape["job_name"]])}]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     port = free_port("127.0.0.1", 0, setting="port")
