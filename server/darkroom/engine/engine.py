@@ -28,9 +28,11 @@ from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
 from darkroom.engine.decode import Decoder, Developed, Encoded
 from darkroom.engine.device import TickDevice, device_for, is_out_of_memory
+from darkroom.engine.due import Due
 from darkroom.engine.events import Cancelled, Event, Expired, Failed, Preview, Saved, TickReport, failed, finished
 from darkroom.engine.joining import Joiner, key_of
 from darkroom.engine.lane import Lane
+from darkroom.engine.lanes import Lanes
 from darkroom.engine.prompts import PromptCache
 from darkroom.engine.pulse import Pulse
 from darkroom.engine.roster import Roster
@@ -43,9 +45,6 @@ from darkroom.errors import DeviceLost, JobError
 from darkroom.jobs import BatchRow, BatchView, Job, Previews
 
 MAX_DECODE_BATCH = 8
-# The part of one core's time that previews may take, however many watch, and how much of it may be saved up.
-PREVIEW_SHARE = 0.01
-PREVIEW_BURST_S = 0.02
 
 log = structlog.get_logger("darkroom.engine")
 
@@ -138,10 +137,10 @@ class Engine:
         # From here on only the ticks' thread.
         self._joiner = Joiner(self._device, self.models, self._prompts, self._roster, self._end, clock)
         self._wide = WideModels(self._device, batch_alone=self._is_reproducible)
-        self._lanes: dict[BatchKey, Lane] = {}
+        self._lanes = Lanes(self._device, self.models, self._prompts, self._wide)
+        self._due = Due(settings, self._decoder.previews)
         self._rows: dict[int, Row] = {}
         self._batch: Batch | None = None
-        self._preview_allowance_s, self._preview_asked_s = PREVIEW_BURST_S, 0.0
         self._in_flight: deque[_InFlight] = deque()
         self._ticking: tuple[Row, ...] = ()
         self._last_done_s = 0.0
@@ -333,8 +332,8 @@ class Engine:
         try:
             if self._batch is None or self._batch.rows != rows or self._batch.bucket != choice.bucket:
                 self._batch = Batch(self._lanes[choice.key], rows, choice.bucket)
-            to_save = [row for row in rows if self._is_to_save(row, started_s)]
-            to_show = self._to_show(rows, started_s)
+            to_save = self._due.to_save(rows, started_s) if self._on_saved is not None else []
+            to_show = self._due.to_show(rows, started_s) if self._on_preview is not None else []
             tick = self._batch.enqueue(to_save, to_show)
         except Exception as error:
             self._batch = None
@@ -348,42 +347,6 @@ class Engine:
         self._in_flight.append(_InFlight(tick, choice, started_s, joined, not_taken))
         while len(self._in_flight) > self._device.ticks_ahead:
             self._complete()
-
-    def _is_to_save(self, row: Row, now_s: float) -> bool:
-        """Whether the state that the row's next evaluation leaves is to be made safe."""
-        every_s, every_steps = self._settings.checkpoint_interval_s, self._settings.checkpoint_steps
-        # What is lost with a worker is no older than the interval, its way to Redis included.
-        made_every_s = every_s - self._settings.checkpoint_write_s
-        is_due = 0 < made_every_s <= now_s - row.saved_s or 0 < every_steps <= row.step_index + 1 - row.saved_step
-        return self._on_saved is not None and is_due
-
-    def _to_show(self, rows: Sequence[Row], now_s: float) -> list[Row]:
-        """Rows that somebody watches and whose next preview is due; a last evaluation is followed by the picture. A
-        first preview is made at once; those after it, longest not shown first, only while previews keep to their share.
-        """
-        if self._on_preview is None:
-            return []
-        every_s, every_steps = self._settings.preview_interval_s, self._settings.preview_steps
-        due = [
-            row
-            for row in rows
-            if row.active.previews != "off"
-            # All images of a job together keep to the interval.
-            and now_s - row.shown_s >= every_s * len(row.active.rows)
-            and (row.shown_step == 0 or row.step_index + 1 - row.shown_step >= every_steps)
-            and row.step_index + 1 < row.table.num_evaluations
-        ]
-        if not due:
-            return []
-        saved_s = PREVIEW_SHARE * (now_s - self._preview_asked_s)
-        self._preview_allowance_s = min(PREVIEW_BURST_S, self._preview_allowance_s + saved_s)
-        self._preview_asked_s = now_s
-        shown = []
-        for row in sorted(due, key=lambda row: row.shown_s):
-            if row.shown_step == 0 or self._preview_allowance_s >= 0:
-                self._preview_allowance_s -= self._decoder.previews.cost_s
-                shown.append(row)
-        return shown
 
     def _save(self, row: Row, checkpoint: Checkpoint) -> None:
         row.saved = checkpoint
@@ -513,21 +476,14 @@ class Engine:
         if row.slot is not None:
             self._lanes[row.key].pool.release(row.slot)
             row.slot = None
-        key = row.key
-        prompts = self._wide[key.model].prompts if key.is_wide else self._prompts[key.model]
-        prompts.release(conditioning.encoded for conditioning in row.conditionings)
-        if key.is_wide:
-            self._forget_wide(key.model)
+        self._lanes.prompts_of(row.key).release(conditioning.encoded for conditioning in row.conditionings)
+        if row.key.is_wide:
+            self._forget_wide(row.key.model)
 
     def _forget_wide(self, model_id: str) -> None:
         """Give the memory of a model in fp32 back once no row needs it."""
-
-        def needs_it(key: BatchKey) -> bool:
-            return key.is_wide and key.model == model_id
-
-        if not any(needs_it(row.key) for row in self._rows.values()):
-            self._wide.forget(model_id)
-            self._lanes = {key: lane for key, lane in self._lanes.items() if not needs_it(key)}
+        if not any(row.key.is_wide and row.key.model == model_id for row in self._rows.values()):
+            self._lanes.forget_wide(model_id)
             self._batch = None
 
     def _expire(self, arrived: list[ActiveJob]) -> None:
@@ -607,19 +563,10 @@ class Engine:
                 row.first_latents = row.first_previous = row.condition = None
 
     def _lane(self, key: BatchKey, num_slots: int | None = None) -> Lane:
-        """The lane of a key. A new one takes the place of those that nobody uses and that hold no graphs."""
-        lane = self._lanes.get(key)
-        if lane is None:
-            for idle in [lane for lane in self._lanes.values() if lane.is_idle and not lane.graphs]:
-                del self._lanes[idle.key]
+        if key not in self._lanes:
+            # It may be of a lane that goes to make room.
             self._batch = None
-            if key.is_wide:
-                wide = self._wide[key.model]
-                lane = Lane(self._device, wide.model, key, wide.prompts)
-            else:
-                lane = Lane(self._device, self.models[key.model], key, self._prompts[key.model], num_slots=num_slots)
-            self._lanes[key] = lane
-        return lane
+        return self._lanes.make(key, num_slots)
 
     def _encoded(self, encoded: Encoded) -> None:
         active = encoded.active
