@@ -42,7 +42,7 @@ _MISSING_WORKERS_S = 15.0
 # In the order of stopping, which as a whole must take less than 5 s. A worker has a tick to finish, results to store
 # and jobs to hand back; one that is killed costs its jobs a lease time.
 STOP_TIMEOUTS_S = {"api": 1.7, "worker": 2.5, "redis": 0.6}
-_DEFAULT_PROMPT = "a red fox in the snow"
+_DEFAULT_PROMPT = "an astronaut riding a horse"
 
 
 @dataclass(frozen=True)

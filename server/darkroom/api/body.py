@@ -162,7 +162,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:  # an integer of thousands of digits
         raise _malformed("a number has too many digits") from error
     if not isinstance(value, dict):
-        raise InvalidRequest("body", describe(value), 'a JSON object, such as {"prompt": "a red fox"}')
+        raise InvalidRequest(
+            "body", describe(value), 'a JSON object, such as {"prompt": "an astronaut riding a horse"}'
+        )
     return value
 
 

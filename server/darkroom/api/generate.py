@@ -81,7 +81,7 @@ _IMAGE_HEADERS = {
                 "application/json": {
                     "schema": {"$ref": "#/components/schemas/GenerateRequest"},
                     "examples": {
-                        "prompt only": {"value": {"prompt": "a red fox in the snow"}},
+                        "prompt only": {"value": {"prompt": "an astronaut riding a horse"}},
                         "more": {"value": EXAMPLE_REQUEST},
                     },
                 }

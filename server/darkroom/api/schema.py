@@ -46,7 +46,7 @@ _ETA = (
 
 EXAMPLE_JOB_ID = "8f14e45fceea167a5a36dedd4b"
 EXAMPLE_REQUEST: dict[str, Any] = {
-    "prompt": "a red fox in the snow",
+    "prompt": "an astronaut riding a horse",
     "num_inference_steps": 20,
     "guidance_scale": 5.0,
     "seed": 7,
@@ -58,7 +58,9 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    prompt: str = Field(min_length=1, description="What the picture should show.", examples=["a red fox in the snow"])
+    prompt: str = Field(
+        min_length=1, description="What the picture should show.", examples=["an astronaut riding a horse"]
+    )
     negative_prompt: str = Field("", description="What it should not show. Used only when guidance is on.")
     model: str | None = Field(
         None, description="A model of `GET /models`; may be left out when there is only one, or for emoji-world."
@@ -353,10 +355,10 @@ def examples() -> dict[str, Any]:
         vae_scale_factor=4,
         max_width=128,
         max_height=128,
-        example_prompts=["a red fox in the snow"],
+        example_prompts=["an astronaut riding a horse"],
     )
     request = GenerationRequest(
-        prompt="a red fox in the snow",
+        prompt="an astronaut riding a horse",
         model=card.id,
         width=64,
         height=64,

@@ -108,7 +108,7 @@ def _body(name: str, **more: Any) -> dict[str, Any]:
         "finds it running if it is back within 30 seconds, or as many as the server grants.",
         {
             "application/json": _body(
-                "ImagesGenerate", example={"prompt": "a red fox in the snow", "size": "64x64", "quality": "high"}
+                "ImagesGenerate", example={"prompt": "an astronaut riding a horse", "size": "64x64", "quality": "high"}
             )
         },
     ),

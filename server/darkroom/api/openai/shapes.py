@@ -76,7 +76,7 @@ class Asked(BaseModel):
 class Prompted(Asked):
     """What calls with a prompt share."""
 
-    prompt: str = Field(min_length=1, max_length=32000, examples=["a red fox in the snow"])
+    prompt: str = Field(min_length=1, max_length=32000, examples=["an astronaut riding a horse"])
     quality: Quality = Field("auto", description="Steps, from half of the model's own (`low`) to three times (`max`).")
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of a JPEG or WebP.")

@@ -136,9 +136,9 @@ class PngInfo(BaseModel):
             "description": "`info` is the text, `parameters` what it says, `items` all texts.",
             **json_content(
                 {
-                    "info": "a red fox\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64",
-                    "items": {"parameters": "a red fox\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64"},
-                    "parameters": {"Prompt": "a red fox", "Negative prompt": "", "Steps": "20", "Sampler": "Euler"},
+                    "info": "a horse\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64",
+                    "items": {"parameters": "a horse\nSteps: 20, Sampler: Euler, Seed: 7, Size: 64x64"},
+                    "parameters": {"Prompt": "a horse", "Negative prompt": "", "Steps": "20", "Sampler": "Euler"},
                 },
                 {"type": "object"},
             ),

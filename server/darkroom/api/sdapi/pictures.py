@@ -73,7 +73,9 @@ def _documented(kind: type[TextToImage], example: dict[str, Any]) -> dict[str, A
 @router.post(
     "/sdapi/v1/txt2img",
     summary="Make pictures (AUTOMATIC1111)",
-    **_documented(TextToImage, {"prompt": "a (red:1.2) fox in the snow", "steps": 20, "sampler_name": "DPM++ 2M"}),
+    **_documented(
+        TextToImage, {"prompt": "an astronaut riding a (horse:1.2)", "steps": 20, "sampler_name": "DPM++ 2M"}
+    ),
 )
 async def txt2img(request: Request) -> Response:
     service = service_of(request)
@@ -91,7 +93,7 @@ async def txt2img(request: Request) -> Response:
     **_documented(
         ImageToImage,
         {
-            "prompt": "a red fox in the snow",
+            "prompt": "an astronaut riding a horse",
             "init_images": ["data:image/png;base64,iVBORw0KGgo..."],
             "denoising_strength": 0.6,
         },

@@ -42,7 +42,7 @@ export function bodyOf(wanted) {
 }
 
 export function curlOf(wanted) {
-  const body = bodyOf({ ...wanted, prompt: wanted.prompt || "a red fox in the snow" }).replaceAll("'", "'\\''");
+  const body = bodyOf({ ...wanted, prompt: wanted.prompt || "an astronaut riding a horse" }).replaceAll("'", "'\\''");
   // The key itself is not for shell histories.
   const shown = key() ? '  -H "Authorization: Bearer $DARKROOM_API_KEY" \\\n' : "";
   return `curl ${location.origin}/generate \\\n${shown}  -H 'Content-Type: application/json' -H 'Accept: image/png' \\\n  -d '${body}' -o picture.png`;
