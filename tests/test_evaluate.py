@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ from tests.support.engines import pixels, request_for
 from tests.support.tiny_models import write_tiny_model
 from training import drawing, evaluate, validation
 from training.detector import Detection, Detector, Reading
-from training.figures import Share
-from training.judging import CATEGORIES, README_CASES, Case, cases_of, shows
+from training.figures import Share, difference
+from training.judging import CATEGORIES, README_CASES, UNRELATED, Case, case_of_scene, cases_of, shows
 from training.painting import render, scene_pixels
-from training.world import Placed, Scene, is_held_out_pair, is_held_out_relation
+from training.world import Placed, Scene, is_held_out_pair, is_held_out_relation, sample_scene
 
 NAMES = (
     "duck", "turtle", "dog", "cat", "horse", "astronaut", "house", "house of sushi", "mirror", "red circle", "sushi",
@@ -37,7 +39,7 @@ def read(detector: Detector, *scenes: Scene) -> list[Reading]:
 
 
 def reading(*detections: tuple[str, float, float, float], background: str = "white") -> Reading:
-    return Reading(tuple(Detection(*place, flip=False, score=1.0) for place in detections), background, 0.5)
+    return Reading(tuple(Detection(*place, flip=False, score=1.0) for place in detections), background)
 
 
 DUCK_AND_TURTLE = Scene((Placed("duck", 0.27, 0.55, 0.45), Placed("turtle", 0.74, 0.55, 0.44)), "forest", "left")
@@ -102,11 +104,37 @@ def test_cases_follow_from_the_seed_and_keep_to_their_split(category: str) -> No
         assert cases == cases_of(category, split, 20, 3)
         assert cases != cases_of(category, split, 20, 4)
         for case in cases:
-            if category == "two objects":
+            if category in UNRELATED:
                 assert is_held_out_pair(*case.names) == (split == "held_out")
             elif split == "held_out" and case.relation not in ("right", "below", ""):
                 pair = case.names[:2]
                 assert is_held_out_pair(*pair) or is_held_out_relation(case.relation, *pair)
+
+
+def drawn(scene: Scene) -> Reading:
+    return Reading(tuple(Detection(**vars(placed), score=1.0) for placed in scene.objects), scene.background)
+
+
+@pytest.mark.parametrize("relation", ["riding", "in", "front"])
+def test_a_scene_shows_its_own_relation_and_no_other(relation: str) -> None:
+    """What is far above another thing does not ride it, and who stands before a house is not in it."""
+    rng = random.Random(3)
+    for kind in ("pair", "riding", "in", "front"):
+        for _ in range(200):
+            scene = sample_scene(rng, kind, "any")
+            case = replace(case_of_scene(scene), relation=relation)
+            assert shows(drawn(scene), case) is (scene.relation == relation), scene
+            assert not shows(drawn(scene), replace(case, names=case.names[::-1])), scene
+
+
+@pytest.mark.parametrize(("kind", "turned"), [("looking", (False, True)), ("facing", (False, False, False, True))])
+def test_who_looks_away_is_not_looking(kind: str, turned: tuple[bool, ...]) -> None:
+    scene = sample_scene(random.Random(4), kind, "any")
+    first, second = scene.objects
+    looks = [(replace(first, flip=a), replace(second, flip=b)) for a in (False, True) for b in (False, True)]
+    shown = [shows(drawn(replace(scene, objects=objects)), case_of_scene(scene)) for objects in looks]
+    assert sorted(shown) == sorted(turned * (4 // len(turned)))
+    assert shows(drawn(scene), case_of_scene(scene))
 
 
 def test_prompts_are_plain_english() -> None:
@@ -142,6 +170,11 @@ def test_a_share_has_the_interval_of_wilson() -> None:
     low, high = Share(9, 10).interval
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
     assert Share(0, 10).interval[0] == 0.0
+
+
+def test_a_difference_of_shares_has_the_interval_of_newcombe() -> None:
+    """The example of the paper, 56 of 70 and 48 of 80."""
+    assert [round(value, 4) for value in difference(Share(56, 70), Share(48, 80))] == [0.2, 0.0524, 0.3339]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a", "lcm"])
@@ -184,12 +217,13 @@ def test_a_perfect_generator_scores_full_marks_and_a_blind_one_none(detector: De
 def test_a_report_holds_what_was_measured(tmp_path: Path) -> None:
     sampling = drawing.Sampling("euler", 20, 3.0)
     report = evaluate.Report("emoji", "sha256:1", "a CPU", sampling, 0, 31.2)
-    report.categories["two objects", "trained"] = Share(9, 10)
-    report.steps = [(sampling.but(num_inference_steps=steps), Share(steps, 20)) for steps in (4, 8)]
+    report.categories["two objects", "trained"], report.combinations["two objects", "trained"] = Share(9, 10), 7
+    # All of 200 once had a bound a hair below the share, which no plot could be drawn of.
+    report.steps = [(sampling.but(num_inference_steps=steps), Share(25 * steps, 200)) for steps in (4, 8)]
     report.guidance = [(sampling, Share(5, 10))]
     report.write(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["categories"][0]["share"] == 0.9
-    assert "90.0 % (59.6 to 98.2, 9 of 10)" in (tmp_path / "report.md").read_text()
+    assert "90.0 % (59.6 to 98.2, 9 of 10); 7 combinations" in (tmp_path / "report.md").read_text()
     with Image.open(tmp_path / "steps.png") as plot:
         assert plot.width > 500
 

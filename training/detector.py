@@ -108,11 +108,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows: its sprites, most certain first, its background, and how much worse the next one fits."""
+    """What a picture shows: its sprites, most certain first, and its background."""
 
     detections: tuple[Detection, ...]
     background: str
-    margin: float
 
     @property
     def names(self) -> list[str]:
@@ -275,11 +274,10 @@ class Detector:
             went_on = self._round(part, active.tolist(), found)
             state.put(active, part)
             active = active[went_on]
-        errors = self._background_errors(image, nearest, state.is_free)
-        best, margin = _best_and_margin(errors)
+        best = self._background_errors(image, nearest, state.is_free).argmin(1).tolist()
         return [
-            Reading(tuple(sorted(detections, key=lambda detection: -detection.score)), BACKGROUNDS[index], gap)
-            for detections, index, gap in zip(found, best, margin, strict=True)
+            Reading(tuple(sorted(detections, key=lambda detection: -detection.score)), BACKGROUNDS[index])
+            for detections, index in zip(found, best, strict=True)
         ]
 
     def _nearest(self, image: Tensor, bank: Tensor) -> Tensor:
@@ -396,14 +394,11 @@ class Detector:
 
     def _move(self, state: _State, candidates: _Candidates) -> _Candidates:
         """Move and scale by squared error at half the resolution, first by much, then by little."""
-        candidates, _ = self._moved(state, candidates, (-2, 0, 2), 2)
-        candidates, _ = self._moved(state, candidates, (-1, 0, 1), 1)
-        return candidates
+        candidates = self._moved(state, candidates, (-2, 0, 2), 2)
+        return self._moved(state, candidates, (-1, 0, 1), 1)
 
-    def _moved(
-        self, state: _State, candidates: _Candidates, steps: tuple[int, ...], reach: int
-    ) -> tuple[_Candidates, Tensor]:
-        """The best of the sizes that `steps` add and the places within `reach`, and its gain `[B, K]`."""
+    def _moved(self, state: _State, candidates: _Candidates, steps: tuple[int, ...], reach: int) -> _Candidates:
+        """The best of the sizes that `steps` add and the places within `reach`."""
         num_rows, num_candidates = candidates.size.shape
         scaled = candidates.scaled(steps)
         kernels = _gain_kernel(self._paint(scaled).flatten(0, 1)).view(num_rows, num_candidates * len(steps), -1)
@@ -413,12 +408,12 @@ class Detector:
             [channels[:, :, y : y + HALF, x : x + HALF].flatten(1) for y in range(side) for x in range(side)], 2
         )
         gains = torch.bmm(kernels, shifted).view(num_rows, num_candidates, len(steps) * side * side)
-        gain, best = gains.max(2)
+        best = gains.argmax(2)
         step, shift = best // (side * side), best % (side * side)
         moved = scaled.take(torch.arange(num_candidates, device=self.device) * len(steps) + step)
         moved.top += shift // side - reach
         moved.left += shift % side - reach
-        return moved, gain
+        return moved
 
     def _paint(self, candidates: _Candidates) -> Tensor:
         """Each candidate alone on an empty picture, premultiplied, `[B, K, 4, 64, 64]`; centred in its square."""
@@ -598,8 +593,3 @@ def _back_kernel(sprites: Tensor) -> Tensor:
     how many more channels have about their colour with a sprite than without."""
     alpha = sprites[:, 3:]
     return torch.cat([alpha * _levels(sprites[:, :3] / alpha.clamp(min=1e-3)), -alpha], 1)
-
-
-def _best_and_margin(errors: Tensor) -> tuple[list[int], list[float]]:
-    least = errors.topk(2, dim=1, largest=False)
-    return least.indices[:, 0].tolist(), (least.values[:, 1] - least.values[:, 0]).tolist()

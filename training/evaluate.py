@@ -20,9 +20,9 @@ from darkroom.diffusion.loader import DiffusionModel
 
 from training.detector import Detector, Reading
 from training.drawing import Sampling, draw, load, vae_psnr_db
-from training.figures import Share, plot_curves, save_sheet, share_of, table
+from training.figures import Share, category_table, plot_curves, save_sheet, share_of, table
 from training.judging import CATEGORIES, README_CASES, Case, cases_of, shows
-from training.painting import at_world_size
+from training.painting import at_image_px
 from training.recipes import RECIPES, recipe_of
 from training.validation import validate
 from training.world import World
@@ -36,8 +36,8 @@ Draw = Callable[[Sequence[str], Sequence[int], Sampling], np.ndarray]
 
 @dataclass
 class Report:
-    """What has been measured so far. `categories` by category and split, `readme` by prompt; `sweeps` are rows of
-    sampling and share."""
+    """What has been measured so far. `categories` by category and split, with how many different
+    `combinations` they ask for; `readme` by prompt; `steps` and `guidance` are rows of sampling and share."""
 
     model: str
     weights_hash: str
@@ -46,6 +46,7 @@ class Report:
     seed: int
     vae_psnr_db: float | None = None
     categories: dict[tuple[str, str], Share] = field(default_factory=dict)
+    combinations: dict[tuple[str, str], int] = field(default_factory=dict)
     readme: dict[str, Share] = field(default_factory=dict)
     steps: list[tuple[Sampling, Share]] = field(default_factory=list)
     guidance: list[tuple[Sampling, Share]] = field(default_factory=list)
@@ -61,7 +62,12 @@ class Report:
             "sampling": asdict(self.sampling),
             "vae_psnr_db": self.vae_psnr_db,
             "categories": [
-                {"category": category, "split": split, **share.as_json()}
+                {
+                    "category": category,
+                    "split": split,
+                    "combinations": self.combinations[category, split],
+                    **share.as_json(),
+                }
                 for (category, split), share in self.categories.items()
             ],
             "readme": [{"prompt": prompt, **share.as_json()} for prompt, share in self.readme.items()],
@@ -77,8 +83,8 @@ class Report:
             f"{sampling.sampler} ({sampling.sigma_schedule}), {sampling.num_inference_steps} steps, guidance "
             f"{sampling.guidance_scale:g}, on {self.device}. Shares of the prompts that were drawn as asked, with 95 % "
             f"intervals (Wilson). The autoencoder's PSNR on held-out scenes: {psnr}.\n",
-            table(("category", "trained combinations", "held-out combinations"), self._category_rows()),
-            table(("prompt, 10 seeds each", "all objects"), [(p, str(share)) for p, share in self.readme.items()]),
+            category_table(self.categories, self.combinations),
+            table(("prompt, 10 seeds each", "everything named"), [(p, str(share)) for p, share in self.readme.items()]),
         ]
         for title, rows in (("steps", self.steps), ("guidance", self.guidance)):
             if rows:
@@ -92,13 +98,6 @@ class Report:
                     )
                 )
         return "\n".join(parts)
-
-    def _category_rows(self) -> list[tuple[str, str, str]]:
-        names = dict.fromkeys(category for category, _ in self.categories)
-        return [
-            (name, *(str(self.categories.get((name, split), "-")) for split in ("trained", "held_out")))
-            for name in names
-        ]
 
     def write(self, folder: Path) -> None:
         (folder / "report.json").write_text(json.dumps(self.as_json(), indent=2) + "\n")
@@ -141,7 +140,7 @@ def judge(
     cases: Sequence[Case], seeds: Sequence[int], sampling: Sampling, draw: Draw, detector: Detector
 ) -> list[Judged]:
     """Draw and read a picture of each case."""
-    pictures = at_world_size(draw([case.prompt for case in cases], seeds, sampling))
+    pictures = at_image_px(draw([case.prompt for case in cases], seeds, sampling))
     readings = detector.read(pictures)
     return [
         Judged(case, picture, reading, shows(reading, case))
@@ -163,9 +162,9 @@ def score_categories(
     seeds = [index % count for index in range(len(cases))] + [index % README_SEEDS for index in range(len(readme))]
     judged = judge(cases + readme, seeds, report.sampling, draw, detector)
     for category, split in wanted:
-        report.categories[category, split] = share(
-            [entry for entry in judged if (entry.case.category, entry.case.split) == (category, split)]
-        )
+        of_these = [entry for entry in judged if (entry.case.category, entry.case.split) == (category, split)]
+        report.categories[category, split] = share(of_these)
+        report.combinations[category, split] = len({entry.case.asked for entry in of_these})
     for case in README_CASES:
         report.readme[case.prompt] = share([entry for entry in judged if entry.case == case])
     return judged
@@ -235,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a diffusers folder")
     parser.add_argument("--validate", action="store_true", help="judge the detector on drawn scenes instead")
-    parser.add_argument("--recipe", choices=RECIPES, default="full", help="whose scenes --validate draws")
+    parser.add_argument("--recipe", choices=RECIPES, help="whose world it is; default: training.json's, or full")
     parser.add_argument("--out", type=Path, help="folder of the report; default: one in runs/evaluation")
     parser.add_argument("--count", type=int, default=100, help="prompts of each category and split")
     parser.add_argument("--sweep-count", type=int, default=50, help="prompts of each category in a sweep")
@@ -261,11 +260,12 @@ def main() -> None:
         args.out = Path("runs/evaluation") / (args.model.resolve().name if args.model else "detector")
     if args.validate:
         args.out.mkdir(parents=True, exist_ok=True)
-        validate(detector, args.count, args.seed, args.out, RECIPES[args.recipe].world)
+        validate(detector, args.count, args.seed, args.out, RECIPES[args.recipe or "full"].world)
         return
+    recipe = RECIPES[args.recipe] if args.recipe else recipe_of(args.model)
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     model = load(args.model, args.device, dtypes[args.dtype] if args.dtype else None)
-    report = evaluate(model, recipe_of(args.model).world, detector, args)
+    report = evaluate(model, recipe.world, detector, args)
     print(report.as_markdown())
 
 

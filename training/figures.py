@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,35 @@ def share_of(passes: Sequence[bool]) -> Share:
     return Share(sum(passes), len(passes))
 
 
+def difference(better: Share, worse: Share) -> tuple[float, float, float]:
+    """The first share less the second, and the 95 % interval of that for two independent samples. Source: Newcombe
+    1998, method 10."""
+    (low, high), (other_low, other_high) = better.interval, worse.interval
+    apart = better.value - worse.value
+    below = math.hypot(better.value - low, other_high - worse.value)
+    above = math.hypot(high - better.value, worse.value - other_low)
+    return apart, apart - below, apart + above
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def category_table(shares: Mapping[tuple[str, str], Share], combinations: Mapping[tuple[str, str], int]) -> str:
+    """Shares by category and split, with how many different things each asks for."""
+    rows = [
+        (name, *(_of_combinations((name, split), shares, combinations) for split in ("trained", "held_out")))
+        for name in dict.fromkeys(category for category, _ in shares)
+    ]
+    return table(("category", "trained combinations", "held-out combinations"), rows)
+
+
+def _of_combinations(
+    key: tuple[str, str], shares: Mapping[tuple[str, str], Share], combinations: Mapping[tuple[str, str], int]
+) -> str:
+    return f"{shares[key]}; {combinations[key]} combinations" if key in shares else "-"
 
 
 def plot_curves(path: Path, curves: dict[str, Sequence[tuple[float, Share]]], x_label: str, title: str) -> None:
@@ -73,7 +98,9 @@ def plot_curves(path: Path, curves: dict[str, Sequence[tuple[float, Share]]], x_
         x = [place for place, _ in points]
         y = np.array([100 * share.value for _, share in points])
         bounds = np.array([[100 * bound for bound in share.interval] for _, share in points])
-        axes.errorbar(x, y, yerr=[y - bounds[:, 0], bounds[:, 1] - y], marker="o", capsize=3, label=name)
+        # At all of so many the bound may lie below by what rounding takes.
+        errors = np.maximum(0, [y - bounds[:, 0], bounds[:, 1] - y])
+        axes.errorbar(x, y, yerr=errors, marker="o", capsize=3, label=name)
     axes.set(xlabel=x_label, ylabel="prompts drawn as asked, %", title=title, ylim=(0, 101))
     axes.grid(alpha=0.3)
     if len(curves) > 1:

@@ -135,7 +135,7 @@ def scene_pixels(scenes: Sequence[Scene], image_px: int = IMAGE_PX) -> np.ndarra
     return np.stack([np.asarray(render(scene).reduce(IMAGE_PX // image_px)) for scene in scenes])
 
 
-def at_world_size(pictures: np.ndarray) -> np.ndarray:
+def at_image_px(pictures: np.ndarray) -> np.ndarray:
     """`[N, H, W, 3]` uint8 at `IMAGE_PX`: smaller pictures are read enlarged."""
     if pictures.shape[1:3] == (IMAGE_PX, IMAGE_PX):
         return pictures

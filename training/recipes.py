@@ -141,6 +141,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(model: Path) -> Recipe:
-    """What a folder's weights were made by, from the record beside them; the full recipe where there is none."""
+    """What a folder's weights were made by, from the record beside them. Raises `ValueError` where there is none."""
     path = model / "training.json"
-    return RECIPES[json.loads(path.read_text())["unet"]["recipe"] if path.exists() else "full"]
+    if not path.exists():
+        raise ValueError(f"{path} is missing: nothing tells which recipe's world these weights draw")
+    return RECIPES[json.loads(path.read_text())["unet"]["recipe"]]

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from training.detector import Detector, Reading
 from training.figures import Share, save_sheet, share_of, table
 from training.judging import case_of_scene, shows
-from training.painting import at_world_size, scene_pixels
+from training.painting import at_image_px, scene_pixels
 from training.world import FULL, KINDS, OBJECTS, Scene, World, sample_scene
 
 NUM_WRONG_SHOWN = 80
@@ -73,7 +73,7 @@ def validate(
     false_finds, missed, absent = Counter[str](), Counter[str](), Counter[str]()
     for kind in KINDS:
         scenes = scenes_of(kind, count, seed, world)
-        clean = at_world_size(scene_pixels(scenes, world.image_px))
+        clean = at_image_px(scene_pixels(scenes, world.image_px))
         for name, spoil in CONDITIONS.items():
             rng = np.random.default_rng(seed)
             pixels = np.stack([np.asarray(spoil(Image.fromarray(picture), rng)) for picture in clean])
@@ -123,8 +123,8 @@ def _as_markdown(
     return "\n".join(
         [
             table(("kind of scene", *CONDITIONS), [*rows, ("all", *map(str, everything))]),
-            f"An object that is not there is read in {100 * total.value:.3f} % of pictures ({total.passed} of "
-            f"{total.total}), the worst one in {100 * max(rate.value for rate in rates):.2f} %.",
+            f"An object that is not there is read in {100 * total.value:.3f} % of checks, one for each picture and "
+            f"object ({total.passed} of {total.total}); the worst object in {100 * max(r.value for r in rates):.2f} %.",
             f"Most often read where it is not: {falsely}.",
             f"Most often not read: {unread}.\n",
         ]

@@ -218,6 +218,8 @@ class Scene:
 
 # The pairs that the README asks for are always trained.
 _SHOWN = {("astronaut", "horse"), ("duck", "turtle"), ("cat", "dog"), ("dog", "house"), ("dog", "mirror")}
+# Whoever looks does so in mirrors too, and a house may be made of a food, and somebody be in it: such pairs meet.
+_MEETS_ALL = ("mirror", "house", *(f"house of {material}" for material in MATERIALS))
 
 
 def _share(text: str) -> int:
@@ -225,17 +227,28 @@ def _share(text: str) -> int:
     return zlib.crc32(text.encode()) % 100
 
 
+def _meet_anyway(first: str, second: str) -> bool:
+    pair = {first, second}
+    lives_in_food = any(a in DWELLERS and b in MATERIALS for a, b in ((first, second), (second, first)))
+    return tuple(sorted(pair)) in _SHOWN or not pair.isdisjoint(_MEETS_ALL) or lives_in_food
+
+
 def is_held_out_pair(first: str, second: str) -> bool:
-    """Whether training never shows these two in one picture, whatever their order and relation: one pair in ten."""
-    pair = tuple(sorted((first, second)))
-    return first != second and pair not in _SHOWN and _share(f"pair {pair[0]} {pair[1]}") < 10
+    """Whether training never shows these two in one picture, whatever their order and relation: one pair in ten of
+    those that no third thing brings together."""
+    pair = sorted((first, second))
+    return first != second and not _meet_anyway(first, second) and _share(f"pair {pair[0]} {pair[1]}") < 10
 
 
 def is_held_out_relation(relation: str, first: str, second: str) -> bool:
-    """Whether training never shows these two in this relation, though maybe in another: one in ten."""
+    """Whether training never shows these two in this relation, though maybe in another: one in ten, of two that face
+    each other, which is the same in either order, fewer."""
     if relation in ("", "count") or tuple(sorted((first, second))) in _SHOWN:
         return False
-    return _share(f"{relation} {first} {second}") < 10
+    if relation == "in" and second == "house":
+        return False  # one made of a food is a house too
+    orders = [(first, second), (second, first)] if relation == "facing" else [(first, second)]
+    return all(_share(f"{relation} {a} {b}") < 10 for a, b in orders)
 
 
 Layout = tuple[tuple[Placed, ...], str, str]
