@@ -45,6 +45,7 @@ def evaluated(models: Path) -> Path:
     for category, passed in {"single object": 96, "two objects": 88, "position": 84, "background": 99}.items():
         teacher.categories[category, "trained"] = Share(passed, 100)
     teacher.categories["two objects", "held_out"] = Share(80, 100)
+    teacher.combinations = dict.fromkeys(teacher.categories, 12)
     teacher.readme = {case.prompt: Share(9, 10) for case in README_CASES}
     teacher.steps = [(teacher.sampling.but(num_inference_steps=25), Share(180, 200))]
     student = report_of(models / "emoji-world-4step", STUDENT)
@@ -65,7 +66,7 @@ def test_a_card_sets_what_was_measured_against_the_aims(models: Path) -> None:
     teacher, student = (path.read_text() for path in write_cards(models, evaluated(models)))
     assert line_with(teacher, "Single object | at least").endswith("| 96.0 % (90.2 to 98.4, 96 of 100) | met |")
     assert line_with(teacher, "Position | at least").endswith("84 of 100) | missed |")
-    assert "| 8.0 points: 88.0 %" in line_with(teacher, "Two objects, trained before held-out pairs")
+    assert "| 8.0 points (-2.3 to 18.2): 88.0 %" in line_with(teacher, "Two objects, trained before held-out pairs")
     assert line_with(teacher, "Autoencoder on held-out scenes").endswith("| 31.3 dB | met |")
     for case in README_CASES:
         assert line_with(teacher, f"*{case.prompt}*").endswith("| 9 of 10 | met |")
@@ -81,7 +82,28 @@ def test_a_card_tells_how_each_stage_was_trained(models: Path) -> None:
     )
     assert "trained for 7.2 minutes" in teacher
     assert "trained for 9.6 minutes" in student
-    assert '"--recipe small --minutes 10"' in student
+    assert '"--recipe small"`, which trains for 210 minutes' in student
+
+
+def test_a_run_that_went_on_in_another_way_is_told_in_its_parts(models: Path) -> None:
+    path = models / "emoji-world" / "training.json"
+    record = json.loads(path.read_text())
+    record["vae"] |= {"decoder_only": True, "lr": 5e-3, "before": [RUN | {"updates": 9000, "minutes": 2.1, "lr": 1e-3}]}
+    path.write_text(json.dumps(record))
+    teacher, _ = (path.read_text() for path in write_cards(models, models))
+    assert line_with(teacher, "| the decoder alone") == "| the decoder alone | - | yes | - |"
+    assert line_with(teacher, "Other options").startswith(
+        "Other options for the first 9,000 updates (2.1 minutes) of the autoencoder: highest learning rate 0.001, "
+        "the decoder alone -."
+    )
+
+
+def test_a_student_is_set_against_its_teacher_on_the_same_prompts_alone(models: Path) -> None:
+    reports = evaluated(models)
+    path = reports / "emoji-world-4step" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+    with pytest.raises(ValueError, match="evaluate both with the same"):
+        write_cards(models, reports)
 
 
 def test_a_card_lists_what_the_recipe_s_world_holds_and_nothing_else(models: Path) -> None:

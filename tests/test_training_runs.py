@@ -19,7 +19,18 @@ from torch import nn
 from tqdm import tqdm
 
 from tests.support.tiny_models import randomise, write_tiny_model
-from training import __main__, common, contact_sheet, distill, export, train_text, train_unet, train_vae
+from training import (
+    __main__,
+    card,
+    common,
+    contact_sheet,
+    distill,
+    drawing,
+    export,
+    train_text,
+    train_unet,
+    train_vae,
+)
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.recipes import RECIPES
 from training.train_unet import NOISE_CONFIG
@@ -80,6 +91,28 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
     assert (tmp_path / "log.png").exists()
     torch.testing.assert_close(coded()[0], latents)
     assert not torch.allclose(coded()[1], decoded)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_the_stages_follow_each_other_from_nothing_to_two_models_with_their_cards(tmp_path: Path) -> None:
+    """One update each. Only the student's record tells of a student, or the teacher's card would be one's."""
+    runs = {stage: tmp_path / stage for stage in ("text", "vae", "unet", "student")}
+    few = ["--device", "cpu", "--recipe", "small", "--scenes", "16", "--updates", "1", "--batch-size", "2"]
+    given = ["--vae", str(runs["vae"]), "--text", str(runs["text"])]
+    train_text.main([*few, "--out", str(runs["text"])])
+    train_vae.main([*few, "--out", str(runs["vae"]), "--held-out", "32"])
+    train_unet.main([*few, *given, "--out", str(runs["unet"])])
+    distill.main([*few, *given, "--teacher", str(runs["unet"]), "--out", str(runs["student"])])
+    models = tmp_path / "models"
+    export.main([*given, "--unet", str(runs["unet"]), "--student", str(runs["student"]), "--recipe", "small",
+                 "--out", str(models)])  # fmt: skip
+    stages = {path.parent.name: list(json.loads(path.read_text())) for path in models.glob("*/training.json")}
+    assert stages == {"emoji-world": ["vae", "text", "unet"], "emoji-world-4step": ["vae", "text", "unet", "student"]}
+    teacher, student = (path.read_text() for path in card.write_cards(models, tmp_path))
+    assert "| Single object | at least 95 %" in teacher
+    assert "Teacher at 25 steps before student at 4" in student
+    model = drawing.load(models / "emoji-world-4step", "cpu")
+    assert drawing.draw(model, ["a cat"], [0], drawing.Sampling.of(model)).shape == (1, 64, 64, 3)
 
 
 def test_latents_are_centred_without_changing_what_is_reconstructed() -> None:
@@ -201,6 +234,15 @@ def test_a_row_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
     with log.path.open("a") as file:
         file.write("2,1.0")
     assert log.rows() == [{"updates": 1.0, "minutes": 0.5, "loss": 2.0}]
+
+
+def test_rows_that_no_checkpoint_holds_are_forgotten(tmp_path: Path) -> None:
+    log = common.CsvLog(tmp_path / "log.csv")
+    log.cut(0)
+    for updates in (50, 100, 150):
+        log.write(updates=updates, loss=1.0)
+    log.cut(120)
+    assert [row["updates"] for row in log.rows()] == [50, 100]
 
 
 def test_a_contact_sheet_is_as_wide_as_its_pictures_and_has_room_for_the_longest_prompt() -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from darkroom.config import BUILTIN_MODEL
 from darkroom.diffusion.loader import read_card
 
 from training.captions import PLACE_PHRASES
-from training.figures import Share, table
+from training.figures import Share, category_table, difference, table
 from training.judging import README_CASES
-from training.recipes import recipe_of
-from training.world import PLACES, PLAIN, World
+from training.recipes import RECIPES, recipe_of
+from training.world import PLACES, PLAIN, World, is_held_out_pair
 
 UNKNOWN = "not measured yet"
 STAGES = {"text": "text encoder", "vae": "autoencoder", "unet": "denoiser", "student": "student"}
@@ -33,6 +33,7 @@ RECORDED = {
     "batch": "examples in an update",
     "scenes": "scenes",
     "lr": "highest learning rate",
+    "decoder_only": "the decoder alone",
     "seed": "seed",
     "minutes": "training time, minutes",
     "device": "device",
@@ -70,7 +71,9 @@ class Measured:
 
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
-        self.categories = {(row["category"], row["split"]): share_in(row) for row in report.get("categories", ())}
+        rows = {(row["category"], row["split"]): row for row in report.get("categories", ())}
+        self.categories = {key: share_in(row) for key, row in rows.items()}
+        self.combinations = {key: row["combinations"] for key, row in rows.items()}
         self.prompts = {row["prompt"]: share_in(row) for row in report.get("readme", ())}
 
     def at_steps(self, num_inference_steps: int) -> Share | None:
@@ -98,7 +101,7 @@ def figures_of_teacher(measured: Measured) -> list[Figure]:
     figures.append(Figure(name, aim) if psnr is None else Figure(name, aim, f"{psnr:.1f} dB", psnr >= LEAST_PSNR_DB))
     for prompt in dict.fromkeys(case.prompt for case in README_CASES):
         share = measured.prompts.get(prompt)
-        name, aim = f"*{prompt}*", f"all objects in {LEAST_SEEDS} of 10 seeds"
+        name, aim = f"*{prompt}*", f"everything named in {LEAST_SEEDS} of 10 seeds"
         if share is None:
             figures.append(Figure(name, aim))
         else:
@@ -108,16 +111,25 @@ def figures_of_teacher(measured: Measured) -> list[Figure]:
 
 
 def figures_of_student(student: Measured, teacher: Measured, num_inference_steps: int) -> list[Figure]:
+    """Raises `ValueError` where the two were not asked for the same pictures."""
     name = f"Teacher at {TEACHER_STEPS} steps before student at {num_inference_steps}"
-    return [_points_apart(name, teacher.at_steps(TEACHER_STEPS), student.at_steps(num_inference_steps))]
+    better, worse = teacher.at_steps(TEACHER_STEPS), student.at_steps(num_inference_steps)
+    if better and worse:
+        asked = [(measured.report["seed"], share.total) for measured, share in ((teacher, better), (student, worse))]
+        if asked[0] != asked[1]:
+            raise ValueError(
+                f"teacher and student have seed and number of prompts {asked}: evaluate both with the same"
+            )
+    return [_points_apart(name, better, worse)]
 
 
 def _points_apart(name: str, better: Share | None, worse: Share | None) -> Figure:
     aim = f"at most {MOST_POINTS_APART} points"
     if not better or not worse:
         return Figure(name, aim)
-    points = 100 * (better.value - worse.value)
-    return Figure(name, aim, f"{points:.1f} points: {better}; {worse}", points <= MOST_POINTS_APART)
+    points, low, high = (100 * value for value in difference(better, worse))
+    measured = f"{points:.1f} points ({low:.1f} to {high:.1f}): {better}; {worse}"
+    return Figure(name, aim, measured, points <= MOST_POINTS_APART)
 
 
 def model_card(
@@ -160,8 +172,17 @@ def _uses(world: World) -> str:
         "## What it cannot do\n\n"
         "It knows nothing outside the lists below: an unknown word is passed over, or gives one of the known objects "
         "or a mixture. It draws one to four things, no text, and no style but the font's. It was trained at "
-        f"{world.image_px} x {world.image_px} px only. Prompts are English. One pair of objects in ten was never shown "
-        "together, so that the figures say what it makes of new combinations.\n"
+        f"{world.image_px} x {world.image_px} px only. Prompts are English. {_held_out(world)}\n"
+    )
+
+
+def _held_out(world: World) -> str:
+    names = (*world.objects, *world.shape_names)
+    pairs = list(combinations(names, 2))
+    num_held_out = sum(is_held_out_pair(*pair) for pair in pairs)
+    return (
+        f"Of the {len(pairs)} pairs of objects and shapes {num_held_out} were never shown together, and one in ten of "
+        "the others not in one of the relations, so that the figures say what it makes of new combinations."
     )
 
 
@@ -192,18 +213,38 @@ def _training(training: dict[str, dict[str, Any]]) -> str:
         if any(name in training[stage] for stage in stages)
     ]
     minutes = sum(training[stage]["minutes"] for stage in stages)
-    options = f"--recipe {training['unet']['recipe']} --minutes {math.ceil(minutes)}"
+    recipe = RECIPES[training["unet"]["recipe"]]
+    parts = "".join(
+        _part(stage, part, training[stage]) for stage in stages for part in training[stage].get("before", ())
+    )
     return (
-        f"## Training\n\n{table(('', *(STAGES[stage] for stage in stages)), rows)}\n"
-        f"All stages together trained for {minutes:.1f} minutes. To do it again, `make dev` and then "
-        f'`make train-model TRAIN_ARGS="{options}"`; `training/README.md` tells the rest. '
-        "Scenes and captions follow from the seed; the weights come out a little different each time.\n"
+        f"## Training\n\n{table(('', *(STAGES[stage] for stage in stages)), rows)}\n{parts}"
+        f"All stages together trained for {minutes:.1f} minutes. The recipe is run anew by `make dev` and then "
+        f'`make train-model TRAIN_ARGS="--recipe {recipe.name}"`, which trains for {recipe.minutes:g} minutes; '
+        "`training/README.md` tells the rest. Scenes and captions follow from the seed; the weights come out a little "
+        "different each time.\n"
+    )
+
+
+def _part(stage: str, part: dict[str, Any], last: dict[str, Any]) -> str:
+    """A sentence on what a stage did before it went on with other options, those of the table."""
+    progress = ("updates", "minutes")
+    others = [
+        f"{words} {_told(part.get(name))}"
+        for name, words in RECORDED.items()
+        if name not in (*progress, "parameters", "loss", "psnr_db") and part.get(name) != last.get(name)
+    ]
+    return (
+        f"Other options for the first {part['updates']:,} updates ({part['minutes']:.1f} minutes) of the "
+        f"{STAGES[stage]}: {', '.join(others)}.\n"
     )
 
 
 def _told(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -214,10 +255,14 @@ def _how_measured(measured: Measured) -> str:
         return f"`python -m training.evaluate` draws and scores fixed prompts. For these weights: {UNKNOWN}.\n"
     sampling = measured.report["sampling"]
     return (
-        "`python -m training.evaluate` has Darkroom draw fixed prompts; a detector that knows only the font's glyphs "
-        f"reads the pictures. Drawn by {sampling['sampler']}, {sampling['num_inference_steps']} steps, guidance "
+        "`python -m training.evaluate` has Darkroom draw fixed prompts; a detector that compares with the font's own "
+        f"glyphs and the drawn backgrounds reads the pictures. Drawn by {sampling['sampler']}, "
+        f"{sampling['num_inference_steps']} steps, guidance "
         f"{sampling['guidance_scale']:g}, where nothing else is said, on {measured.report['device']}, from seed "
-        f"{measured.report['seed']}. Shares of the prompts drawn as asked, with 95 % intervals (Wilson).\n"
+        f"{measured.report['seed']}. Shares of the prompts drawn as asked, with 95 % intervals (Wilson). Combinations "
+        "are the different things that a category's prompts ask for: where they are few, their pictures differ by seed "
+        "and place, and the interval says little of other combinations. Two things look as asked by chance in half of "
+        "all pictures, at each other in a quarter.\n"
     )
 
 
@@ -225,14 +270,10 @@ def _tables(measured: Measured) -> list[str]:
     """All that was measured: categories, prompts, samplers with their steps, guidance."""
     tables = []
     if measured.categories:
-        rows = [
-            (name, *(str(measured.categories.get((name, split), "-")) for split in ("trained", "held_out")))
-            for name in dict.fromkeys(category for category, _ in measured.categories)
-        ]
-        tables.append(table(("category", "trained combinations", "held-out combinations"), rows))
+        tables.append(category_table(measured.categories, measured.combinations))
     if measured.prompts:
         rows = [(prompt, str(share)) for prompt, share in measured.prompts.items()]
-        tables.append(table(("prompt", "all objects"), rows))
+        tables.append(table(("prompt", "everything named"), rows))
     for name, heading in (("steps", "Score by sampler and steps"), ("guidance", "Score by guidance")):
         if swept := measured.report.get(name):
             rows = [

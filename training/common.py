@@ -187,8 +187,8 @@ def save_checkpoint(
 
 
 def record_of(args: argparse.Namespace, num_scenes: int, batch_size: int) -> dict[str, Any]:
-    """What a run is made with, as the model card tells it."""
-    return {
+    """What a run is made with, as the model card tells it. `before` are the parts of it that were made otherwise."""
+    record: dict[str, Any] = {
         "recipe": args.recipe,
         "batch": batch_size,
         "scenes": num_scenes,
@@ -197,6 +197,18 @@ def record_of(args: argparse.Namespace, num_scenes: int, batch_size: int) -> dic
         "device": device_name(torch.device(args.device)),
         "torch": torch.__version__,
     }
+    if getattr(args, "decoder_only", False):
+        record["decoder_only"] = True
+    path = args.out / "progress.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        before = earlier.pop("before", [])
+        is_same = {name: value for name, value in earlier.items() if name not in ("updates", "minutes")} == record
+        if not is_same:
+            before.append(earlier)
+        if before:
+            record["before"] = before
+    return record
 
 
 def write_record(folder: Path, progress: Progress, recipe: dict[str, Any]) -> None:
@@ -229,7 +241,7 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class CsvLog:
-    """Appends rows to a CSV file; the first row's keys are the header. `fresh` begins the file anew."""
+    """Appends rows to a CSV file; the first row's keys are the header, its updates the first. `fresh` begins anew."""
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
@@ -242,6 +254,13 @@ class CsvLog:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+    def cut(self, done_updates: int) -> None:
+        """Forget the rows of updates that no checkpoint holds: they are done once more."""
+        if self.path.exists():
+            head, *lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if int(line.split(",")[0]) <= done_updates]
+            self.path.write_text("".join([head, *kept]))
 
     def rows(self) -> list[dict[str, float]]:
         """What has been logged so far; another process may be writing."""

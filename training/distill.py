@@ -25,6 +25,7 @@ from training.scenes import make_scenes
 from training.tokenizer import build_tokenizer, tokenize
 from training.train_unet import (
     CAPTIONS_PER_SCENE,
+    GUIDANCE_SCALE,
     NOISE_CONFIG,
     PROMPTS,
     build_unet,
@@ -112,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="folder of the train_text run")
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the train_unet run")
     parser.add_argument("--wait", action="store_true", help="get ready, then wait until those runs are finished")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher")
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="of the teacher")
     parser.add_argument(
         "--substeps", type=int, help="of the teacher for one step of the student; default: the recipe's"
     )
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.wait:
         for run in (args.text, args.vae, args.teacher):
             common.wait_for(run)
-    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    text_encoder, vae = load_text_encoder(args.text, device, tokenizer), load_vae(args.vae, device)
     latents = encode_scenes(vae, painter, scenes, device, args.compile)
     empty_embeds = embed(text_encoder, tokenize(tokenizer, [""]).to(device))
 

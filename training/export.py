@@ -19,8 +19,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from training import common
 from training.distill import STUDENT_STEPS
 from training.recipes import RECIPES, Recipe, add_recipe
-from training.tokenizer import build_tokenizer
-from training.train_unet import NOISE_CONFIG
+from training.train_unet import GUIDANCE_SCALE, NOISE_CONFIG, NUM_INFERENCE_STEPS
 
 LICENSE = "Apache-2.0 (weights); the pictures it learned from use Noto Color Emoji, SIL OFL 1.1"
 EXAMPLES = [
@@ -38,8 +37,8 @@ TEACHER: dict[str, Any] = {
     "id": "emoji-world",
     "description": "A small text-to-image model of scenes of emoji, made to run on any computer.",
     "license": LICENSE,
-    "num_inference_steps": 20,
-    "guidance_scale": 3.0,
+    "num_inference_steps": NUM_INFERENCE_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
     "sampler": "dpmpp_2m",
     "sigma_schedule": "simple",
     "example_prompts": EXAMPLES,
@@ -74,13 +73,13 @@ def export(
     recipe: Recipe,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
     serving: dict[str, Any],
     out: Path,
 ) -> None:
     """Write one diffusers folder in fp16, with the settings that Darkroom serves it with."""
     shutil.rmtree(out, ignore_errors=True)
-    tokenizer = build_tokenizer(recipe.world)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder.half(),
@@ -111,7 +110,7 @@ def share(teacher_folder: Path, student_folder: Path) -> None:
             path.symlink_to(Path("..", "..", teacher_folder.name, part, path.name))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_recipe(parser)
     parser.add_argument("--vae", type=Path, required=True, help="folder of the finished train_vae run")
@@ -119,23 +118,30 @@ def main() -> None:
     parser.add_argument("--unet", type=Path, required=True, help="folder of the train_unet run")
     parser.add_argument("--student", type=Path, help="folder of the distill run")
     parser.add_argument("--out", type=Path, default=Path("server/darkroom/models"), help="holds the models' folders")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     vae = AutoencoderKL.from_pretrained(args.vae / "vae")
     text_encoder = CLIPTextModel.from_pretrained(args.text)
+    tokenizer = CLIPTokenizer.from_pretrained(args.text / "tokenizer")
     teacher_folder, student_folder = (args.out / serving["id"] for serving in (TEACHER, STUDENT))
     recipe = RECIPES[args.recipe]
     unet = averaged_unet(recipe, args.unet)
-    export(recipe, vae, text_encoder, unet, TEACHER, teacher_folder)
+    export(recipe, vae, text_encoder, tokenizer, unet, TEACHER, teacher_folder)
     runs = {"vae": args.vae, "text": args.text, "unet": args.unet}
-    if args.student:
-        runs["student"] = args.student
-        export(recipe, vae, text_encoder, averaged_unet(recipe, args.student), STUDENT, student_folder)
-        share(teacher_folder, student_folder)
-    networks = {"vae": vae, "text": text_encoder, "unet": unet, "student": unet}
+    networks = {"vae": vae, "text": text_encoder, "unet": unet}
     record = {name: {"parameters": num_parameters(networks[name]), **run_record(run)} for name, run in runs.items()}
-    for folder in (teacher_folder, *([student_folder] if args.student else [])):
-        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_record(teacher_folder, record)
+    if args.student:
+        student = averaged_unet(recipe, args.student)
+        export(recipe, vae, text_encoder, tokenizer, student, STUDENT, student_folder)
+        share(teacher_folder, student_folder)
+        record["student"] = {"parameters": num_parameters(student), **run_record(args.student)}
+        write_record(student_folder, record)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """What the card tells of the run: the student's alone has a stage of that name."""
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def num_parameters(network: torch.nn.Module) -> int:

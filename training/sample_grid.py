@@ -10,7 +10,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from training import common
-from training.train_unet import PROMPTS
+from training.train_unet import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, PROMPTS
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG to write, one prompt a tile")
     parser.add_argument("--prompts", nargs="*", default=list(PROMPTS))
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt, side by side")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=NUM_INFERENCE_STEPS)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--karras", action="store_true", help="Karras sigmas instead of evenly spaced times")
     parser.add_argument("--width", type=int, help="pixels, a multiple of 8")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 8")

@@ -8,18 +8,17 @@ the objects, their relation and the background, so the denoiser finds them where
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import common
-from training.recipes import RECIPES, add_recipe
+from training.recipes import RECIPES
 from training.scenes import NUM_CLASSES, make_scenes
 from training.tokenizer import MAX_TOKENS, build_tokenizer
+from training.trainer import Trainer
 
 HELD_OUT_SEED = 1_000_003
 
@@ -51,18 +50,7 @@ def answered(logits: Tensor, targets: Tensor) -> list[float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_recipe(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, help="length of the run in training time")
-    parser.add_argument("--updates", type=int, help="length of the run in updates")
-    parser.add_argument("--scenes", type=int, help="scenes whose captions are made once; default: the recipe's")
-    parser.add_argument("--batch-size", type=int, help="default: the recipe's")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report-every", type=int, default=50, help="updates between log rows")
-    return parser
+    return common.run_parser(__doc__.splitlines()[0], lr=1e-3)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,55 +61,35 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = RECIPES[args.recipe]
     world, amount = recipe.world, recipe.amounts["text"]
     batch_size = args.batch_size or amount.batch
+    args.out.mkdir(parents=True, exist_ok=True)
+
     tokenizer = build_tokenizer(world)
     scenes = make_scenes(world, args.seed, args.scenes or amount.scenes, tellings=2).to(device)
     held_out = make_scenes(world, HELD_OUT_SEED, 2048, tellings=1).to(device)
-    encoder = build_text_encoder(tokenizer, recipe.text).to(device)
-    head = nn.Linear(recipe.text["hidden_size"], sum(NUM_CLASSES)).to(device)
-    parameters = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    progress = common.Progress(args.minutes, args.updates)
-    args.out.mkdir(parents=True, exist_ok=True)
-    log = common.CsvLog(args.out / "log.csv", fresh=True)
-    generator = torch.Generator().manual_seed(args.seed)
-    bar = tqdm(total=args.updates, desc="text", mininterval=5)
+    encoder = build_text_encoder(tokenizer, recipe.text)
+    head = nn.Linear(recipe.text["hidden_size"], sum(NUM_CLASSES))
+    taught = nn.ModuleDict({"encoder": encoder, "head": head}).to(device)
+    trainer = Trainer(args, taught, weight_decay=0.01, num_scenes=len(scenes), batch_size=batch_size)
+    generator = trainer.generator
 
-    def report() -> None:
-        log.write(updates=progress.done_updates, minutes=round(progress.elapsed_minutes, 2), loss=loss.item())
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-    while not progress.stopping:
-        common.follow_cpu_share()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(progress, args.lr, warmup_updates=50)
-        picks = torch.randint(len(scenes), (batch_size,), generator=generator).to(device)
-        tellings = torch.randint(2, (batch_size,), generator=generator).to(device)
+    def batch_loss() -> Tensor:
+        picks = torch.randint(len(scenes), (batch_size,), generator=generator, device=device)
+        tellings = torch.randint(2, (batch_size,), generator=generator, device=device)
         token_ids = scenes.token_ids[tellings, picks].long()
         with common.autocast(device):
             logits = head(encoder(token_ids).last_hidden_state)
-        loss = answer_loss(logits, scenes.answers[picks].long(), token_ids == tokenizer.eos_token_id)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        progress.done_updates += 1
-        bar.update()
-        if progress.done_updates % args.report_every == 0:
-            report()
-    report()
-    bar.close()
-    with torch.no_grad():
+        return answer_loss(logits, scenes.answers[picks].long(), token_ids == tokenizer.eos_token_id)
+
+    trainer.run(batch_loss)
+    with torch.no_grad(), trainer.averaged():
         # The last position is padding in all but the longest captions.
         told = head(encoder(held_out.token_ids[0].long()).last_hidden_state[:, -1])
-    right = answered(told, held_out.answers.long())
-    names = ("first", "second", "third", "relation", "number", "background", "scale")
-    print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
-    encoder.cpu().save_pretrained(args.out)
+        right = answered(told, held_out.answers.long())
+        names = ("first", "second", "third", "relation", "number", "background", "scale")
+        print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
+        encoder.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out / "tokenizer")
-    common.write_record(args.out, progress, common.record_of(args, len(scenes), batch_size))
-    log.plot("loss")
-    if progress.finished:
-        common.finish(args.out)
+    trainer.finish()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ NOISE_CONFIG = {
     "steps_offset": 1,
 }
 EMPTY_CAPTION_SHARE = 0.1
+# What the denoiser is served with, and what the student learns from.
+GUIDANCE_SCALE, NUM_INFERENCE_STEPS = 3.0, 20
 # The same picture is told differently from one pass to the next.
 CAPTIONS_PER_SCENE = 4
 # Of what every recipe's world holds.
@@ -66,7 +68,7 @@ def step_loss(
 def encode_scenes(
     vae: AutoencoderKL, painter: Painter, scenes: SceneSet, device: torch.device, compiled: bool = False
 ) -> Tensor:
-    """Paint and encode scenes. Returns `[N, C, H/8, W/8]` fp16 latents of unit variance, on the device."""
+    """Paint and encode scenes. Returns `[N, C, h, w]` fp16 latents of unit variance, on the device."""
 
     def encode(pictures: Tensor) -> Tensor:
         mean: Tensor = vae.encode(pictures).latent_dist.mode()
@@ -141,14 +143,17 @@ def draw(
     return common.to_pixels(vae.decode(latents / vae.config.scaling_factor).sample)
 
 
-def teacher_schedule(num_inference_steps: int = 20) -> SchedulerMixin:
+def teacher_schedule() -> SchedulerMixin:
     noise_scheduler = DPMSolverMultistepScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
-    noise_scheduler.set_timesteps(num_inference_steps)
+    noise_scheduler.set_timesteps(NUM_INFERENCE_STEPS)
     return noise_scheduler
 
 
-def load_text_encoder(run: Path, device: torch.device) -> CLIPTextModel:
-    """The finished text encoder of a `train_text` run, frozen."""
+def load_text_encoder(run: Path, device: torch.device, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The finished text encoder of a `train_text` run, frozen. Raises `ValueError` if it learned other words' ids than
+    `tokenizer` gives: those of a world that has changed since."""
+    if CLIPTokenizer.from_pretrained(run / "tokenizer").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{run} learned from captions of another world: train it anew, in an empty folder")
     text_encoder = CLIPTextModel.from_pretrained(run).to(device)
     if device.type == "cpu":
         text_encoder.set_attn_implementation("eager")
@@ -213,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.wait:
         common.wait_for(args.text)
         common.wait_for(args.vae)
-    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
+    text_encoder, vae = load_text_encoder(args.text, device, tokenizer), load_vae(args.vae, device)
     latents = encode_scenes(vae, painter, scenes, device, args.compile)
 
     trainer = Trainer(args, unet, weight_decay=0.01, num_scenes=len(scenes), batch_size=batch_size)
@@ -231,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         return step_loss(network, clean, noise, alphas_cumprod, timesteps, prompt_embeds)
 
     def show() -> None:
-        pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=3.0)
+        pixels = draw(unet, text_encoder, vae, tokenizer, PROMPTS, teacher_schedule(), scale=GUIDANCE_SCALE)
         common.save_grid(args.out / "samples" / f"{progress.done_updates:06d}.png", pixels, columns=8, zoom=1)
 
     trainer.run(batch_loss, show=show)

@@ -1,4 +1,4 @@
-"""The loop of updates that autoencoder, denoiser and student share, with its log, averages and checkpoints."""
+"""The loop of updates that all stages share, with its log, averages and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Trainer:
             module.load_state_dict(common.with_prefix(weights, "live."))
             self.ema.restore(common.with_prefix(weights, "ema."))
         self.log = common.CsvLog(args.out / "log.csv", fresh=not weights)
+        self.log.cut(self.progress.done_updates)
         self.generator = torch.Generator(device).manual_seed(args.seed + self.progress.done_updates)
         self._args = args
         self._save_minutes = args.save_minutes or (1 if device.type == "cuda" else 10)
