@@ -93,6 +93,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
     assert not torch.allclose(coded()[1], decoded)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' samplers and numpy
 @pytest.mark.usefixtures("sigterm")
 def test_the_stages_follow_each_other_from_nothing_to_two_models_with_their_cards(tmp_path: Path) -> None:
     """One update each. Only the student's record tells of a student, or the teacher's card would be one's."""
