@@ -94,7 +94,7 @@ def test_a_run_that_went_on_in_another_way_is_told_in_its_parts(models: Path) ->
     assert line_with(teacher, "| the decoder alone") == "| the decoder alone | - | yes | - |"
     assert line_with(teacher, "Other options").startswith(
         "Other options for the first 9,000 updates (2.1 minutes) of the autoencoder: highest learning rate 0.001, "
-        "the decoder alone -."
+        "the decoder alone no."
     )
 
 

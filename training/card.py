@@ -230,13 +230,13 @@ def _part(stage: str, part: dict[str, Any], last: dict[str, Any]) -> str:
     """A sentence on what a stage did before it went on with other options, those of the table."""
     progress = ("updates", "minutes")
     others = [
-        f"{words} {_told(part.get(name))}"
+        f"{words} {_told(part.get(name, False))}"
         for name, words in RECORDED.items()
         if name not in (*progress, "parameters", "loss", "psnr_db") and part.get(name) != last.get(name)
     ]
     return (
         f"Other options for the first {part['updates']:,} updates ({part['minutes']:.1f} minutes) of the "
-        f"{STAGES[stage]}: {', '.join(others)}.\n"
+        f"{STAGES[stage]}: {', '.join(others)}.\n\n"
     )
 
 
