@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from tests.support.tiny_models import randomise, write_tiny_model
 from training import (
@@ -33,6 +34,7 @@ from training import (
 )
 from training.distill import STUDENT_STEPS, ddim_step, signal_and_spread, step_times, velocity_between
 from training.recipes import RECIPES
+from training.tokenizer import build_tokenizer
 from training.train_unet import NOISE_CONFIG
 
 SHARES = RECIPES["small"].shares
@@ -96,10 +98,15 @@ def test_a_run_goes_on_where_it_was_stopped_and_says_when_it_is_finished(tmp_pat
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' samplers and numpy
 @pytest.mark.usefixtures("sigterm")
 def test_the_stages_follow_each_other_from_nothing_to_two_models_with_their_cards(tmp_path: Path) -> None:
-    """One update each. Only the student's record tells of a student, or the teacher's card would be one's."""
+    """One update each. Only the student's record tells of a student, or the teacher's card would be one's.
+
+    The ids of words are those that the run of the text encoder began with, though the captions have changed since.
+    """
     runs = {stage: tmp_path / stage for stage in ("text", "vae", "unet", "student")}
     few = ["--device", "cpu", "--recipe", "small", "--scenes", "16", "--updates", "1", "--batch-size", "2"]
     given = ["--vae", str(runs["vae"]), "--text", str(runs["text"])]
+    tokenizer = build_tokenizer(RECIPES["small"].world, num_captions=50)
+    tokenizer.save_pretrained(runs["text"] / "tokenizer")
     train_text.main([*few, "--out", str(runs["text"])])
     train_vae.main([*few, "--out", str(runs["vae"]), "--held-out", "32"])
     train_unet.main([*few, *given, "--out", str(runs["unet"])])
@@ -113,6 +120,7 @@ def test_the_stages_follow_each_other_from_nothing_to_two_models_with_their_card
     assert "| Single object | at least 95 %" in teacher
     assert "Teacher at 25 steps before student at 4" in student
     model = drawing.load(models / "emoji-world-4step", "cpu")
+    assert CLIPTokenizer.from_pretrained(models / "emoji-world" / "tokenizer").get_vocab() == tokenizer.get_vocab()
     assert drawing.draw(model, ["a cat"], [0], drawing.Sampling.of(model)).shape == (1, 64, 64, 3)
 
 

@@ -94,6 +94,19 @@ def test_who_looks_at_something_faces_it() -> None:
             assert kind == "looking" or second.flip == (second.x < first.x)
 
 
+def test_where_no_place_is_said_whoever_is_named_first_stands_on_the_left() -> None:
+    dog, horse = world.Placed("dog", 0.25, 0.5, 0.4), world.Placed("horse", 0.75, 0.5, 0.4)
+    scene = world.Scene((dog, horse), "white", "left")
+    captions = [caption(scene, random.Random(index)).lower() for index in range(300)]
+    bare = [text for text in captions if "left" not in text and "right" not in text]
+    assert len(bare) > 60
+    for text in bare:
+        first, second = (
+            min(text.find(word) for word in world.OBJECTS[name][1] if word in text) for name in ("dog", "horse")
+        )
+        assert first < second, text
+
+
 @pytest.mark.parametrize("part", [world.SMALL, world.FULL], ids=["small", "full"])
 def test_training_never_shows_what_evaluation_asks_for_as_held_out(part: world.World) -> None:
     """Neither by a third object (a mirror), nor by another name (a house of pizza is a house), nor in another order."""
@@ -167,7 +180,7 @@ def test_the_small_world_is_a_part_of_the_full_one_and_lies_on_its_grid() -> Non
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_training_sees_the_pictures_of_its_world(recipe: Recipe) -> None:
-    scenes = make_scenes(recipe.world, 3, 4, tellings=1)
+    scenes = make_scenes(recipe.world, 3, 4)
     pictures = common.to_pixels(scenes.pictures(painting.Painter(torch.device("cpu")), torch.arange(4)))
     drawn = [world.scene_at(3, index, world=recipe.world) for index in range(4)]
     expected = painting.scene_pixels(drawn, recipe.world.image_px)

@@ -52,7 +52,12 @@ _LEFT = (
     "{a} on the left side of {b}",
     "{b} on the right of {a}",
 )
-_BESIDE = ("{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a} together with {b}")
+# They name no side, so whoever is named first stands on the left. Were either side as likely, each half of a picture
+# would choose for itself, and often draw the same object as the other.
+_BESIDE = (
+    "{a} and {b}", "{a} and {b}", "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}",
+    "{a} together with {b}",
+)  # fmt: skip
 _ABOVE = ("{a} above {b}", "{a} above {b}", "{a} over {b}", "{b} below {a}", "{b} under {a}", "{b} beneath {a}")
 _IN = ("{a} in {b}", "{a} in {b}", "{a} inside {b}", "{a} lives in {b}", "{a} living in {b}", "{b} with {a} inside")
 _LOOKING = (
@@ -146,8 +151,7 @@ def _subject(scene: Scene, rng: random.Random) -> str:
         return rng.choice(templates).format(a=looker, b=seen, m=mirror, adv=adverb)
     forms = {"riding": _RIDING, "above": _ABOVE, "in": _IN, "looking": _LOOKING, "facing": _FACING, "front": _FRONT}
     first, second = phrases
-    if scene.relation == "left" and rng.random() < 0.3:
-        first, second = rng.sample(phrases, 2)
+    if scene.relation == "left" and rng.random() < 0.4:
         return rng.choice(_BESIDE).format(a=first, b=second)
     if rng.random() < 0.03:
         return f"{first} and {second}"

@@ -22,7 +22,7 @@ from training import common
 from training.painting import Painter
 from training.recipes import RECIPES
 from training.scenes import make_scenes
-from training.tokenizer import build_tokenizer, tokenize
+from training.tokenizer import tokenize, tokenizer_of
 from training.train_unet import (
     CAPTIONS_PER_SCENE,
     GUIDANCE_SCALE,
@@ -131,8 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = build_tokenizer(recipe.world)
-    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE)
+    tokenizer = tokenizer_of(args.text, recipe.world)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE, tokenizer)
     scenes = scenes.to(device)
     painter = Painter(device)
     noise_scheduler = DDIMScheduler.from_config(NOISE_CONFIG, timestep_spacing="trailing")
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.wait:
         for run in (args.text, args.vae, args.teacher):
             common.wait_for(run)
-    text_encoder, vae = load_text_encoder(args.text, device, tokenizer), load_vae(args.vae, device)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
     latents = encode_scenes(vae, painter, scenes, device, args.compile)
     empty_embeds = embed(text_encoder, tokenize(tokenizer, [""]).to(device))
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from training import common
 from training.captions import caption
 from training.painting import Painter, pack_layers
-from training.tokenizer import build_tokenizer, tokenize
+from training.tokenizer import MAX_TOKENS, tokenize
 from training.world import BACKGROUNDS, IMAGE_PX, MAX_OBJECTS, RELATIONS, SCALES, SPRITES, Scene, World, scene_at
 
 # Classes of each answer about a scene: first, second and third sprite or none, relation, number of objects,
@@ -77,9 +78,13 @@ def answers(scene: Scene) -> list[int]:
     ]
 
 
-def make_scenes(world: World, seed: int, num_scenes: int, tellings: int) -> SceneSet:
-    """Draw the first `num_scenes` of the series `seed`, each with `tellings` captions, in a process for each core."""
-    jobs = [(world, seed, start, min(start + CHUNK, num_scenes), tellings) for start in range(0, num_scenes, CHUNK)]
+def make_scenes(
+    world: World, seed: int, num_scenes: int, tellings: int = 0, tokenizer: CLIPTokenizer | None = None
+) -> SceneSet:
+    """Draw the first `num_scenes` of the series `seed`, in a process for each core; with a tokenizer, each gets
+    `tellings` captions."""
+    bounds = [(start, min(start + CHUNK, num_scenes)) for start in range(0, num_scenes, CHUNK)]
+    jobs = [(world, seed, start, end, tellings, tokenizer) for start, end in bounds]
     workers = min(len(jobs), len(os.sched_getaffinity(0)))
     if workers == 1:
         parts = [_chunk(*job) for job in jobs]
@@ -102,14 +107,15 @@ def _begin() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _chunk(world: World, seed: int, start: int, end: int, tellings: int) -> tuple[np.ndarray, ...]:
-    tokenizer = build_tokenizer(world)
+def _chunk(
+    world: World, seed: int, start: int, end: int, tellings: int, tokenizer: CLIPTokenizer | None
+) -> tuple[np.ndarray, ...]:
     scenes = [scene_at(seed, index, world=world) for index in range(start, end)]
     layers, backgrounds = pack_layers(scenes)
-    token_ids = []
-    for telling in range(tellings):
+    token_ids = np.zeros((tellings if tokenizer else 0, len(scenes), MAX_TOKENS), np.int16)
+    for telling, ids in enumerate(token_ids):
         rng = random.Random(f"captions-{seed}-{telling}-{start}")
         captions = [caption(scene, rng) for scene in scenes]
-        token_ids.append(tokenize(tokenizer, captions).numpy().astype(np.int16))
+        ids[:] = tokenize(tokenizer, captions).numpy()
     told = np.array([answers(scene) for scene in scenes], np.int16)
-    return layers, backgrounds, np.stack(token_ids), told, np.array([not scene.relation for scene in scenes])
+    return layers, backgrounds, token_ids, told, np.array([not scene.relation for scene in scenes])

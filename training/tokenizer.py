@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +47,12 @@ def build_tokenizer(world: World, num_captions: int = 20_000) -> CLIPTokenizer:
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {word: index for index, word in enumerate(dict.fromkeys(words))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def tokenizer_of(run: Path, world: World) -> CLIPTokenizer:
+    """The tokenizer of a `train_text` run: what it has saved, or, before that, what it is going to."""
+    saved = run / "tokenizer"
+    return CLIPTokenizer.from_pretrained(saved) if saved.exists() else build_tokenizer(world)
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from training import common
 from training.recipes import RECIPES
 from training.scenes import NUM_CLASSES, make_scenes
-from training.tokenizer import MAX_TOKENS, build_tokenizer
+from training.tokenizer import MAX_TOKENS, tokenizer_of
 from training.trainer import Trainer
 
 HELD_OUT_SEED = 1_000_003
@@ -63,9 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = build_tokenizer(world)
-    scenes = make_scenes(world, args.seed, args.scenes or amount.scenes, tellings=2).to(device)
-    held_out = make_scenes(world, HELD_OUT_SEED, 2048, tellings=1).to(device)
+    tokenizer = tokenizer_of(args.out, world)
+    # At once: a run that goes on keeps its words' ids, whatever the captions have become.
+    tokenizer.save_pretrained(args.out / "tokenizer")
+    scenes = make_scenes(world, args.seed, args.scenes or amount.scenes, 2, tokenizer).to(device)
+    held_out = make_scenes(world, HELD_OUT_SEED, 2048, 1, tokenizer).to(device)
     encoder = build_text_encoder(tokenizer, recipe.text)
     head = nn.Linear(recipe.text["hidden_size"], sum(NUM_CLASSES))
     taught = nn.ModuleDict({"encoder": encoder, "head": head}).to(device)
@@ -88,7 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
         names = ("first", "second", "third", "relation", "number", "background", "scale")
         print("right answers:", ", ".join(f"{name} {share:.3f}" for name, share in zip(names, right, strict=True)))
         encoder.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out / "tokenizer")
     trainer.finish()
 
 

@@ -19,7 +19,7 @@ from training.fastnorm import use_fast_group_norm
 from training.painting import Painter
 from training.recipes import RECIPES, Recipe
 from training.scenes import SceneSet, batches, make_scenes
-from training.tokenizer import MAX_TOKENS, build_tokenizer, tokenize
+from training.tokenizer import MAX_TOKENS, tokenize, tokenizer_of
 from training.trainer import Trainer
 
 NOISE_CONFIG = {
@@ -149,11 +149,8 @@ def teacher_schedule() -> SchedulerMixin:
     return noise_scheduler
 
 
-def load_text_encoder(run: Path, device: torch.device, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The finished text encoder of a `train_text` run, frozen. Raises `ValueError` if it learned other words' ids than
-    `tokenizer` gives: those of a world that has changed since."""
-    if CLIPTokenizer.from_pretrained(run / "tokenizer").get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{run} learned from captions of another world: train it anew, in an empty folder")
+def load_text_encoder(run: Path, device: torch.device) -> CLIPTextModel:
+    """The finished text encoder of a `train_text` run, frozen."""
     text_encoder = CLIPTextModel.from_pretrained(run).to(device)
     if device.type == "cpu":
         text_encoder.set_attn_implementation("eager")
@@ -204,8 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = args.batch_size or amount.batch
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = build_tokenizer(recipe.world)
-    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE)
+    tokenizer = tokenizer_of(args.text, recipe.world)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, CAPTIONS_PER_SCENE, tokenizer)
     scenes = scenes.to(device)
     painter = Painter(device)
     empty_ids = tokenize(tokenizer, [""]).to(device)
@@ -218,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.wait:
         common.wait_for(args.text)
         common.wait_for(args.vae)
-    text_encoder, vae = load_text_encoder(args.text, device, tokenizer), load_vae(args.vae, device)
+    text_encoder, vae = load_text_encoder(args.text, device), load_vae(args.vae, device)
     latents = encode_scenes(vae, painter, scenes, device, args.compile)
 
     trainer = Trainer(args, unet, weight_decay=0.01, num_scenes=len(scenes), batch_size=batch_size)

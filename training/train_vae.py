@@ -96,7 +96,7 @@ def centre_latents(vae: AutoencoderKL, images: Tensor) -> None:
 
 def held_out_pictures(world: World, painter: Painter, num: int) -> Tensor:
     """Scenes that no training run draws, `[N, 3, H, W]` in [-1, 1]."""
-    scenes = make_scenes(world, HELD_OUT_SEED, num, tellings=1)
+    scenes = make_scenes(world, HELD_OUT_SEED, num)
     return torch.cat([scenes.pictures(painter, torch.arange(num)[part]) for part in batches(num, 64)])
 
 
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     painter = Painter(device)
-    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes, tellings=1).to(device)
+    scenes = make_scenes(recipe.world, args.seed, args.scenes or amount.scenes).to(device)
     held_out = held_out_pictures(recipe.world, painter, args.held_out)
     vae = build_vae(recipe.vae).to(device, memory_format=torch.channels_last)
     if device.type == "cpu":

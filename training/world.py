@@ -120,6 +120,10 @@ PLAIN: dict[str, Colour] = {
 PLACES: tuple[str, ...] = ("forest", "night", "beach", "snow", "desert", "city", "sea", "meadow", "mountains")
 BACKGROUNDS: tuple[str, ...] = (*PLACES, *PLAIN)
 
+# Of two that look at each other, or one at the other, where the caption says no side. Were either side as likely, the
+# two halves of a picture would each choose for themselves, and often draw the same object twice.
+NAMED_FIRST_ON_THE_RIGHT = 0.1
+
 RELATIONS = ("", "count", "left", "above", "riding", "in", "looking", "facing", "front", "mirror")
 SCALES = ("", "small", "big")
 MAX_OBJECTS = 4
@@ -264,7 +268,7 @@ def _single(rng: random.Random, world: World) -> Layout:
 
 
 def _shape(rng: random.Random, world: World) -> Layout:
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
         return (_within(rng, world, rng.choice(world.shape_names), 0.5, 0.5, rng.uniform(0.4, 0.66), 0.08),), "", ""
     return _beside(rng, world, *rng.sample(world.shape_names, 2))
 
@@ -321,7 +325,7 @@ def _made(rng: random.Random, world: World) -> Layout:
 def _looking(rng: random.Random, world: World) -> Layout:
     looker = rng.choice(world.of(LOOKERS))
     other = rng.choice([name for name in world.objects if name != looker])
-    is_right = rng.random() < 0.5
+    is_right = rng.random() < NAMED_FIRST_ON_THE_RIGHT
     y = rng.uniform(0.5, 0.62)
     a = _within(rng, world, looker, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
     b = _within(rng, world, other, 0.26 if is_right else 0.74, y, rng.uniform(0.4, 0.46), 0.03)
@@ -330,7 +334,7 @@ def _looking(rng: random.Random, world: World) -> Layout:
 
 def _facing(rng: random.Random, world: World) -> Layout:
     first, second = rng.sample(world.of(LOOKERS), 2)
-    is_right = rng.random() < 0.5
+    is_right = rng.random() < NAMED_FIRST_ON_THE_RIGHT
     y = rng.uniform(0.5, 0.62)
     a = _within(rng, world, first, 0.74 if is_right else 0.26, y, rng.uniform(0.42, 0.48), 0.03, flip=not is_right)
     b = _within(rng, world, second, 0.26 if is_right else 0.74, y, rng.uniform(0.42, 0.48), 0.03, flip=is_right)
@@ -356,15 +360,15 @@ def _mirror(rng: random.Random, world: World) -> Layout:
 
 
 KINDS: dict[str, tuple[float, Callable[[random.Random, World], Layout]]] = {
-    "single": (0.28, _single),
-    "shape": (0.06, _shape),
-    "count": (0.12, _count),
+    "single": (0.24, _single),
+    "shape": (0.12, _shape),
+    "count": (0.1, _count),
     "pair": (0.26, _pair),
-    "riding": (0.07, _riding),
-    "in": (0.06, _in),
+    "riding": (0.05, _riding),
+    "in": (0.05, _in),
     "made": (0.02, _made),
-    "looking": (0.03, _looking),
-    "facing": (0.03, _facing),
+    "looking": (0.05, _looking),
+    "facing": (0.04, _facing),
     "front": (0.03, _front),
     "mirror": (0.04, _mirror),
 }
