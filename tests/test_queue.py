@@ -1410,3 +1410,42 @@ async def test_a_cancellation_that_gets_lost_in_the_client_does_not_keep_a_proce
     ended, _ = await asyncio.wait((closing,), timeout=20)
     assert num_lost > 0
     assert ended == {closing}
+
+
+async def _has_clients(redis: Any, number: int) -> bool:
+    """The server notices a moment later that a client is gone."""
+    return len(await redis.client_list()) == number
+
+
+async def test_what_is_under_way_when_the_queue_is_closed_does_not_connect_again(
+    settings: Settings, redis_url: str, redis: Any
+) -> None:
+    before = len(await redis.client_list())
+    queue = await JobQueue.connect(settings, redis_url)
+    waiting = asyncio.ensure_future(queue.wait_for_work([MODEL], 600))
+    await eventually(lambda: _has_blocked_client(queue))
+    await queue.close()
+    with pytest.raises(QueueUnavailable):
+        await asyncio.wait_for(waiting, 20)
+    with pytest.raises(QueueUnavailable):
+        await queue.stats()
+    await eventually(lambda: _has_clients(redis, before))
+
+
+async def test_a_process_that_ends_while_it_connects_leaves_no_connection(
+    settings: Settings, redis_url: str, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinged = asyncio.Event()
+
+    async def long(*_: Any) -> None:
+        pinged.set()
+        await asyncio.sleep(600)
+
+    before = len(await redis.client_list())
+    monkeypatch.setattr(JobQueue, "log_promise", long)
+    connecting = asyncio.ensure_future(JobQueue.connect(settings, redis_url))
+    await asyncio.wait_for(pinged.wait(), 20)
+    connecting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connecting
+    await eventually(lambda: _has_clients(redis, before))

@@ -12,6 +12,7 @@ import structlog
 from redis import exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
@@ -134,7 +135,9 @@ class RedisConnection:
             "protocol": 2,
             # Every script may be sent twice, so a lost reply is retried here; a longer outage is the caller's.
             "retry": Retry(ExponentialWithJitterBackoff(cap=0.2, base=0.02), 2),
+            "redis_connect_func": self._greet,
         }
+        self._is_closed = False
         self._sentinel: Sentinel | None = None
         try:
             if is_sentinel_url(url):
@@ -150,9 +153,17 @@ class RedisConnection:
         self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._scripts.items()}
 
     async def close(self) -> None:
+        self._is_closed = True
         await self._redis.aclose()
         if self._sentinel is not None:
             await self._sentinel.aclose()
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        """The handshake of a new connection. A command that `close` interrupts is tried again by the client, on a
+        connection that nobody would close."""
+        if self._is_closed:
+            raise exceptions.ConnectionError("closed")
+        await connection.on_connect()
 
     async def command(self, *args: Any) -> Any:
         return await self._ask(lambda: self._redis.execute_command(*args))

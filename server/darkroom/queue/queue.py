@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from darkroom.config import Settings
-from darkroom.errors import QueueUnavailable
 from darkroom.queue.client_side import ClientSide
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.dead_letters import DeadLetters
@@ -46,10 +45,10 @@ class JobQueue(ClientSide, WorkerSide):
         queue = cls(settings, url)
         try:
             await queue.ping()
-        except QueueUnavailable:
+            await queue.log_promise()
+        except BaseException:  # a process that ends while it connects cancels this
             await queue.close()
             raise
-        await queue.log_promise()
         return queue
 
     async def log_promise(self) -> None:
