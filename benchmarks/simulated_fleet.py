@@ -26,7 +26,8 @@ from darkroom.engine.pulse import Pulse
 from darkroom.errors import DarkroomError, QueueFull, StorageFull
 from darkroom.jobs import GenerationRequest, ImageInfo, Job, JobState, ModelCard, Previews, Result, Timings, new_job_id
 from darkroom.queue import JobQueue
-from darkroom.worker.worker import PROGRESS_INTERVAL_S, Worker
+from darkroom.worker.reports import PROGRESS_INTERVAL_S
+from darkroom.worker.worker import Worker
 
 LAG_INTERVAL_S = 0.05
 WAIT_TIMEOUT_S = 120.0

@@ -27,6 +27,7 @@ from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
 from darkroom.queue import JobQueue
 from darkroom.queue.keys import Keys
 from darkroom.worker import worker as worker_module
+from darkroom.worker.reports import Reports
 from darkroom.worker.worker import Worker
 
 from tests.support.engines import job_for, request_for
@@ -394,17 +395,10 @@ async def test_a_worker_that_loses_its_device_hands_back_all_jobs_and_counts_tho
     assert {status.state for status in statuses} == {JobState.QUEUED}
 
 
-@contextlib.asynccontextmanager
-async def holding(settings: Settings, queue: JobQueue, model: DiffusionModel) -> AsyncIterator[tuple[Worker, Job]]:
-    """A worker that does not run and has claimed a job."""
-    worker = Worker(settings, queue, functools.partial(Engine, {model.id: model}, settings))
+async def reports_of_a_held_job(settings: Settings, queue: JobQueue, model: DiffusionModel) -> tuple[Reports, Job]:
     await enqueue(queue, job_for(model, ""))
-    [job] = await queue.claim(worker.id, [model.id], 1, 8)
-    worker._held[job.id] = job
-    try:
-        yield worker, job
-    finally:
-        await asyncio.to_thread(worker._engine._decoder.close)
+    [job] = await queue.claim("w1", [model.id], 1, 8)
+    return Reports(settings, queue, "w1", {job.id: job}), job
 
 
 def state_at(job: Job, num_done: int) -> Saved:
@@ -422,12 +416,12 @@ async def test_a_state_that_comes_while_others_are_about_to_be_written_is_writte
     settings: Settings, queue: JobQueue, model: DiffusionModel
 ) -> None:
     """It was put among those that had been written already, and forgotten with them."""
-    async with holding(settings, queue, model) as (worker, job):
-        worker._saved(state_at(job, 3))
-        await worker._keep_checkpoints()
-        assert await step_kept(queue, settings, job) is None
-        await worker._keep_checkpoints()
-        assert await step_kept(queue, settings, job) == 3
+    reports, job = await reports_of_a_held_job(settings, queue, model)
+    reports.saved(state_at(job, 3))
+    await reports.keep_checkpoints()
+    assert await step_kept(queue, settings, job) is None
+    await reports.keep_checkpoints()
+    assert await step_kept(queue, settings, job) == 3
 
 
 async def test_states_that_redis_did_not_take_are_written_when_it_is_back_unless_newer_ones_came(
@@ -436,19 +430,19 @@ async def test_states_that_redis_did_not_take_are_written_when_it_is_back_unless
     async def refuse(*_: object) -> None:
         raise QueueUnavailable("not now")
 
-    async with holding(settings, queue, model) as (worker, job):
-        for newer in (None, 5):
-            worker._saved(state_at(job, 3))
+    reports, job = await reports_of_a_held_job(settings, queue, model)
+    for newer in (None, 5):
+        reports.saved(state_at(job, 3))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as outage:
+            outage.setattr(queue, "keep_checkpoints", refuse)
+            with pytest.raises(QueueUnavailable):
+                await reports.keep_checkpoints()
+        if newer is not None:
+            reports.saved(state_at(job, newer))
             await asyncio.sleep(0)
-            with monkeypatch.context() as outage:
-                outage.setattr(queue, "keep_checkpoints", refuse)
-                with pytest.raises(QueueUnavailable):
-                    await worker._keep_checkpoints()
-            if newer is not None:
-                worker._saved(state_at(job, newer))
-                await asyncio.sleep(0)
-            await worker._keep_checkpoints()
-            assert await step_kept(queue, settings, job) == (newer or 3)
+        await reports.keep_checkpoints()
+        assert await step_kept(queue, settings, job) == (newer or 3)
 
 
 async def test_a_worker_that_hangs_loses_its_lease_and_is_ended(
@@ -608,5 +602,5 @@ async def test_nothing_is_left_in_a_worker_after_its_jobs_have_ended(
         for job in jobs:
             assert (await queue.wait(job.id, 30)).state is JobState.SUCCEEDED
         assert queue.num_waiters == 0
-    assert (worker._held, worker._lost, worker._ending, worker._progress) == ({}, set(), set(), {})
+    assert (worker._held, worker._lost, worker._ending, worker._reports._progress) == ({}, set(), set(), {})
     assert (worker._engine._roster._jobs, worker._engine._rows) == ({}, {})

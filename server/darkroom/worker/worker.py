@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,14 +22,15 @@ import structlog
 
 from darkroom import metrics, tracing
 from darkroom.config import Settings
-from darkroom.engine.checkpoint import Checkpoint
 from darkroom.engine.engine import Engine
-from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, Preview, Saved, TickReport
+from darkroom.engine.events import Cancelled, Event, Expired, Failed, Finished, TickReport
 from darkroom.engine.pulse import Phase
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable, ResultStoreUnavailable
 from darkroom.jobs import Failure, Job, Priority, Result
 from darkroom.queue import JobQueue
 from darkroom.worker.observe import Rates, observe_end, observe_state, observe_tick, trace_end, trace_tick
+from darkroom.worker.outages import every, pause, until_answered
+from darkroom.worker.reports import Reports
 
 log = structlog.get_logger("darkroom.worker")
 
@@ -46,11 +47,6 @@ SHARE_PAUSE_S = 0.05
 # A lease that was renewed in time is never this near to its end, so only lost ones are looked at as often.
 REAP_PAUSE_S = 0.1
 WATCH_INTERVAL_S = 1.0
-# Redis pays for each report of each busy worker, as `config.CHECKPOINT_WRITE_S` says.
-PROGRESS_INTERVAL_S = 0.25
-BATCH_INTERVAL_S = 0.25
-# The states that a tick leaves come one by one from the engine's thread.
-TICK_STATES_S = 0.005
 CANCEL_AGAIN_S = 0.2
 
 
@@ -75,12 +71,14 @@ class Worker:
         self.id = worker_id()
         self._loop = asyncio.get_running_loop()
         self._engine_ready = asyncio.Event()
+        self._held: dict[str, Job] = {}
+        self._reports = Reports(settings, queue, self.id, self._held)
         self._engine = make_engine(
             worker=self.id,
             on_event=self._from_engine,
             on_tick=self._ticked,
-            on_saved=self._saved,
-            on_preview=self._previewed,
+            on_saved=self._reports.saved,
+            on_preview=self._reports.previewed,
             on_ready=lambda: self._loop.call_soon_threadsafe(self._engine_ready.set),
         )
         self._models = sorted(self._engine.models)
@@ -88,7 +86,6 @@ class Worker:
         metrics.MAX_MODEL_ROWS.set(self._engine.batcher.max_model_rows)
         metrics.RESIDENT_ROWS.set_function(self._engine.resident_model_rows)
         observe_state("starting")
-        self._held: dict[str, Job] = {}
         self._claimed_s: dict[tuple[str, int], float] = {}
         self._traces: dict[tuple[str, int], tracing.JobTrace] = {}
         self._lost: set[tuple[str, int]] = set()
@@ -98,12 +95,6 @@ class Worker:
         self._overdue: Phase | None = None
         self._claiming = asyncio.Lock()
         self._registered = asyncio.Event()
-        self._progress: dict[str, tuple[int, int]] = {}
-        self._unsaved: dict[tuple[str, int, int], Checkpoint] = {}
-        self._has_unsaved = asyncio.Event()
-        self._is_watched = False
-        self._unshown: dict[tuple[str, int, int], tuple[int, bytes]] = {}
-        self._has_unshown = asyncio.Event()
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
         self._drain = asyncio.Event()
@@ -130,15 +121,11 @@ class Worker:
             for loop in (
                 self._stay_registered(on_ready),
                 self._claim_loop(),
-                self._every(self._settings.lease_s / 3, self._renew),
+                every(self._settings.lease_s / 3, self._renew),
                 self._reap(),
-                self._every(PROGRESS_INTERVAL_S, self._publish_progress),
-                self._keep_new_checkpoints(),
-                self._every(BATCH_INTERVAL_S, self._tell_batch),
                 self._follow_cancellations(),
-                self._follow_looks(),
-                self._show_previews(),
-                self._every(WATCH_INTERVAL_S, self._watch_engine),
+                every(WATCH_INTERVAL_S, self._watch_engine),
+                *self._reports.loops(self._engine),
             )
         ]
         drained = asyncio.create_task(self._drain.wait())
@@ -200,7 +187,7 @@ class Worker:
         try:
             # A server that says nothing is not waited for: its leases run out.
             async with asyncio.timeout(left_s(HAND_BACK_STOP_S)):
-                await self._keep_checkpoints()
+                await self._reports.keep_checkpoints()
                 await asyncio.gather(
                     *(self._queue.hand_back(self.id, job, is_failure=job.id in to_blame) for job in held)
                 )
@@ -213,20 +200,16 @@ class Worker:
 
     async def _stay_registered(self, on_ready: Callable[[], None] | None) -> None:
         await self._engine_ready.wait()
-        await self._retry(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
+        await until_answered(lambda: self._queue.register(self.id, [m.card for m in self._engine.models.values()]))
         self._registered.set()
         observe_state("draining" if self.is_draining else "ready")
         log.info("worker_ready", worker=self.id, models=self._models)
         if on_ready is not None:
             on_ready()
-        await self._every(1.0, self._heartbeat)
+        await every(1.0, self._heartbeat)
 
     async def _heartbeat(self) -> None:
-        self._is_watched = await self._queue.heartbeat(self.id, self._rates.by_model())
-
-    async def _tell_batch(self) -> None:
-        if self._is_watched:
-            await self._queue.tell_batch(self.id, self._engine.batch_view())
+        self._reports.is_watched = await self._queue.heartbeat(self.id, self._rates.by_model())
 
     async def _claim_loop(self) -> None:
         wake: asyncio.Task[Any] | None = None
@@ -267,7 +250,7 @@ class Worker:
         try:
             await self._queue.wait_for_work(self._models, WAKE_TIMEOUT_S)
         except QueueUnavailable as error:
-            await self._pause(error)
+            await pause(error)
 
     async def _claim(self, room: int) -> int:
         """Claim what fits into `room` model rows; without room, only jobs more urgent than the least urgent held, and
@@ -297,10 +280,10 @@ class Worker:
                 # From here on they are handed back, whatever happens.
                 for job in jobs:
                     # An outage is waited out: without its pictures the job cannot be drawn.
-                    inputs = await self._retry(functools.partial(self._queue.inputs, job))
+                    inputs = await until_answered(functools.partial(self._queue.inputs, job))
                     self._submit(job, await self._checkpoints(job), inputs)
         except QueueUnavailable as error:
-            await self._pause(error)
+            await pause(error)
             return 0
         return len(jobs)
 
@@ -378,7 +361,7 @@ class Worker:
             try:
                 reaped = await self._queue.reap()
             except QueueUnavailable as error:
-                await self._pause(error)
+                await pause(error)
             else:
                 if reaped.requeued or reaped.dead:
                     log.warning("jobs_reaped", requeued=reaped.requeued, dead=reaped.dead)
@@ -397,48 +380,7 @@ class Worker:
                     while len(self._early_cancellations) > MAX_EARLY_CANCELLATIONS:
                         del self._early_cancellations[next(iter(self._early_cancellations))]
             except QueueUnavailable as error:
-                await self._pause(error)
-
-    async def _publish_progress(self) -> None:
-        progress, self._progress = self._progress, {}
-        updates = [
-            (job_id, self._held[job_id].attempt, step, num_steps)
-            for job_id, (step, num_steps) in progress.items()
-            if job_id in self._held
-        ]
-        if updates:
-            for (job_id, attempt), previews in (await self._queue.progress(self.id, updates)).items():
-                self._engine.show(job_id, attempt, previews)
-
-    async def _follow_looks(self) -> None:
-        while True:
-            try:
-                async for job_id, attempt, previews in self._queue.looks(self.id):
-                    self._engine.show(job_id, attempt, previews)
-            except QueueUnavailable as error:
-                await self._pause(error)
-
-    def _previewed(self, preview: Preview) -> None:
-        """Engine threads: a newer preview of the same image takes the place of one that was not shown yet."""
-        image = (preview.job.id, preview.job.attempt, preview.index)
-        self._loop.call_soon_threadsafe(self._note_preview, image, (preview.step, preview.image))
-
-    def _note_preview(self, image: tuple[str, int, int], preview: tuple[int, bytes]) -> None:
-        self._unshown[image] = preview
-        self._has_unshown.set()
-
-    async def _show_previews(self) -> None:
-        while True:
-            await self._has_unshown.wait()
-            self._has_unshown.clear()
-            previews, self._unshown = self._unshown, {}
-            try:
-                await self._queue.show(
-                    self.id, {image: preview for image, preview in previews.items() if self._holds(*image[:2])}
-                )
-            except QueueUnavailable as error:
-                # The next ones are as good.
-                await self._pause(error)
+                await pause(error)
 
     def _ticked(self, report: TickReport) -> None:
         """Engine thread: note it and go on."""
@@ -449,51 +391,16 @@ class Worker:
         self._rates.note(report)
         if self._traces:
             trace_tick(report, self._traces)
-        for job, step, num_steps in report.progress:
-            if step < num_steps:
-                self._progress[job.id] = (step, num_steps)
+        self._reports.note_progress(report)
         if report.left:
             self._room.set()
-
-    def _saved(self, saved: Saved) -> None:
-        """Engine thread: a newer state of the same image takes the place of one that was not written yet."""
-        image = (saved.job.id, saved.job.attempt, saved.checkpoint.index)
-        self._loop.call_soon_threadsafe(self._note_saved, image, saved.checkpoint)
-
-    def _note_saved(self, image: tuple[str, int, int], checkpoint: Checkpoint) -> None:
-        self._unsaved[image] = checkpoint
-        self._has_unsaved.set()
-
-    async def _keep_new_checkpoints(self) -> None:
-        """Write states at once, with those of the same tick, and then not for a while."""
-        while True:
-            await self._has_unsaved.wait()
-            await asyncio.sleep(TICK_STATES_S)
-            try:
-                await self._keep_checkpoints()
-            except QueueUnavailable as error:
-                await self._pause(error)
-            else:
-                await asyncio.sleep(self._settings.checkpoint_write_s)
-
-    async def _keep_checkpoints(self) -> None:
-        """Write the states that are not written. Those that Redis does not take stay, unless newer ones come."""
-        self._has_unsaved.clear()
-        unsaved, self._unsaved = self._unsaved, {}
-        states = {image: checkpoint.pack() for image, checkpoint in unsaved.items() if self._holds(*image[:2])}
-        try:
-            await self._queue.keep_checkpoints(self.id, states)
-        except BaseException:
-            self._unsaved = {**unsaved, **self._unsaved}
-            self._has_unsaved.set()
-            raise
 
     def _from_engine(self, event: Event) -> None:
         """Engine threads: hand a terminal event to the loop."""
         self._loop.call_soon_threadsafe(self._start_publishing, event)
 
     def _start_publishing(self, event: Event) -> None:
-        self._progress.pop(event.job.id, None)
+        self._reports.forget_progress(event.job.id)
         self._ending.add((event.job.id, event.job.attempt))
         self._room.set()
         task = self._loop.create_task(self._publish(event))
@@ -517,17 +424,17 @@ class Worker:
             event = await self._with_stored_images(event)
         if isinstance(event, Finished):
             result, images = event.result, event.images
-            stored = await self._retry(lambda: self._queue.succeed(self.id, job, result, images))
+            stored = await until_answered(lambda: self._queue.succeed(self.id, job, result, images))
             outcome = "succeeded"
         elif isinstance(event, Cancelled):
-            stored = await self._retry(lambda: self._queue.acknowledge_cancel(self.id, job))
+            stored = await until_answered(lambda: self._queue.acknowledge_cancel(self.id, job))
             outcome = "cancelled"
         elif isinstance(event, Expired):
-            stored = await self._retry(lambda: self._queue.expire(self.id, job))
+            stored = await until_answered(lambda: self._queue.expire(self.id, job))
             outcome = "expired"
         else:
             failure = event.failure
-            stored = await self._retry(lambda: self._queue.fail(self.id, job, failure))
+            stored = await until_answered(lambda: self._queue.fail(self.id, job, failure))
             outcome = "failed"
         if stored:
             observe_end(event, outcome, time.monotonic() - self._claimed_s[job.id, job.attempt])
@@ -555,26 +462,6 @@ class Worker:
             del self._held[job.id]
             if not self._held:
                 self._idle.set()
-
-    async def _every(self, interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
-        while True:
-            try:
-                await action()
-            except QueueUnavailable as error:
-                await self._pause(error)
-            await asyncio.sleep(interval_s)
-
-    async def _retry(self, action: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        """Repeat until Redis answers. Every action used here is harmless when done twice."""
-        while True:
-            try:
-                return await action()
-            except QueueUnavailable as error:
-                await self._pause(error)
-
-    async def _pause(self, error: QueueUnavailable) -> None:
-        log.warning("queue_unavailable", reason=str(error), retry_in_s=error.retry_after_s)
-        await asyncio.sleep(error.retry_after_s)
 
 
 def with_queue_time(event: Finished) -> Result:
