@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from darkroom.config import Settings
+from darkroom.queue.admission import MemoryGauge
 from darkroom.queue.client_side import ClientSide
 from darkroom.queue.connection import RedisConnection
 from darkroom.queue.dead_letters import DeadLetters
 from darkroom.queue.notices import Notices
+from darkroom.queue.overview import Overview
 from darkroom.queue.results import ResultStore
 from darkroom.queue.worker_side import WorkerSide
 
 
-class JobQueue(ClientSide, WorkerSide):
+class JobQueue(ClientSide, WorkerSide, Overview):
     """The queue of one shard. Every method raises `QueueUnavailable` while Redis cannot serve it, and works again by
     itself when Redis is back."""
 
@@ -19,11 +21,13 @@ class JobQueue(ClientSide, WorkerSide):
         results = ResultStore(settings, settings.result_store) if settings.result_store else None
         connection = RedisConnection(settings, url)
         notices = Notices(connection)
+        memory = MemoryGauge(connection)
         ClientSide.__init__(
             self,
             connection,
             notices,
             results,
+            memory,
             max_queue_jobs=settings.max_queue_jobs,
             tenant_queue_share=settings.tenant_queue_share,
             result_ttl_s=settings.result_ttl_s,
@@ -37,6 +41,7 @@ class JobQueue(ClientSide, WorkerSide):
             result_ttl_s=settings.result_ttl_s,
             job_ttl_s=settings.job_ttl_s,
         )
+        Overview.__init__(self, connection, memory)
 
     @classmethod
     async def connect(cls, settings: Settings, url: str) -> JobQueue:
