@@ -154,6 +154,8 @@ LEFT_CASE = Case("position", "trained", "", ("duck", "turtle"), "left")
         (LEFT_CASE, reading(("duck", 0.3, 0.5, 0.4), ("turtle", 0.7, 0.5, 0.4)), True),
         (LEFT_CASE, reading(("duck", 0.7, 0.5, 0.4), ("turtle", 0.3, 0.5, 0.4)), False),
         (LEFT_CASE, reading(("duck", 0.3, 0.5, 0.4)), False),
+        (LEFT_CASE, reading(("duck", 0.3, 0.2, 0.3), ("duck", 0.3, 0.8, 0.3), ("turtle", 0.7, 0.5, 0.4)), False),
+        (LEFT_CASE, reading(("duck", 0.3, 0.5, 0.4), ("turtle", 0.7, 0.5, 0.4), ("sun", 0.5, 0.1, 0.1)), True),
         (LEFT_CASE, reading(("duck", 0.48, 0.3, 0.4), ("turtle", 0.52, 0.7, 0.4)), False),
         (TWO_CATS, reading(*[("cat", x, 0.5, 0.3) for x in (0.2, 0.5, 0.8)]), False),
         (TWO_CATS, reading(*[("cat", x, 0.5, 0.3) for x in (0.2, 0.5)], ("dog", 0.8, 0.5, 0.3)), True),

@@ -157,13 +157,15 @@ def said(names: tuple[str, ...], relation: str) -> str:
 
 
 def shows(reading: Reading, case: Case) -> bool:
-    """Whether the picture that was read so shows what the case asks for."""
+    """Whether the picture that was read so shows what the case asks for: each thing that is named as often as it is
+    named, which is stricter than GenEval is. What is not named is no matter."""
     if case.background is not None and reading.background != case.background:
         return False
-    if case.relation == "count":
-        return reading.names.count(case.names[0]) == len(case.names)
-    if not case.relation:
-        return not Counter(case.names) - Counter(things(reading))
+    shown = Counter(things(reading))
+    if any(shown[name] != number for name, number in Counter(case.names).items()):
+        return False
+    if case.relation in ("", "count"):
+        return True
     judge = _JUDGES[case.relation]
     return any(
         all(_is(detection, name) for detection, name in zip(chosen, case.names, strict=True)) and judge(*chosen)

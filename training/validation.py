@@ -16,7 +16,7 @@ from training.detector import Detector, Reading
 from training.figures import Share, save_sheet, share_of, table
 from training.judging import case_of_scene, shows
 from training.painting import at_image_px, scene_pixels
-from training.world import FULL, KINDS, OBJECTS, Scene, World, sample_scene
+from training.world import FULL, KINDS, SPRITES, Scene, World, sample_scene
 
 NUM_WRONG_SHOWN = 80
 
@@ -106,7 +106,7 @@ def _count_errors(
     read = set(reading.names)
     false_finds.update(read - there)
     missed.update(there - read)
-    absent.update(set(OBJECTS) - there)
+    absent.update(set(SPRITES) - there)
 
 
 def _as_markdown(
@@ -114,7 +114,7 @@ def _as_markdown(
 ) -> str:
     rows = [(kind, *map(str, row.values())) for kind, row in shares.items()]
     everything = [sum((row[name] for row in shares.values()), Share(0, 0)) for name in CONDITIONS]
-    rates = [Share(false_finds[name], absent[name]) for name in OBJECTS]
+    rates = [Share(false_finds[name], absent[name]) for name in SPRITES]
     total = sum(rates, Share(0, 0))
     falsely, unread = (
         ", ".join(f"{name} {number}" for name, number in counter.most_common(10)) or "none"
