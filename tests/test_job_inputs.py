@@ -15,7 +15,7 @@ from darkroom.queue import JobQueue
 from darkroom.queue.keys import Keys
 from redis.asyncio import Redis
 
-from tests.support.jobs import MODEL, make_job, make_result
+from tests.support.jobs import MODEL, end_lease, make_job, make_result
 
 INPUTS = {"init_image": b"picture" * 1000, "mask_image": b"mask" * 1000}
 
@@ -48,8 +48,8 @@ async def stored(redis: Any, keys: Keys) -> set[str]:
     return {key.decode().removeprefix(keys.prefix) for key in found}
 
 
-async def lose(queue: JobQueue, redis: Any, keys: Keys, job: Job) -> None:
-    await redis.zadd(f"{keys.prefix}leases", {job.id: 1})
+async def lose(queue: JobQueue, job: Job) -> None:
+    await end_lease(queue, job)
     await queue.reap()
 
 
@@ -57,7 +57,7 @@ async def test_every_attempt_finds_them_and_the_end_removes_them(queue: JobQueue
     job = await enqueue(queue, masked_job())
     [first] = await queue.claim("w1", [MODEL], 1, 8)
     assert await queue.inputs(first) == INPUTS
-    await lose(queue, redis, keys, job)
+    await lose(queue, job)
     [second] = await queue.claim("w2", [MODEL], 1, 8)
     assert await queue.inputs(second) == INPUTS
     for name in INPUTS:
@@ -87,7 +87,7 @@ async def test_whatever_its_end_nothing_is_left(queue: JobQueue, redis: Any, key
             await queue.acknowledge_cancel("w1", held)
         else:
             await redis.hset(keys.job(job.id), "attempt", "many")
-            await lose(queue, redis, keys, job)
+            await lose(queue, job)
     assert (await queue._connection.command("HGET", keys.job(job.id), "state")).decode() == end.split()[0].replace(
         "unreadable", "failed"
     )
@@ -100,7 +100,7 @@ async def test_a_dead_letter_keeps_them_as_long_as_its_record(
     job = await enqueue(queue, masked_job())
     for _ in range(settings.max_failures):
         await queue.claim("w1", [MODEL], 1, 8)
-        await lose(queue, redis, keys, job)
+        await lose(queue, job)
     assert (await queue.status(job.id)).state is JobState.FAILED
     assert await stored(redis, keys) == {f"input:{job.id}:{name}" for name in INPUTS}
     for name in INPUTS:
@@ -118,7 +118,7 @@ async def test_a_dead_letter_whose_pictures_are_gone_is_not_replayed(
     job = await enqueue(queue, masked_job())
     for _ in range(settings.max_failures):
         await queue.claim("w1", [MODEL], 1, 8)
-        await lose(queue, redis, keys, job)
+        await lose(queue, job)
     await redis.delete(keys.input(job.id, "mask_image"))
     [letter] = await queue.dead_letters.all()
     with pytest.raises(JobError, match="pictures that it begins with are not kept any more"):

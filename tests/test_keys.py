@@ -30,6 +30,7 @@ from starlette.routing import BaseRoute, Route
 
 from tests.support.http import in_process, served
 from tests.support.instant_worker import InstantWorker, card
+from tests.support.jobs import end_lease
 
 pytest_plugins = "tests.support.service"
 
@@ -456,7 +457,7 @@ async def test_every_end_of_a_job_gives_its_cost_back_once(settings: Settings, q
             return str((await client.post("/generate", json=body, headers=headers)).json()["job_id"])
 
     async def lose(job_id: str) -> None:
-        await connection.command("ZADD", f"{connection.keys.prefix}leases", "XX", 1, job_id)
+        await end_lease(queue, (await queue.status(job_id)).job)
         await queue.reap()
 
     headers = await bearer(queue, max_cost=100 * FOX_COST)

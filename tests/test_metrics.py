@@ -26,7 +26,7 @@ from darkroom.worker.observe import Rates, observe_tick
 from tests.support.engines import job_for, run_jobs
 from tests.support.http import in_process
 from tests.support.instant_worker import InstantWorker, card
-from tests.support.jobs import MODEL, make_card, make_job
+from tests.support.jobs import MODEL, end_lease, make_card, make_job
 from tests.support.metrics import Change, value
 from tests.support.tiny_models import write_tiny_model
 from tests.test_worker import enqueue, serving
@@ -185,8 +185,7 @@ async def test_jobs_of_lost_workers_are_counted_as_redelivered_and_at_last_as_de
         await impatient.enqueue(make_job(), result_bytes=1000)
         for _ in range(2):
             [job] = await impatient.claim("w1", [MODEL], 1, 8)
-            prefix = f"{{darkroom:{settings.shard}}}:"
-            await impatient._connection.command("ZADD", f"{prefix}leases", 1, job.id)
+            await end_lease(impatient, job)
             await impatient.reap()
         stats = await impatient.stats()
     finally:

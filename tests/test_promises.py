@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import pytest_asyncio
 from darkroom.config import Settings
 from darkroom.errors import DeadlineUnmet, InvalidRequest
 from darkroom.jobs import Failure, Job
-from darkroom.queue import JobQueue
+from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.queue.keys import Keys
 from redis.asyncio import Redis
 
@@ -302,6 +303,31 @@ async def test_after_an_outage_those_who_wait_get_the_time_to_say_so(queue: JobQ
     assert await redis.zscore(f"{keys.prefix}abandoned", job_id) > 1
     await time_is_up(redis, keys, job_id)
     assert (await queue.reap()).abandoned == [job_id]
+
+
+async def test_a_job_that_nobody_may_abandon_stays_though_a_call_with_its_key_waits_and_leaves(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    job_id = await waited_for(queue, cancel_when_left=False)
+    assert await waited_for(queue) == job_id
+    await time_is_up(redis, keys, job_id)
+    assert (await queue.reap()).abandoned == []
+    assert (await queue.status(job_id)).state == "queued"
+
+
+async def test_at_its_memory_limit_too_the_server_hears_that_somebody_waits(settings: Settings, tmp_path: Path) -> None:
+    limited = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(limited) as server:
+        queue = await JobQueue.connect(limited, server.url)
+        try:
+            job_id = await waited_for(queue)
+            leaves_at = ("ZSCORE", f"{Keys(settings.shard).prefix}abandoned", job_id)
+            before = await queue._connection.command(*leaves_at)
+            await queue._connection.command("CONFIG", "SET", "maxmemory", "1")
+            await queue.stay(job_id)
+            assert await queue._connection.command(*leaves_at) > before
+        finally:
+            await queue.close()
 
 
 async def test_a_job_that_has_ended_is_not_looked_after(queue: JobQueue, redis: Any, keys: Keys) -> None:

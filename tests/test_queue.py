@@ -38,7 +38,7 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from tests.support.jobs import MODEL, make_card, make_job, make_result
+from tests.support.jobs import MODEL, end_lease, make_card, make_job, make_result
 from tests.support.proxy import lossy_proxy
 
 FAILURE = Failure(code="non_finite", message="the picture came out as noise")
@@ -96,11 +96,6 @@ async def claim_one(queue: JobQueue, worker: str = "w1") -> Job:
 
 async def succeed(queue: JobQueue, job: Job, worker: str = "w1", images: tuple[bytes, ...] = (b"picture",)) -> bool:
     return await queue.succeed(worker, job, make_result(list(images), worker), images)
-
-
-async def lose_lease(redis: Any, keys: Keys, job: Job) -> None:
-    """Let the lease run out now, as if its time had passed."""
-    assert await redis.zadd(f"{keys.prefix}leases", {job.id: 1}, xx=True, ch=True)
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
@@ -239,7 +234,7 @@ async def test_a_success_whose_reply_is_lost_is_still_a_success(
 async def test_large_pictures_are_stored_by_their_owner_alone(queue: JobQueue, redis: Any, keys: Keys) -> None:
     await enqueue(queue)
     stale = await claim_one(queue, "asleep")
-    await lose_lease(redis, keys, stale)
+    await end_lease(queue, stale)
     await queue.reap()
     job = await claim_one(queue, "awake")
     late, ours = (os.urandom(100_000),), (os.urandom(100_000), b"", os.urandom(100_000))
@@ -300,7 +295,7 @@ async def test_a_lost_lease_gives_the_job_to_another_and_fences_off_the_first(
     assert reaped.requeued == [], "a live lease is left alone"
     assert reaped.next_lease_s is not None
     assert 0 < reaped.next_lease_s <= settings.lease_s
-    await lose_lease(redis, keys, stale)
+    await end_lease(queue, stale)
     assert (await queue.reap()).requeued == [stale.id]
     fresh = await claim_one(queue, "awake")
     assert (fresh.id, fresh.attempt, fresh.failures) == (stale.id, 2, 1)
@@ -323,7 +318,7 @@ async def test_a_lost_lease_gives_the_job_to_another_and_fences_off_the_first(
 async def test_the_same_worker_is_fenced_by_the_attempt_alone(queue: JobQueue, redis: Any, keys: Keys) -> None:
     await enqueue(queue)
     stale = await claim_one(queue)
-    await lose_lease(redis, keys, stale)
+    await end_lease(queue, stale)
     await queue.reap()
     fresh = await claim_one(queue)
     assert (await queue.renew("w1", {stale.id: stale.attempt})).lost == {stale.id}
@@ -354,7 +349,7 @@ async def test_a_job_that_loses_its_third_worker_is_a_dead_letter(queue: JobQueu
     for failures in range(3):
         claimed = await claim_one(queue, f"victim-{failures}")
         assert (claimed.attempt, claimed.failures) == (failures + 1, failures)
-        await lose_lease(redis, keys, claimed)
+        await end_lease(queue, claimed)
         reaped = await queue.reap()
     assert (reaped.requeued, reaped.dead) == ([], [job.id])
     assert await claim(queue) == []
@@ -477,7 +472,7 @@ async def test_a_cancelled_job_whose_worker_is_lost_is_not_run_again(queue: JobQ
     await enqueue(queue)
     job = await claim_one(queue)
     await queue.cancel(job.id)
-    await lose_lease(redis, keys, job)
+    await end_lease(queue, job)
     assert (await queue.reap()).cancelled == [job.id]
     assert (await queue.status(job.id)).state == "cancelled"
 
@@ -771,7 +766,7 @@ async def test_an_unreadable_job_that_cannot_be_settled_takes_no_other_along(
     connection._scripts["settle"], connection._shas["settle"] = broken, hashlib.sha1(broken.encode()).hexdigest()
     assert [job.id for job in await claim(queue)] == [healthy.id]
     connection._scripts["settle"], connection._shas["settle"] = text, sha
-    await lose_lease(redis, keys, garbage)
+    await end_lease(queue, garbage)
     await queue.reap()
     assert await claim(queue) == []
     assert await redis.hget(keys.job(garbage.id), "state") == b"failed"
@@ -786,7 +781,7 @@ async def test_a_job_with_which_two_workers_were_lost_is_given_alone_to_an_idle_
     poison = await enqueue(queue)
     for failures in (1, 2):
         [job] = await claim(queue)
-        await lose_lease(redis, keys, job)
+        await end_lease(queue, job)
         await queue.reap()
         assert (await queue.status(poison.id)).job.failures == failures
     healthy = [await enqueue(queue) for _ in range(3)]
@@ -801,7 +796,7 @@ async def test_one_busy_worker_makes_itself_free_for_a_suspect_while_others_go_o
     await enqueue(queue)
     for _ in range(2):
         [suspect] = await claim(queue)
-        await lose_lease(redis, keys, suspect)
+        await end_lease(queue, suspect)
         await queue.reap()
     held = [make_job()]
     await enqueue(queue)
@@ -813,7 +808,7 @@ async def test_one_busy_worker_makes_itself_free_for_a_suspect_while_others_go_o
     await enqueue(queue)
     assert await queue.claim("w1", [MODEL], 4, 8, held=[alone]) == [], "it stays alone"
     assert len(await queue.claim("w2", [MODEL], 4, 8, held=held)) == 1
-    await lose_lease(redis, keys, alone)
+    await end_lease(queue, alone)
     await queue.reap()
     status = await queue.status(suspect.id)
     assert status.failure is not None
@@ -1078,7 +1073,7 @@ async def test_every_key_is_in_the_table_and_carries_the_hash_tag(queue: JobQueu
     poison = await claim_one(queue)
     running: list[Job] = []
     for _ in range(3):
-        await lose_lease(redis, keys, poison)
+        await end_lease(queue, poison)
         await queue.reap()
         running += [job for job in await claim(queue) if job.id != poison.id]
     await queue.keep_checkpoints("w1", {(job.id, job.attempt, 0): b"state" for job in running})
@@ -1351,7 +1346,7 @@ async def test_the_backlog_follows_every_way_into_and_out_of_the_waiting_jobs(
     await queue.cancel(jobs[2].id)
     assert await backlog_cost(queue) == 11000
     await queue.hand_back("w1", claimed[jobs[0].id])
-    await lose_lease(redis, keys, jobs[1])
+    await end_lease(queue, jobs[1])
     await queue.reap()
     assert await backlog_cost(queue) == 11011
     late = await enqueue(queue, costing(500.0))
@@ -1415,6 +1410,36 @@ async def test_a_cancellation_that_gets_lost_in_the_client_does_not_keep_a_proce
 async def _has_clients(redis: Any, number: int) -> bool:
     """The server notices a moment later that a client is gone."""
     return len(await redis.client_list()) == number
+
+
+async def test_after_an_outage_workers_get_the_time_to_renew_their_leases(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    """All of them had lost their jobs, and three outages of more than a lease made a dead letter."""
+    await enqueue(queue)
+    job = await claim_one(queue)
+    for _ in range(3):
+        await end_lease(queue, job)
+        await redis.delete(f"{keys.prefix}looked_after")
+        assert (await queue.reap()).requeued == []
+        assert not (await queue.renew("w1", {job.id: job.attempt})).lost
+    await end_lease(queue, job)
+    assert (await queue.reap()).requeued == [job.id], "one that does not come back"
+
+
+@pytest.mark.parametrize(("max_failures", "alone_after"), [(2, 1), (3, 2), (20, 2)])
+async def test_a_job_runs_alone_before_it_is_given_up(
+    settings: Settings, redis_url: str, max_failures: int, alone_after: int
+) -> None:
+    async with opened(settings, redis_url, max_failures=max_failures) as queue:
+        for _ in range(3):
+            await enqueue(queue)
+        for failures in range(alone_after + 1):
+            jobs = await claim(queue)
+            assert len(jobs) == (3 if failures < alone_after else 1)
+            for job in jobs:
+                await end_lease(queue, job)
+            assert (await queue.reap()).dead == ([jobs[0].id] if failures + 1 == max_failures else [])
 
 
 async def test_what_is_under_way_when_the_queue_is_closed_does_not_connect_again(

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
+import msgspec
 import pytest
 import torch
 from darkroom import metrics
@@ -33,7 +35,7 @@ from darkroom.worker.worker import Worker
 from tests.support.engines import job_for
 from tests.support.http import in_process
 from tests.support.instant_worker import InstantWorker
-from tests.support.jobs import MODEL, make_job, make_result
+from tests.support.jobs import MODEL, end_lease, make_job, make_result
 from tests.support.s3 import BUCKET, S3Server
 from tests.support.tiny_models import write_tiny_model
 
@@ -138,7 +140,8 @@ async def test_pictures_lie_in_the_bucket_alone(bucket: Settings, s3: S3Server) 
     async with opened(bucket) as queue:
         job = await claimed(queue, num_images=2)
         assert await finish(queue, job, [b"first", b"second"])
-        assert s3.objects == [f"darkroom/{bucket.shard}/{job.id}/1-{index}.png" for index in (0, 1)]
+        place = f"darkroom/{bucket.shard}/{job.id}/1-[0-9a-f]{{8}}"
+        assert [re.sub(place, "", key) for key in s3.objects] == ["-0.png", "-1.png"]
         assert await queue.images(job.id) == [b"first", b"second"]
         assert await queue._connection.command("EXISTS", queue._connection.keys.image(job.id, 0)) == 0
         assert not await queue._connection.command("HGET", queue._connection.keys.counters, "stored_bytes")
@@ -257,14 +260,17 @@ async def test_a_server_that_never_answers_costs_no_more_than_the_time_allowed(
     await asyncio.gather(*(caller.wait_closed() for caller in callers), return_exceptions=True)
 
 
-async def test_what_was_written_before_the_store_gave_up_is_removed(directory: Settings, tmp_path: Path) -> None:
+async def test_what_was_written_before_the_store_gave_up_is_removed(
+    directory: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with opened(directory, result_store_timeout_s=0.3) as queue:
         job = await claimed(queue, num_images=2)
+        monkeypatch.setattr(results.secrets, "token_hex", lambda _: "0" * 8)
         folder = tmp_path / "result store" / directory.shard / job.id
-        (folder / "1-1.png").mkdir(parents=True)  # a picture cannot take its name
+        (folder / "1-00000000-1.png").mkdir(parents=True)  # a picture cannot take its name
         with pytest.raises(ResultStoreUnavailable):
             await finish(queue, job, [b"first", b"second"])
-        assert os.listdir(folder) == ["1-1.png"]
+        assert os.listdir(folder) == ["1-00000000-1.png"]
 
 
 async def test_a_picture_that_cannot_be_had_is_503_and_one_that_is_gone_404(bucket: Settings, s3: S3Server) -> None:
@@ -286,14 +292,38 @@ async def test_a_worker_that_lost_its_lease_leaves_no_pictures_and_harms_none(bu
     async with opened(bucket) as queue:
         late = await claimed(queue)
         stored = await queue.store_images(late, make_result([b"late"]), [b"late"])
-        await queue._connection.command("ZADD", f"{queue._connection.keys.prefix}leases", 0, late.id)
+        await end_lease(queue, late)
         await queue.reap()
         [owned] = await queue.claim("w2", [MODEL], 1, 100)
         assert await finish(queue, owned, [b"owned"], "w2")
         assert len(s3.objects) == 2
         assert not await queue.succeed("w1", late, stored, [b"late"])
-        assert s3.objects == [f"darkroom/{bucket.shard}/{late.id}/2-0.png"]
+        [left] = s3.objects
+        assert left.startswith(f"darkroom/{bucket.shard}/{late.id}/2-")
         assert await queue.image(late.id, 0) == b"owned"
+
+
+async def test_two_workers_with_the_same_attempt_do_not_touch_each_others_pictures(directory: Settings) -> None:
+    """After a failover that made Redis forget a claim, the next one has its number."""
+    async with opened(directory) as queue:
+        job = await claimed(queue)
+        forgotten, owned = [
+            await queue.store_images(job, make_result([content]), [content]) for content in (b"forgotten", b"owned")
+        ]
+        assert await queue.succeed("w1", job, owned, [b"owned"])
+        assert not await queue.succeed("w0", job, forgotten, [b"forgotten"])
+        assert await queue.image(job.id, 0) == b"owned"
+
+
+async def test_pictures_of_an_earlier_release_are_still_served(directory: Settings, tmp_path: Path) -> None:
+    async with opened(directory) as queue:
+        job = await claimed(queue)
+        stored = await queue.store_images(job, make_result([b"x"]), [b"x"])
+        [file] = (tmp_path / "result store" / directory.shard / job.id).iterdir()
+        file.rename(file.with_name("1-0.png"))
+        earlier = msgspec.structs.replace(stored, location=f"{directory.shard}/{job.id}/1")
+        assert await queue.succeed("w1", job, earlier, [b"x"])
+        assert await queue.image(job.id, 0) == b"x"
 
 
 # Signed URLs.
@@ -316,7 +346,7 @@ async def test_a_signed_url_needs_no_credentials_and_is_good_for_nothing_else(bu
         assert (reply.status_code, reply.content, reply.headers["content-type"]) == (200, picture, "image/png")
         assert 1 <= int(parse_qs(urlsplit(url).query)["X-Amz-Expires"][0]) <= bucket.result_ttl_s
         last = "0" if url[-1] != "0" else "1"
-        for altered in (url[:-1] + last, url.replace("/1-0.png", "/1-1.png"), url.partition("?")[0]):
+        for altered in (url[:-1] + last, url.replace("-0.png", "-1.png"), url.partition("?")[0]):
             assert (await client.get(altered)).status_code in (400, 403)
         assert (await client.delete(url)).status_code == 403
         assert (await client.put(url, content=b"x")).status_code == 403

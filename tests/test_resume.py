@@ -18,7 +18,7 @@ from darkroom.queue.keys import Keys
 from darkroom.sampling import SAMPLERS
 
 from tests.support.engines import Outcome, job_for, run_jobs
-from tests.support.jobs import make_job
+from tests.support.jobs import end_lease, make_job
 from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
 from tests.support.twin_device import TwinDevice
@@ -236,7 +236,7 @@ async def test_a_killed_worker_costs_no_more_than_the_checkpoint_interval(
                 await asyncio.sleep(0.02)
             # It writes nothing any more, and another takes the job over.
             await queue._connection.command("HSET", keys.job(job.id), "owner", "nobody")
-            await queue._connection.command("ZADD", f"{keys.prefix}leases", 1, job.id)
+            await end_lease(queue, job)
             (held,) = worker._held.values()
             worker._engine.cancel(held.id, held.attempt)
             worker.drain()

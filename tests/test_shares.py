@@ -16,7 +16,7 @@ from darkroom.queue import JobQueue
 from darkroom.queue.keys import Keys
 from redis.asyncio import Redis
 
-from tests.support.jobs import MODEL, make_card, make_job
+from tests.support.jobs import MODEL, end_lease, make_card, make_job
 
 FAILURE = Failure(code="job_failed", message="it did not work")
 
@@ -159,7 +159,7 @@ async def test_a_job_that_comes_back_keeps_its_place_and_is_not_charged_twice(
         if way == "handed back":
             await queue.hand_back("w1", first)
         else:
-            await redis.zadd(f"{keys.prefix}leases", {first.id: 1})
+            await end_lease(queue, first)
             await redis.hset(keys.job(first.id), "failures", 0)
             assert (await queue.reap()).requeued == [first.id]
         assert (await queue.status(first.id)).position == 0

@@ -8,6 +8,7 @@ import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,13 +25,15 @@ from darkroom.engine.local import generate_images
 from darkroom.engine.pulse import Phase, Pulse
 from darkroom.errors import EXIT_HUNG, DeviceLost, QueueUnavailable
 from darkroom.jobs import BatchRow, Job, JobState, Priority, new_job_id
-from darkroom.queue import JobQueue
+from darkroom.queue import EmbeddedRedis, JobQueue
 from darkroom.queue.keys import Keys
 from darkroom.worker import worker as worker_module
+from darkroom.worker.outages import every
 from darkroom.worker.reports import Reports
 from darkroom.worker.worker import Worker
 
 from tests.support.engines import job_for, request_for
+from tests.support.jobs import end_lease
 from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
 
@@ -337,6 +340,68 @@ async def test_a_job_that_was_taken_over_by_another_worker_is_dropped_and_nothin
         assert (status.state, status.job.attempt) == (JobState.RUNNING, taken.attempt)
     finally:
         await late.close()
+
+
+async def test_a_worker_that_is_given_its_own_lost_job_drops_the_earlier_attempt(
+    settings: Settings, queue: JobQueue, model: DiffusionModel
+) -> None:
+    """Both were drawn side by side, and no renewal named the earlier one any more."""
+    async with serving(settings, queue, model, slow_engine) as worker:
+        job = await enqueue(queue, job_for(model, "", num_inference_steps=500))
+        await state_of(queue, job, JobState.RUNNING)
+        await end_lease(queue, job)
+        assert (await queue.reap()).requeued == [job.id]
+
+        async def attempts() -> AsyncIterator[set[int]]:
+            while True:
+                yield {row.active.job.attempt for row in list(worker._engine._rows.values())}
+                await asyncio.sleep(0.02)
+
+        async with asyncio.timeout(20):
+            async for here in attempts():
+                if here == {2}:
+                    break
+        await queue.cancel(job.id)
+        assert (await queue.wait(job.id, 20)).state is JobState.CANCELLED
+
+
+async def test_a_drain_hands_jobs_back_also_where_redis_takes_no_states_any_more(
+    settings: Settings, model: DiffusionModel, tmp_path: Path
+) -> None:
+    """At its memory limit it refuses those, and the jobs were left to run out of their leases: three such drains made a
+    dead letter."""
+    settings = settings.model_copy(update={"data_dir": tmp_path})
+    with EmbeddedRedis(settings) as server:
+        queue = await JobQueue.connect(settings, server.url)
+        try:
+            async with serving(settings, queue, model, slow_engine):
+                job = await enqueue(queue, job_for(model, "", num_inference_steps=500))
+                async for event in queue.events(job.id):
+                    if event.step > 1:
+                        break
+                await queue._connection.command("CONFIG", "SET", "maxmemory", "1")
+            status = await queue.status(job.id)
+            assert (status.state, status.job.failures) == (JobState.QUEUED, 0)
+            assert (await queue.stats()).live_workers == 0
+        finally:
+            await queue.close()
+
+
+async def test_what_an_outage_interrupts_is_done_as_soon_as_redis_is_back() -> None:
+    """Renewals had waited for their next round, and leases ended in outages of half their length."""
+    calls = 0
+    done = asyncio.Event()
+
+    async def renew() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            raise QueueUnavailable("not now", retry_after_s=0.01)
+        done.set()
+
+    renewing = asyncio.create_task(every(600, renew))
+    await asyncio.wait_for(done.wait(), 20)
+    renewing.cancel()
 
 
 def broken_engine(*arguments: object, **keywords: object) -> Engine:

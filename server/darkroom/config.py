@@ -202,7 +202,13 @@ class Settings(BaseSettings):
     preview_steps: int = Field(
         1, ge=1, le=1000, description="Steps between two previews of an image, at least; raising it shows fewer."
     )
-    max_failures: int = Field(3, ge=1, le=20, description="Unclean losses after which a job is dead-lettered.")
+    max_failures: int = Field(
+        3,
+        ge=1,
+        le=20,
+        description="Unclean losses after which a job is dead-lettered. After two, and before the last, it runs alone; "
+        "with 1 it never does, and one that ends its worker takes all beside it along.",
+    )
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "fp32", "fp16", "bf16"] = Field(
@@ -337,6 +343,11 @@ class Settings(BaseSettings):
     def checkpoint_write_s(self) -> float:
         """How long a state that was made may wait until it is written. `checkpoint_interval_s` has room for it."""
         return min(CHECKPOINT_WRITE_S, self.checkpoint_interval_s / 2) or CHECKPOINT_WRITE_S
+
+    @property
+    def suspect_failures(self) -> int:
+        """Unclean losses after which a job runs alone, so that it takes no others along."""
+        return max(1, min(2, self.max_failures - 1))
 
     @property
     def redis_dir(self) -> Path:

@@ -12,6 +12,7 @@ from darkroom.jobs import (
     Timings,
     new_job_id,
 )
+from darkroom.queue import JobQueue
 
 MODEL = "tiny"
 
@@ -60,3 +61,13 @@ def make_card(model: str = MODEL) -> ModelCard:
         max_width=64,
         max_height=64,
     )
+
+
+async def end_lease(queue: JobQueue, job: Job) -> None:
+    """Let a lease run out now, as if its time had passed while others reaped."""
+    connection = queue._connection
+    _, changed = await connection.transaction(
+        ("SET", f"{connection.keys.prefix}looked_after", "1", "PX", 10_000),
+        ("ZADD", f"{connection.keys.prefix}leases", "XX", "CH", 1, job.id),
+    )
+    assert changed == 1

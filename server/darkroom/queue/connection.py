@@ -287,9 +287,10 @@ def _script_head(settings: Settings) -> str:
     inputs = ", ".join(f"'{name}'" for name in INPUT_NAMES)
     terminal = ", ".join(f"{state.value} = true" for state in JobState if state.is_terminal)
     constants = (
-        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL, INPUT_NAMES = "
+        "local JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, SUSPECT_FAILURES, NUM_RANKS, TERMINAL, "
+        "INPUT_NAMES = "
         f"{int(settings.job_ttl_s * 1000)}, {int(settings.result_ttl_s * 1000)}, {int(settings.lease_s * 1000)}, "
-        f"{int(settings.disconnect_grace_s * 1000)}, {settings.max_failures}, {len(Priority)}, {{ {terminal} }}, "
-        f"{{ {inputs} }}\n"
+        f"{int(settings.disconnect_grace_s * 1000)}, {settings.max_failures}, {settings.suspect_failures}, "
+        f"{len(Priority)}, {{ {terminal} }}, {{ {inputs} }}\n"
     )
     return constants + _read_lua("prelude")

@@ -40,6 +40,7 @@ class JobQueue(ClientSide, WorkerSide, Overview):
             lease_s=settings.lease_s,
             result_ttl_s=settings.result_ttl_s,
             job_ttl_s=settings.job_ttl_s,
+            suspect_failures=settings.suspect_failures,
         )
         Overview.__init__(self, connection, memory)
 

@@ -1,7 +1,8 @@
 """The result store: finished pictures outside Redis, in a bucket or a directory.
 
-A picture lies at `<shard>/<job id>/<attempt>-<index>.<format>`. The attempt is in the key, so a worker that has lost
-its lease cannot touch the pictures of the one that owns the job now.
+A picture lies at `<shard>/<job id>/<attempt>-<8 random digits>-<index>.<format>`, where no other worker writes or
+removes: one that has lost its lease cannot touch the pictures of the one that owns the job now, even where a failover
+has made Redis forget a claim and both have the same attempt.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import os
 import random
 import re
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -32,11 +34,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-# Nothing else ever reaches the store, whatever a damaged record holds.
-_KEY = re.compile(r"[a-zA-Z0-9_-]{1,32}/[0-9a-f]{26}/[0-9]{1,9}-[0-9]{1,3}\.(png|jpeg|webp)")
+# Nothing else ever reaches the store, whatever a damaged record holds. An earlier release had no random digits.
+_KEY = re.compile(r"[a-zA-Z0-9_-]{1,32}/[0-9a-f]{26}/[0-9]{1,9}(-[0-9a-f]{8})?-[0-9]{1,3}\.(png|jpeg|webp)")
 _JOB_ID = re.compile(r"[0-9a-f]{26}")
 # A picture, or what a crash left of one on its way to its name.
-_FILE = re.compile(r"[0-9]{1,9}-[0-9]{1,3}\.(png|jpeg|webp)(#[0-9]+)?")
+_FILE = re.compile(r"[0-9]{1,9}(-[0-9a-f]{8})?-[0-9]{1,3}\.(png|jpeg|webp)(#[0-9]+)?")
 
 # An http:// endpoint is the operator's choice.
 _CLIENT_OPTIONS: ClientConfig = {"allow_http": True, "connect_timeout": "2s", "timeout": "10s"}
@@ -107,7 +109,8 @@ class ResultStore:
         An outage is waited out for `result_store_timeout_s`. Raises `ResultStoreUnavailable` after that, and removes
         what was written as far as it can.
         """
-        located = msgspec.structs.replace(result, location=f"{self._shard}/{job.id}/{job.attempt}")
+        place = f"{self._shard}/{job.id}/{job.attempt}-{secrets.token_hex(4)}"
+        located = msgspec.structs.replace(result, location=place)
         contents = dict(zip(_keys(located), images, strict=True))
         try:
             async with asyncio.timeout(self._timeout_s), asyncio.TaskGroup() as group:

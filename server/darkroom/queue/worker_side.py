@@ -26,14 +26,6 @@ _MAX_DEAD_LETTERS = 1000
 _STAGED_BYTES = 32 << 10
 
 
-SUSPECT_FAILURES = 2
-
-
-def is_suspect(job: Job) -> bool:
-    """Two workers were lost with this job: it runs alone, so that it takes no others along."""
-    return job.failures >= SUSPECT_FAILURES
-
-
 class WorkerSide:
     def __init__(
         self,
@@ -44,6 +36,7 @@ class WorkerSide:
         lease_s: float,
         result_ttl_s: float,
         job_ttl_s: float,
+        suspect_failures: int,
     ) -> None:
         self._connection = connection
         self._notices = notices
@@ -51,6 +44,7 @@ class WorkerSide:
         self._alive_ms = int(max(lease_s, 3.0) * 1000)
         self._result_ttl_ms = int(result_ttl_s * 1000)
         self._job_ttl_ms = int(job_ttl_s * 1000)
+        self._suspect_failures = suspect_failures
         self._registered: dict[str, list[bytes | str]] = {}
         self._claim_tokens: dict[str, str] = {}
         self._free_first: set[str] = set()
@@ -117,14 +111,15 @@ class WorkerSide:
         The first job may be larger than `max_model_rows` (model rows: images, twice that with guidance), those after it
         fit. A full worker passes `min_rank` to ask only for more urgent classes, and for a job of a tenant of whose
         jobs it holds none. No more than this worker's share of the backlog is taken. `held` is what the worker has: a
-        job with which two workers were lost is given only to one that has nothing, and by itself. Jobs that are past
-        their deadline, or cannot be read, are settled on the way. A claim whose reply was lost is repeated by the next
-        call, which then returns the jobs of the lost one.
+        job with which `suspect_failures` workers were lost is given only to one that has nothing, and by itself, so
+        that it takes no others along. Jobs that are past their deadline, or cannot be read, are settled on the way. A
+        claim whose reply was lost is repeated by the next call, which then returns the jobs of the lost one.
         """
         if max_jobs < 1 or max_model_rows < 1:
             return []
         token = self._claim_tokens.setdefault(worker_id, secrets.token_hex(8))
-        holds = "nothing" if not held else "suspect" if any(map(is_suspect, held)) else "jobs"
+        holds_suspect = any(job.failures >= self._suspect_failures for job in held)
+        holds = "nothing" if not held else "suspect" if holds_suspect else "jobs"
         replies = await self._connection.script(
             "claim",
             worker_id,
@@ -168,8 +163,8 @@ class WorkerSide:
         return jobs
 
     def must_be_free_first(self, worker_id: str) -> bool:
-        """Whether a worker's last claim brought nothing because it holds something, and a job with which two workers
-        were lost is there or waits. It should claim again as soon as it holds nothing."""
+        """Whether a worker's last claim brought nothing because it holds something, and a suspect is
+        there or waits. It should claim again as soon as it holds nothing."""
         return worker_id in self._free_first
 
     async def renew(self, worker_id: str, held: Mapping[str, int]) -> Renewal:

@@ -19,13 +19,14 @@ async def pause(error: QueueUnavailable) -> None:
 
 
 async def every(interval_s: float, action: Callable[[], Awaitable[Any]]) -> None:
-    """Do it for ever, an interval apart."""
+    """Do it for ever, an interval apart, and at once when Redis is back: a lease may be about to end."""
     while True:
         try:
             await action()
         except QueueUnavailable as error:
             await pause(error)
-        await asyncio.sleep(interval_s)
+        else:
+            await asyncio.sleep(interval_s)
 
 
 async def until_answered(action: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

@@ -187,11 +187,19 @@ class Worker:
         try:
             # A server that says nothing is not waited for: its leases run out.
             async with asyncio.timeout(left_s(HAND_BACK_STOP_S)):
-                await self._reports.keep_checkpoints()
-                await asyncio.gather(
-                    *(self._queue.hand_back(self.id, job, is_failure=job.id in to_blame) for job in held)
+                try:
+                    await self._reports.keep_checkpoints()
+                except QueueUnavailable as refusal:
+                    # At its memory limit Redis takes no states, but jobs.
+                    log.warning("checkpoints_not_kept", worker=self.id, reason=str(refusal))
+                outcomes = await asyncio.gather(
+                    *(self._queue.hand_back(self.id, job, is_failure=job.id in to_blame) for job in held),
+                    return_exceptions=True,
                 )
                 await self._queue.unregister(self.id)
+                for outcome in outcomes:
+                    if isinstance(outcome, BaseException):
+                        raise outcome
         except (QueueUnavailable, TimeoutError) as outage:
             log.warning("jobs_not_handed_back", worker=self.id, jobs=sorted(self._held), reason=str(outage))
         for (job_id, _), trace in self._traces.items():
@@ -273,6 +281,8 @@ class Worker:
                 jobs = [job for job in jobs if not await self._has_already(job)]
                 for job in jobs:
                     metrics.JOBS_CLAIMED.labels("again" if job.attempt > 1 else "first").inc()
+                    if job.id in self._held:
+                        self._drop_lost(self._held[job.id])
                     self._held[job.id] = job
                     self._claimed_s[job.id, job.attempt] = claimed_s = time.monotonic()
                     if (trace := tracing.follow(job, claimed_s)) is not None:
@@ -336,17 +346,21 @@ class Worker:
         held = {job.id: job.attempt for job in self._held.values()}
         renewal = await self._queue.renew(self.id, held)
         for job_id in renewal.lost:
-            attempt = (job_id, held[job_id])
-            if attempt in self._ending or not self._holds(*attempt):
-                continue  # it ended while the renewal was under way
-            metrics.LEASES_LOST.inc()
-            log.warning("lease_lost", job_id=job_id, **tracing.log_fields(self._held[job_id]))
-            self._lost.add(attempt)
-            self._engine.cancel(*attempt)
+            if self._holds(job_id, held[job_id]):  # else it ended while the renewal was under way
+                self._drop_lost(self._held[job_id])
         for job_id in renewal.cancelled:
             self._cancel(job_id, held[job_id], keep=False)
         for job_id in renewal.cut_short:
             self._cancel(job_id, held[job_id], keep=True)
+
+    def _drop_lost(self, job: Job) -> None:
+        """Spend nothing more on an attempt whose lease ran out, if it is not at its end already."""
+        attempt = (job.id, job.attempt)
+        if attempt not in self._ending:
+            metrics.LEASES_LOST.inc()
+            log.warning("lease_lost", job_id=job.id, **tracing.log_fields(job))
+            self._lost.add(attempt)
+            self._engine.cancel(*attempt)
 
     def _cancel(self, job_id: str, attempt: int, *, keep: bool) -> None:
         (self._engine.cut_short if keep else self._engine.cancel)(job_id, attempt)

@@ -7,7 +7,7 @@
 -- whatever their rank, so that nobody waits for a whole job of another. A tenant whose turn it is not gets neither.
 -- The first job is given whatever its rows; after it the claim stops at the first one that does not fit, so a large job
 -- is never overtaken for ever. Of each model no more is taken than the backlog divided by the live workers, rounded up.
--- A suspect (two workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
+-- A suspect (SUSPECT_FAILURES workers were lost with it) is given alone, to a worker that holds nothing. One that holds jobs gets no
 -- more of them until it holds none, then the suspect; at most one worker at a time makes itself free like that.
 -- A claim repeated with the token of the last one returns that one's jobs: a lost reply strands nothing.
 -- Writes ready:<rank>:<model>, ready_of:<length>:<tenant>:<rank>:<model>, queued, backlog, shares:<model>, debts:<model>,

@@ -37,11 +37,11 @@ if digest ~= '' then
     if state then
       if earlier[2] ~= ARGV[9] then return { 'mismatch' } end
       local reply = known('known', earlier[1], state)
-      -- Its client is back: to wait again, or for good.
+      -- Its client is back: to wait again, or for good. A job that stays for good is left alone.
       if ARGV[21] ~= '1' then
         redis.call('ZREM', abandoned, earlier[1])
       elseif not TERMINAL[state] then
-        redis.call('ZADD', abandoned, 'GT', now_ms + GRACE_MS, earlier[1])
+        redis.call('ZADD', abandoned, 'XX', 'GT', now_ms + GRACE_MS, earlier[1])
       end
       return reply
     end

@@ -2,8 +2,8 @@
 --
 -- KEYS[1] is the queue's prefix "{darkroom:<shard>}:". Every other key is derived from it, so a script touches one
 -- shard's keys only and all of them lie in one Redis Cluster slot. keys.py documents each key.
--- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, NUM_RANKS, TERMINAL
--- (state -> true) and INPUT_NAMES.
+-- The line before this one sets JOB_TTL_MS, RESULT_TTL_MS, LEASE_MS, GRACE_MS, MAX_FAILURES, SUSPECT_FAILURES,
+-- NUM_RANKS, TERMINAL (state -> true) and INPUT_NAMES.
 
 local prefix = KEYS[1]
 
@@ -32,10 +32,10 @@ local function ready_key(rank, model, tenant)
   return prefix .. 'ready:' .. rank .. ':' .. model
 end
 
--- A job with which two workers were lost is run by a worker that holds nothing else, so it waits apart from the classes,
--- and from the shares of tenants.
+-- A job with which SUSPECT_FAILURES workers were lost is run by a worker that holds nothing else, so it waits apart from
+-- the classes, and from the shares of tenants.
 local SUSPECT_RANK = NUM_RANKS
-local function is_suspect(job) return job.failures >= 2 end
+local function is_suspect(job) return job.failures >= SUSPECT_FAILURES end
 local function ready_key_of(job)
   if is_suspect(job) then return ready_key(SUSPECT_RANK, job.model) end
   return ready_key(job.rank, job.model, job.tenant)

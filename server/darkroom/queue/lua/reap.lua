@@ -2,7 +2,9 @@
 -- and not come back.
 --
 -- ARGV 1 most jobs of each kind to look at   2 most dead letters kept
--- A lost lease is an unclean loss: the job's failures rise by one, and at MAX_FAILURES it fails as a dead letter.
+-- A lost lease is an unclean loss: the job's failures rise by one, and at MAX_FAILURES it fails as a dead letter. While
+-- nobody could reach this server nobody could renew a lease either, or say that he still waits: after a time in which
+-- nobody called this, all those get the time to.
 -- An abandoned job gives its idempotency key back: a client that does come back with it later gets a new job.
 -- Writes running, abandoned, looked_after, idempotency:<digest>, and what lose(), finish() and ask_to_cancel() write.
 -- Returns five lists of ids (requeued, dead, cancelled, expired, abandoned) and the milliseconds until the next lease may
@@ -11,6 +13,18 @@
 local ended = { requeued = {}, dead = {}, cancelled = {}, expired = {}, abandoned = {} }
 local expired = ended.expired
 write_at_memory_limit()
+
+if redis.call('EXISTS', leases, abandoned) > 0 then
+  local looked_after = prefix .. 'looked_after'
+  if redis.call('EXISTS', looked_after) == 0 then
+    for key, time_ms in pairs({ [leases] = LEASE_MS, [abandoned] = GRACE_MS }) do
+      for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now_ms)) do
+        redis.call('ZADD', key, now_ms + time_ms, id)
+      end
+    end
+  end
+  redis.call('SET', looked_after, '1', 'PX', math.ceil(LEASE_MS / 2))
+end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
   local job = load_job(id)
@@ -38,25 +52,15 @@ end
 
 -- Damaged records could not say how many rows they had.
 if redis.call('EXISTS', leases) == 0 then redis.call('DEL', running) end
-if redis.call('EXISTS', abandoned) == 1 then
-  local looked_after = prefix .. 'looked_after'
-  if redis.call('EXISTS', looked_after) == 0 then
-    -- While nobody could reach this server, those who wait could not say so: they get the time to.
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', abandoned, '-inf', now_ms)) do
-      redis.call('ZADD', abandoned, now_ms + GRACE_MS, id)
-    end
-  end
-  redis.call('SET', looked_after, '1', 'PX', math.ceil(LEASE_MS * 2 / 3))
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', abandoned, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
-    local job = load_job(id)
-    redis.call('ZREM', abandoned, id)
-    if job and not TERMINAL[job.state] and not job.cancel then
-      redis.call('DEL', prefix .. 'idempotency:' .. job.idempotency)
-      redis.call('HSET', job_key(id), 'idempotency', '')
-      job.idempotency = ''
-      ask_to_cancel(id, job)
-      ended.abandoned[#ended.abandoned + 1] = id
-    end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', abandoned, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
+  local job = load_job(id)
+  redis.call('ZREM', abandoned, id)
+  if job and not TERMINAL[job.state] and not job.cancel then
+    redis.call('DEL', prefix .. 'idempotency:' .. job.idempotency)
+    redis.call('HSET', job_key(id), 'idempotency', '')
+    job.idempotency = ''
+    ask_to_cancel(id, job)
+    ended.abandoned[#ended.abandoned + 1] = id
   end
 end
 local next_lease = redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')

@@ -4,5 +4,6 @@
 -- ARGV 1 job id
 -- Writes abandoned. Returns nothing of interest.
 
+write_at_memory_limit()
 redis.call('ZADD', abandoned, 'XX', 'GT', now_ms + GRACE_MS, ARGV[1])
 return 1
