@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from darkroom.config import BUILTIN_MODEL, Settings, load_settings
 from darkroom.diffusion.loader import DiffusionModel, load_model
 from darkroom.diffusion.text import TextEmbedding
+from darkroom.engine.device import TickDevice
 from darkroom.engine.engine import Engine
 from darkroom.engine.events import Cancelled, Expired, Failed, Finished, TickReport
 from darkroom.engine.local import generate_images
@@ -28,6 +30,7 @@ from structlog.testing import capture_logs
 from tests.support.engines import job_for, pixels, request_for, run_jobs
 from tests.support.metrics import Change
 from tests.support.tiny_models import write_tiny_model
+from tests.support.twin_device import TwinDevice
 
 CROWD = [
     {"sampler": "ddim", "num_inference_steps": 3, "guidance_scale": 1.0, "seed": 1},
@@ -271,6 +274,43 @@ def test_a_row_alone_that_finds_no_memory_is_tried_once_more(
     monkeypatch.setattr(model.unet, "forward", refuses)
     event = run_jobs(model, [job_for(model, "one")], settings_with()).events["one"]
     assert isinstance(event, Finished if succeeds else Failed)
+
+
+@pytest.mark.parametrize("copied", ["checkpoint", "preview"])
+@pytest.mark.parametrize("device", [TickDevice, TwinDevice], ids=["cpu", "ticks ahead"])
+def test_a_copy_that_finds_no_memory_is_left_out_and_costs_no_picture(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, device: type[TickDevice], copied: str
+) -> None:
+    """The tick counted as failed and was run again, on latents that it had advanced already: another picture."""
+    job = job_for(model, "one", num_inference_steps=7)
+    due = {"checkpoint_steps": 2, "checkpoint_interval_s": 0.0, "preview_steps": 2}
+    settings = settings_with(**REPRODUCIBLE, **due)
+    undisturbed = run_jobs(model, [job], settings)
+    download, calls, saved, shown = device.download, 0, list[int](), list[int]()
+
+    def refuses_the_second(self: TickDevice, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise torch.OutOfMemoryError("no")
+        return download(self, tensor)
+
+    def note(_previews: object, _row: object, _latents: object, step: int) -> None:
+        shown.append(step)
+
+    monkeypatch.setattr(device, "download", refuses_the_second)
+    monkeypatch.setattr("darkroom.engine.previews.Previews.show", note)
+    options: dict[str, Any] = {"on_saved": lambda one: saved.append(one.checkpoint.num_done)}
+    if copied == "preview":
+        options = {"on_preview": lambda _: None, "on_start": lambda engine: engine.show("one", 0, "linear")}
+    place = TickDevice(torch.device("cpu")) if device is TickDevice else TwinDevice(has_graphs=False)
+    with capture_logs() as logs:
+        # Seconds pass whenever it is read, so that previews are due by their steps.
+        disturbed = run_jobs(model, [job], settings, device=place, clock=itertools.count(0.0).__next__, **options)
+    assert disturbed.images("one") == undisturbed.images("one")
+    assert [entry["event"] for entry in logs if entry["log_level"] != "info"] == [f"no_{copied}"]
+    # A checkpoint takes two calls, a preview one.
+    assert (saved, shown) == (([4, 6], []) if copied == "checkpoint" else ([], [1, 5]))
 
 
 def test_pictures_that_cannot_be_decoded_together_are_decoded_one_by_one(

@@ -18,6 +18,7 @@ from darkroom_kernels.step import (
     step_,
 )
 from darkroom_kernels.step.reference import step_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.interpreter import bf16_as_on_a_device  # noqa: F401
 
@@ -136,6 +137,47 @@ def test_a_row_without_a_slot_changes_nothing(arguments, form, is_row):
         assert torch.equal(after[name][slots], full[name][slots])
         others = [slot for slot in range(SLOTS) if slot not in slots]
         assert torch.equal(after[name][others], given[name][others])
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Lets the n-th operator (from 0) that makes a tensor find no memory."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func._schema.is_mutable:
+            self.left -= 1
+            if self.left == -1:
+                raise torch.OutOfMemoryError("no")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["finite", "not finite"])
+@pytest.mark.parametrize("slots", [[8, 2, 7], [4, 5, 6]], ids=["scattered", "side by side"])
+@pytest.mark.parametrize("form", ["auto", "torch"])
+def test_a_step_that_finds_no_memory_has_changed_nothing(form, slots, bad):
+    """Rows side by side were stepped in place, and half way through memory was asked for."""
+    given = batch_of(rows=3)
+    given["slots"] = torch.tensor(slots)
+    given["coefficients"][0, [A_D1, A_D2, A_NOISE]] = 0.0
+    if bad:
+        given["model_output"][0] = torch.nan
+    before = {name: given[name].clone() for name in ("latents", "previous")}
+    num_failed = 0
+    while True:
+        mode = OutOfMemoryAt(num_failed)
+        try:
+            with mode:
+                step_(**given, implementation=form)
+            break
+        except torch.OutOfMemoryError:
+            num_failed += 1
+            for name, value in before.items():
+                assert torch.equal(given[name], value), num_failed
+    assert num_failed > 10
+    assert not torch.equal(given["latents"], before["latents"])
 
 
 @pytest.mark.parametrize("form", FORMS)

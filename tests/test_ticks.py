@@ -354,10 +354,13 @@ def test_a_row_cancelled_while_a_tick_is_enqueued_leaves_no_trace_in_the_row_tha
         assert twin.images(job.id) == run_jobs(model, [job], settings).images(job.id)
 
 
-def run_until_it_breaks(model: DiffusionModel, jobs: list[Job], device: TwinDevice) -> list[Event]:
+def run_until_it_breaks(
+    model: DiffusionModel, jobs: list[Job], device: TwinDevice, settings: Settings | None = None, **options: Any
+) -> list[Event]:
     """Events of jobs until the engine gave up."""
     events: list[Event] = []
-    engine = Engine({model.id: model}, settings_with(), on_event=events.append, device=device)
+    settings = settings or settings_with()
+    engine = Engine({model.id: model}, settings, on_event=events.append, device=device, **options)
     for job in jobs:
         engine.submit(job)
     with pytest.raises(DeviceLost, match="illegal memory access") as lost:
@@ -394,6 +397,18 @@ def test_a_device_lost_while_decoding_ends_the_engine_too(
 
     monkeypatch.setattr(model.vae, "decode", lost)
     assert run_until_it_breaks(model, [job_for(model, "a")], TwinDevice(has_graphs=False)) == []
+
+
+def test_a_device_lost_while_a_state_is_copied_is_more_than_a_copy_left_out(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> torch.Tensor:
+        raise LOST
+
+    monkeypatch.setattr(TwinDevice, "download", lost)
+    settings = settings_with(checkpoint_steps=2)
+    device = TwinDevice(has_graphs=False)
+    assert run_until_it_breaks(model, [job_for(model, "a")], device, settings, on_saved=lambda _: None) == []
 
 
 @pytest.mark.parametrize(
@@ -507,6 +522,45 @@ def test_a_failed_tick_on_the_device_changes_no_picture(model: DiffusionModel, m
     monkeypatch.setattr(model.unet, "forward", fails_once)
     disturbed = run_jobs(model, jobs, settings, device=TwinDevice(has_graphs=False))
     assert [disturbed.images(name) for name in "ab"] == [undisturbed.images(name) for name in "ab"]
+
+
+@pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "call by call"])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("no"), "out_of_memory"), (RuntimeError("no"), "job_failed")],
+    ids=["no memory", "other"],
+)
+def test_a_tick_that_fails_after_its_step_fails_its_jobs_and_steps_no_row_twice(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, has_graphs: bool
+) -> None:
+    settings = settings_with(**REPRODUCIBLE)
+    broken = [job_for(model, name, sampler="euler_a", seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    later = [job_for(model, name, sampler="euler_a", seed=seed) for name, seed in (("c", 3), ("d", 4))]
+    undisturbed = run_jobs(model, later, settings)
+    end_turn, engines, calls = Lane.end_turn, list[Engine](), 0
+
+    def fails_once(lane: Lane) -> Any:
+        nonlocal calls
+        # What warms up has none.
+        calls += bool(engines[0]._roster.is_open)
+        if calls == 3:
+            calls += 1
+            for job in later:
+                engines[0].submit(job)
+            raise error
+        return end_turn(lane)
+
+    monkeypatch.setattr(Lane, "end_turn", fails_once)
+    disturbed, _ = run_on_twin(
+        model, broken, settings, TwinDevice(has_graphs=has_graphs), expected=4, on_start=engines.append
+    )
+    for job in broken:
+        event = disturbed.events[job.id]
+        assert isinstance(event, Failed)
+        assert event.failure.code == code
+    for job in later:
+        assert disturbed.images(job.id) == undisturbed.images(job.id)
+    assert calls == 4 + 4
 
 
 def test_a_row_that_finds_no_memory_for_its_state_fails_alone(

@@ -1,6 +1,6 @@
 """The step on a CPU: the arithmetic of `plain`, with what the host may do there and a graph may not.
 
-Slots and coefficients are looked at, so rows that lie side by side are stepped where they are, and terms that no row
+Slots and coefficients are looked at, so rows that lie side by side are read where they are, and terms that no row
 uses are left out. For a small picture that is a third of the time.
 """
 
@@ -71,24 +71,28 @@ def step_(
     if any(values[CLAMP]):
         limit = column[CLAMP] if all(values[CLAMP]) else torch.where(column[CLAMP] > 0, column[CLAMP], torch.inf)
         denoised.clamp_(-limit, limit)
-    x.mul_(column[A_X]).addcmul_(denoised, column[A_D])
+    # In the memory of what was predicted, which nobody reads any more.
+    following = torch.mul(x, column[A_X], out=noise_pred).addcmul_(denoised, column[A_D])
     newest, oldest = last.unbind(1)
     for index, term in ((A_D1, newest), (A_D2, oldest), (A_NOISE, noise)):
         if term is not None and any(values[index]):
             if not all(values[index]):
                 # 0 · NaN is NaN, and what a zero coefficient leaves out may be the remains of another row.
                 term = term.masked_fill(column[index] == 0, 0.0)
-            x.addcmul_(term, column[index])
+            following.addcmul_(term, column[index])
+    # A sum is finite only if all its terms are, and cheaper than asking each of them.
+    if math.isfinite(float(following.sum()) + float(denoised.sum())):
+        is_finite.fill_(True)
+    else:
+        is_finite.copy_((following.isfinite() & denoised.isfinite()).flatten(1).all(1))
+    # Nothing is written before all is computed, as in `plain`.
     oldest.copy_(newest)
     newest.copy_(denoised)
     if is_scattered:
-        latents.index_copy_(0, slots, x)
+        latents.index_copy_(0, slots, following)
         previous.index_copy_(0, slots, last)
-    # A sum is finite only if all its terms are, and cheaper than asking each of them.
-    if math.isfinite(float(x.sum()) + float(denoised.sum())):
-        is_finite.fill_(True)
     else:
-        is_finite.copy_((x.isfinite() & denoised.isfinite()).flatten(1).all(1))
+        x.copy_(following)
 
 
 def _neighbours(pool: Tensor, slots: list[int]) -> Tensor | None:

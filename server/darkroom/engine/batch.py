@@ -6,10 +6,12 @@ only its coefficients, its time embeddings and its noise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import structlog
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,8 @@ from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
 
 T = TypeVar("T")
+
+log = structlog.get_logger("darkroom.engine")
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,10 @@ class Batch:
 
     def enqueue(self, to_save: Collection[Row] = (), to_show: Collection[Row] = ()) -> Tick:
         """Let the device advance every row by one evaluation, and copy out the state of those `to_save` and the
-        denoised latents of those `to_show`. On a CPU that has happened on return.
+        denoised latents of those `to_show`. On a CPU that has happened on return. A copy that cannot be had is logged
+        and left out.
 
-        Whatever raises here has changed no row, and the step may be tried again.
+        When this raises, rows that are not `is_spoilt` are as they were, and their step may be tried again.
         """
         lane, rows, inputs, captured = self.lane, self.rows, self._inputs, self._captured
         at_end = {row for row in rows if row.step_index + 1 == row.table.num_evaluations}
@@ -112,23 +117,46 @@ class Batch:
             lane.compute(inputs, noise, self._text_kv, self._text_slots, self._text_lengths)
         else:
             captured.replay()
-        inputs.fetch(frame)
-        for row, mask, noised in kept:
-            mask.put_back(lane.pool.latents[_held(row.slot)], noised)
-        for row, latents in finished.items():
-            if row not in cut_short:
-                latents.copy_(lane.pool.latents[_held(row.slot)])
-                continue
-            latents.copy_(lane.pool.previous[_held(row.slot), 0])
-            if row.kept is not None:
-                row.kept.put_back(latents, row.kept.latents)
-        saved = {row: checkpoint_of(lane, row, row.step_index + 1) for row in to_save if row not in finished}
-        shown = {row: lane.device.download(lane.pool.previous[_held(row.slot), 0]) for row in to_show}
-        done = lane.end_turn()
+        # The latents are the next ones from here on: a step writes nothing before all of it is computed.
+        saved, shown = dict[Row, Checkpoint](), dict[Row, Tensor]()
+        try:
+            inputs.fetch(frame)
+            for row, mask, noised in kept:
+                mask.put_back(lane.pool.latents[_held(row.slot)], noised)
+            for row, latents in finished.items():
+                if row not in cut_short:
+                    latents.copy_(lane.pool.latents[_held(row.slot)])
+                    continue
+                latents.copy_(lane.pool.previous[_held(row.slot), 0])
+                if row.kept is not None:
+                    row.kept.put_back(latents, row.kept.latents)
+            # New pinned memory may make the host wait for the device, which is better done with the step under way.
+            for row in to_save:
+                if row not in finished:
+                    with self._or_left_out("no_checkpoint", row):
+                        saved[row] = checkpoint_of(lane, row, row.step_index + 1)
+            for row in to_show:
+                with self._or_left_out("no_preview", row):
+                    shown[row] = lane.device.download(lane.pool.previous[_held(row.slot), 0])
+            done = lane.end_turn()
+        except Exception:
+            for row in rows:
+                row.is_spoilt = True
+            raise
         for row in rows:
             row.step_index += 1
             row.is_cut_short = row in cut_short
         return Tick(rows, frame.is_finite, done, finished, saved, shown)
+
+    @contextmanager
+    def _or_left_out(self, event: str, row: Row) -> Iterator[None]:
+        """Log what keeps a row's copy from being made, as another comes later; raise only when the device is lost."""
+        try:
+            yield
+        except Exception as error:
+            if self.lane.device.is_lost(error):
+                raise
+            log.warning(event, job_id=row.active.job.id, image=row.index, exc_info=error)
 
     def _write(self, frame: Frame) -> int:
         """Fill a frame for this step of every row. Returns how many rows hold all those that draw noise in it."""

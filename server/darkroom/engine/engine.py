@@ -495,7 +495,8 @@ class Engine:
 
     def _fail_tick(self, choice: Choice, rows: tuple[Row, ...], error: Exception) -> None:
         """One row may be the cause: try each alone once, and fail only those that fail alone. A row that was alone is
-        tried again where memory was short, which may have been the decoder's doing.
+        tried again where memory was short, which may have been the decoder's doing. One that is spoilt would be
+        stepped twice, and fails.
 
         An error that takes the device away is raised: nothing can be tried any more, and no job is to blame.
         """
@@ -515,7 +516,7 @@ class Engine:
         for row in rows:
             if row.active.is_over or row.is_replaced:
                 continue
-            if len(rows) > 1 or is_out_of_memory(error):
+            if not row.is_spoilt and (len(rows) > 1 or is_out_of_memory(error)):
                 started_s = self._clock()
                 bucket = next(b for b in self.batcher.buckets if b >= len(row.conditionings))
                 try:

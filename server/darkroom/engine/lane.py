@@ -57,7 +57,7 @@ class Lane:
         )
         self.ring = device.ticks_ahead + 1
         self.graphs: dict[int, CapturedTick] = {}
-        self._turn = 0
+        self._turn, self._is_turn_open = 0, False
         self._done: list[torch.cuda.Event | None] = [None] * self.ring
 
     @property
@@ -66,6 +66,10 @@ class Lane:
 
     def next_turn(self) -> int:
         """The frame of the ring to write the next tick in, once the device is through with what it held."""
+        if self._is_turn_open:
+            # A tick failed half way, and no event says when the device is through with what it sent.
+            self.device.wait(self.device.record())
+        self._is_turn_open = True
         self._turn = (self._turn + 1) % self.ring
         self.device.wait(self._done[self._turn])
         return self._turn
@@ -73,6 +77,7 @@ class Lane:
     def end_turn(self) -> torch.cuda.Event | None:
         """Mark the end of the tick's work on the device."""
         done = self._done[self._turn] = self.device.record()
+        self._is_turn_open = False
         return done
 
     def inputs(self, num_rows: int, num_model_rows: int) -> TickInputs:

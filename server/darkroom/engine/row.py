@@ -102,7 +102,8 @@ class Row:
     was made safe, None until there is one; `saved_s` and `saved_step` are when it was asked for, or when the row
     joined, and `shown_s` and `shown_step` when a preview was; `previewed_step` is that of the last preview that is
     there. `conditionings` holds the prompt's and, with guidance, the negative prompt's. `is_replaced` is set once its
-    image was begun again, and another row has its place. One that `is_cut_short` has no more to come.
+    image was begun again, and another row has its place. One that `is_cut_short` has no more to come. One that
+    `is_spoilt` cannot go on: a tick failed that had stepped it, so its latents are not those of `step_index`.
     `step_index` is the next evaluation to enqueue, `num_done` counts those known to be complete.
     """
 
@@ -134,6 +135,7 @@ class Row:
     num_done: int = 0
     id: int = field(default_factory=lambda: next(_row_ids))
     is_cut_short: bool = False
+    is_spoilt: bool = False
     _drawn: tuple[int, Tensor] | None = None
 
     def __post_init__(self) -> None:
