@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from darkroom.engine.checkpoint import Checkpoint, history_at
+from darkroom.engine.device import TickDevice
 from darkroom.engine.inputs import Frame
 from darkroom.engine.lane import Lane
 from darkroom.engine.row import Row
@@ -24,6 +25,17 @@ from darkroom.engine.row import Row
 T = TypeVar("T")
 
 log = structlog.get_logger("darkroom.engine")
+
+
+@contextmanager
+def or_left_out(event: str, row: Row, device: TickDevice) -> Iterator[None]:
+    """Log what keeps a row's copy from being made, which is not the only one; raise only when the device is lost."""
+    try:
+        yield
+    except Exception as error:
+        if device.is_lost(error):
+            raise
+        log.warning(event, job_id=row.active.job.id, image=row.index, exc_info=error)
 
 
 @dataclass(frozen=True)
@@ -133,10 +145,10 @@ class Batch:
             # New pinned memory may make the host wait for the device, which is better done with the step under way.
             for row in to_save:
                 if row not in finished:
-                    with self._or_left_out("no_checkpoint", row):
+                    with or_left_out("no_checkpoint", row, lane.device):
                         saved[row] = checkpoint_of(lane, row, row.step_index + 1)
             for row in to_show:
-                with self._or_left_out("no_preview", row):
+                with or_left_out("no_preview", row, lane.device):
                     shown[row] = lane.device.download(lane.pool.previous[_held(row.slot), 0])
             done = lane.end_turn()
         except Exception:
@@ -147,16 +159,6 @@ class Batch:
             row.step_index += 1
             row.is_cut_short = row in cut_short
         return Tick(rows, frame.is_finite, done, finished, saved, shown)
-
-    @contextmanager
-    def _or_left_out(self, event: str, row: Row) -> Iterator[None]:
-        """Log what keeps a row's copy from being made, as another comes later; raise only when the device is lost."""
-        try:
-            yield
-        except Exception as error:
-            if self.lane.device.is_lost(error):
-                raise
-            log.warning(event, job_id=row.active.job.id, image=row.index, exc_info=error)
 
     def _write(self, frame: Frame) -> int:
         """Fill a frame for this step of every row. Returns how many rows hold all those that draw noise in it."""

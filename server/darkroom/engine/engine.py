@@ -23,7 +23,7 @@ from darkroom import metrics
 from darkroom.config import Settings
 from darkroom.diffusion.finish import Finisher
 from darkroom.diffusion.loader import DiffusionModel
-from darkroom.engine.batch import Batch, Tick, checkpoint_of
+from darkroom.engine.batch import Batch, Tick, checkpoint_of, or_left_out
 from darkroom.engine.batcher import Batcher, BatchKey, Choice, row_buckets
 from darkroom.engine.checkpoint import MAX_HISTORY, Checkpoint
 from darkroom.engine.decode import Decoder, Developed, Encoded
@@ -360,12 +360,13 @@ class Engine:
             return
         saved = []
         for row in self._roster.rows():
-            if row.num_done == row.table.num_evaluations and row.last_latents is not None:
-                latents = self._device.download(row.last_latents)
-                nothing = latents.new_zeros((MAX_HISTORY, *latents.shape))
-                saved.append((row, Checkpoint(row.index, row.num_done, latents, nothing, 0, row.fingerprint)))
-            elif row.slot is not None and row.num_done:
-                saved.append((row, checkpoint_of(self._lanes[row.key], row, row.num_done)))
+            with or_left_out("no_checkpoint", row, self._device):
+                if row.num_done == row.table.num_evaluations and row.last_latents is not None:
+                    latents = self._device.download(row.last_latents)
+                    nothing = latents.new_zeros((MAX_HISTORY, *latents.shape))
+                    saved.append((row, Checkpoint(row.index, row.num_done, latents, nothing, 0, row.fingerprint)))
+                elif row.slot is not None and row.num_done:
+                    saved.append((row, checkpoint_of(self._lanes[row.key], row, row.num_done)))
         self._device.wait(self._device.record())
         for row, checkpoint in saved:
             if not row.active.is_over:
