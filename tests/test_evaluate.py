@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,6 +229,37 @@ def test_a_report_holds_what_was_measured(tmp_path: Path) -> None:
     assert "90.0 % (59.6 to 98.2, 9 of 10); 7 combinations" in (tmp_path / "report.md").read_text()
     with Image.open(tmp_path / "steps.png") as plot:
         assert plot.width > 500
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["nowhere"], "nowhere is not a diffusers folder: it has no model_index.json"),
+        (["model"], "training.json is missing: nothing tells which recipe's world these weights draw; name it with"),
+        (["model", "--recipe", "small", "--samplers", "foo"], "sampler: got 'foo', expected one of"),
+        (["model", "--recipe", "small", "--steps", "0"], "num_inference_steps: got 0, expected 1 to"),
+        (["model", "--guidance", "1,x"], "argument --guidance: invalid numbers value: '1,x'"),
+        ([], "a model's folder is needed, or --validate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_at_once_and_an_earlier_report_stays(
+    asked: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An unknown sampler was noticed when the sweep came to it, and the report of before was gone within a second."""
+    monkeypatch.chdir(tmp_path)
+    write_tiny_model(tmp_path / "model", "sd1", seed=5)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text("earlier")
+    monkeypatch.setattr(evaluate, "Detector", lambda device: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", *asked, "--out", "out", "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert told in capsys.readouterr().err
+    assert (tmp_path / "out" / "report.json").read_text() == "earlier"
 
 
 def test_validation_counts_what_was_read_wrong(detector: Detector) -> None:

@@ -28,6 +28,7 @@ from training import (
     distill,
     drawing,
     export,
+    painting,
     train_text,
     train_unet,
     train_vae,
@@ -223,6 +224,31 @@ def test_an_optimizer_goes_on_as_if_it_had_never_been_stopped(tmp_path: Path) ->
         update(module, optimizer, gradient)
         update(resumed, its_optimizer, gradient)
     assert torch.equal(module.weight, resumed.weight)
+
+
+def test_runs_of_another_recipe_are_not_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their weights have other shapes; the export ended in a traceback, after all stages had been passed over."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "progress.json").write_text(json.dumps({"recipe": "small"}))
+    monkeypatch.setattr(sys, "argv", ["training", "--recipe", "full", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds a run of the recipe small, not full: give another --out"):
+        __main__.main()
+
+
+def test_what_is_missing_for_training_is_named_before_anything_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", "--out", str(tmp_path), "--minutes", "0"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert "--minutes: got 0, expected more than 0" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["training", "--out", str(tmp_path)])
+    monkeypatch.setattr(painting, "FONT_PATH", tmp_path / "none.ttf")
+    with pytest.raises(SystemExit, match=r"none\.ttf is missing: apt-get install fonts-noto-color-emoji"):
+        __main__.main()
+    with pytest.raises(SystemExit):
+        train_text.main(["--out", str(tmp_path)])
+    assert "one of the arguments --minutes --updates is required" in capsys.readouterr().err
 
 
 def test_a_student_links_to_the_files_that_it_shares_with_its_teacher(tmp_path: Path) -> None:

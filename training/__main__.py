@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from training import common
+from training.painting import require_font
 from training.recipes import RECIPES, Recipe, add_recipe
 
 
@@ -93,12 +94,16 @@ def main() -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     args.out.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[args.recipe]
-    minutes = args.minutes or recipe.minutes
-    open_stages = {
-        stage: command
-        for stage, command in commands(recipe, args.out, minutes, args.device, args.scenes).items()
-        if not common.is_finished(args.out / stage)
-    }
+    minutes = recipe.minutes if args.minutes is None else args.minutes
+    if minutes <= 0:
+        parser.error(f"--minutes: got {minutes:g}, expected more than 0")
+    require_font()
+    all_stages = commands(recipe, args.out, minutes, args.device, args.scenes)
+    for stage in all_stages:
+        common.refuse_other_recipe(args.out / stage, recipe.name)
+    open_stages = {stage: command for stage, command in all_stages.items() if not common.is_finished(args.out / stage)}
+    if not open_stages:
+        print(f"All stages in {args.out} are finished, and are exported once more. Another --out trains anew.")
     # A CPU has nothing left over to get the next stage ready with.
     groups = [[stage] for stage in open_stages] if args.device == "cpu" else [list(open_stages)]
     with tqdm(total=100, unit="%", mininterval=1) as bar:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -318,7 +319,11 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=BUILTIN_MODEL.parent, help="holds the models' folders")
     parser.add_argument("--reports", type=Path, default=Path("runs/evaluation"), help="holds a folder for each model")
     args = parser.parse_args()
-    for path in write_cards(args.models, args.reports):
+    try:
+        cards = write_cards(args.models, args.reports)
+    except ValueError as error:
+        sys.exit(str(error))
+    for path in cards:
         print(path)
 
 

@@ -123,8 +123,9 @@ def run_parser(description: str | None, *, lr: float, ema: float = 0.998, seed: 
     parser = argparse.ArgumentParser(description=description)
     add_recipe(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it resumes")
-    parser.add_argument("--minutes", type=float, help="length of the run in training time")
-    parser.add_argument("--updates", type=int, help="length of the run in updates")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="length of the run in training time")
+    length.add_argument("--updates", type=int, help="length of the run in updates")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--ema", type=float, default=ema)
     parser.add_argument("--seed", type=int, default=seed)
@@ -166,6 +167,13 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} shared CPU cores"
+
+
+def refuse_other_recipe(run: Path, recipe: str) -> None:
+    """End the process where a run of another recipe lies in this folder: its weights have other shapes."""
+    path = run / "progress.json"
+    if path.exists() and (found := json.loads(path.read_text())["recipe"]) != recipe:
+        raise SystemExit(f"{run} holds a run of the recipe {found}, not {recipe}: give another --out")
 
 
 def save_checkpoint(

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from darkroom.diffusion.loader import DiffusionModel
+from darkroom.diffusion.samplers import compile_sampler
+from darkroom.errors import InvalidRequest
 
 from training.detector import Detector, Reading
 from training.drawing import Sampling, draw, load, vae_psnr_db
@@ -189,7 +191,8 @@ def save_sheets(folder: Path, judged: Sequence[Judged]) -> None:
 
 
 def evaluate(model: DiffusionModel, world: World, detector: Detector, args: argparse.Namespace) -> Report:
-    """Measure all that the arguments ask for; sweeps end early when the time is over."""
+    """Measure all that the arguments ask for; sweeps end early when the time is over. Raises `InvalidRequest` for a
+    sampler or a number of steps that the model cannot be drawn with."""
     began_s = time.monotonic()
     sampling = Sampling.of(model)
     own = {"sampler": args.sampler, "num_inference_steps": args.num_steps, "guidance_scale": args.guidance_scale}
@@ -202,18 +205,22 @@ def evaluate(model: DiffusionModel, world: World, detector: Detector, args: argp
 
     def note(text: str) -> None:
         report.seconds = time.monotonic() - began_s
-        report.write(args.out)
         print(f"{report.seconds:7.1f} s  {text}", flush=True)
+        # An earlier report stays until this one has as much to say.
+        if report.categories:
+            report.write(args.out)
 
+    stepped = [
+        sampling.but(sampler=sampler, num_inference_steps=steps) for sampler in args.samplers for steps in args.steps
+    ]
+    for asked in (sampling, *stepped):  # what cannot be drawn is refused before an hour is spent
+        compile_sampler(asked.sampler, model.schedule, asked.num_inference_steps, asked.sigma_schedule)
     report.vae_psnr_db = vae_psnr_db(model, world)
     note(f"autoencoder {report.vae_psnr_db:.2f} dB")
     judged = score_categories(report, world, drawn, detector, args.count, args.seed)
     save_sheets(args.out, judged)
     note(f"{len(judged)} pictures of {len(CATEGORIES)} categories and the README's prompts")
     guided = [sampling.but(guidance_scale=scale) for scale in args.guidance]
-    stepped = [
-        sampling.but(sampler=sampler, num_inference_steps=steps) for sampler in args.samplers for steps in args.steps
-    ]
     for rows, asked in ((report.steps, stepped), (report.guidance, guided)):
         for other in asked:
             if time.monotonic() - began_s > 60 * args.minutes:
@@ -226,8 +233,16 @@ def evaluate(model: DiffusionModel, world: World, detector: Detector, args: argp
     return report
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [kind(part) for part in text.split(",") if part]
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in names(text)]
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in names(text)]
 
 
 def main() -> None:
@@ -238,9 +253,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the report; default: one in runs/evaluation")
     parser.add_argument("--count", type=int, default=100, help="prompts of each category and split")
     parser.add_argument("--sweep-count", type=int, default=50, help="prompts of each category in a sweep")
-    parser.add_argument("--samplers", type=_list_of(str), default=["dpmpp_2m", "ddim", "euler"], help="to sweep")
-    parser.add_argument("--steps", type=_list_of(int), default=[4, 8, 15, 25], help="to sweep with each sampler")
-    parser.add_argument("--guidance", type=_list_of(float), default=[1.0, 2.0, 3.0, 5.0], help="scales to sweep")
+    parser.add_argument("--samplers", type=names, default=["dpmpp_2m", "ddim", "euler"], help="to sweep")
+    parser.add_argument("--steps", type=whole_numbers, default=[4, 8, 15, 25], help="to sweep with each sampler")
+    parser.add_argument("--guidance", type=numbers, default=[1.0, 2.0, 3.0, 5.0], help="scales to sweep")
     parser.add_argument("--sampler", help="of the main table; default: the model's own")
     parser.add_argument("--num-steps", type=int, help="of the main table and of the sweep over guidance")
     parser.add_argument("--guidance-scale", type=float, help="of the main table and of the sweep over steps")
@@ -251,21 +266,29 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     args = parser.parse_args()
 
+    if args.model is None and not args.validate:
+        parser.error("a model's folder is needed, or --validate")
+    if args.model is not None and not (args.model / "model_index.json").exists():
+        parser.error(f"{args.model} is not a diffusers folder: it has no model_index.json")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     detector = Detector(torch.device(args.device))
-    if args.model is None and not args.validate:
-        parser.error("a model's folder is needed, or --validate")
     if args.out is None:
         args.out = Path("runs/evaluation") / (args.model.resolve().name if args.model else "detector")
     if args.validate:
         args.out.mkdir(parents=True, exist_ok=True)
         validate(detector, args.count, args.seed, args.out, RECIPES[args.recipe or "full"].world)
         return
-    recipe = RECIPES[args.recipe] if args.recipe else recipe_of(args.model)
+    try:
+        recipe = RECIPES[args.recipe] if args.recipe else recipe_of(args.model)
+    except ValueError as error:
+        parser.error(f"{error}; name it with --recipe")
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     model = load(args.model, args.device, dtypes[args.dtype] if args.dtype else None)
-    report = evaluate(model, recipe.world, detector, args)
+    try:
+        report = evaluate(model, recipe.world, detector, args)
+    except InvalidRequest as error:
+        parser.error(str(error))
     print(report.as_markdown())
 
 

@@ -41,8 +41,15 @@ PIECE_SIZE = 0.25
 _NUMBERS = {name: number for number, name in enumerate(SPRITES)}
 
 
+def require_font() -> None:
+    """End the process where the font is missing, with what to do."""
+    if not FONT_PATH.is_file():
+        raise SystemExit(f"{FONT_PATH} is missing: apt-get install fonts-noto-color-emoji, or set EMOJI_FONT")
+
+
 @cache
 def _font() -> ImageFont.FreeTypeFont:
+    require_font()
     return ImageFont.truetype(str(FONT_PATH), FONT_PX)
 
 

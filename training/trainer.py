@@ -22,6 +22,7 @@ class Trainer:
     def __init__(
         self, args: argparse.Namespace, module: nn.Module, *, weight_decay: float, num_scenes: int, batch_size: int
     ) -> None:
+        common.refuse_other_recipe(args.out, args.recipe)
         device = torch.device(args.device)
         self.module = module
         self.optimizer = torch.optim.AdamW(
