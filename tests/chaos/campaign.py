@@ -169,7 +169,7 @@ class Campaign:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _judge(self) -> tuple[Verdict, dict[str, Record]]:
-        verdict = await self.stack.verdict(list(self.book.job_ids), self.book.ids_of, REST_S)
+        verdict = await self.stack.verdict(list(self.book.job_ids), self.book, REST_S)
         verdict.wrong += self.problems
         records = await read_records(self.stack.queue, self.stack.settings, await self._all_jobs())
         self._check_told(verdict, records)
@@ -495,7 +495,8 @@ class Campaign:
         retries = ", ".join(f"{number} {name}" for name, number in self.book.retries.most_common())
         say(
             f"requests: {self.book.num_requests}, {len(self.book.failed)} failed, {self.book.num_refused} refused for "
-            f"their deadline; tried again: {retries or 'none'}"
+            f"their deadline, {verdict.num_asked_anew} had a new job after one that was given up; tried again: "
+            f"{retries or 'none'}"
         )
         for line in [*self.book.failed[:10], *(f"WRONG {line}" for line in verdict.wrong[:40])]:
             say(f"  {line}")

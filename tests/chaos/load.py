@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from darkroom.jobs import GenerationRequest
 
 # How long a client tries before its request counts as failed.
 PATIENCE_S = 180.0
@@ -19,6 +20,8 @@ PATIENCE_S = 180.0
 END_OF_CODE = {"cancelled": "cancelled", "expired": "expired", "dead_letter": "failed"}
 STYLES = {"wait": 4, "poll": 4, "events": 2, "cancel": 2, "deadline": 2, "leave": 1}
 NUM_BODIES = 16
+# As many words as a text encoder reads, and more: what comes after them is stored with the job and changes no picture.
+_UNREAD = "blurred " * 80
 
 
 def make_bodies(dice: random.Random) -> list[dict[str, Any]]:
@@ -37,11 +40,23 @@ def make_bodies(dice: random.Random) -> list[dict[str, Any]]:
     ]
 
 
+def named(body: dict[str, Any], name: str) -> dict[str, Any]:
+    """The request, to be recognised in the job that is stored for it, whether or not anyone is told that job's id."""
+    return {**body, "negative_prompt": _UNREAD + name}
+
+
+def name_of(request: GenerationRequest) -> str:
+    """Which request of a client a stored one is; '' for one without a name."""
+    return request.negative_prompt.removeprefix(_UNREAD)
+
+
 @dataclass
 class Book:
-    """What clients were told: job ids by Idempotency-Key, and the end of each job."""
+    """What clients have asked for and what they were told: job ids by request, and the end of each job. The jobs of
+    those that are `waited_for` may be given up, and their keys back, when nobody has waited for long enough."""
 
     ids_of: dict[str, set[str]] = field(default_factory=dict)
+    waited_for: set[str] = field(default_factory=set)
     ends: dict[str, set[str]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     retries: Counter[str] = field(default_factory=Counter)
@@ -52,8 +67,13 @@ class Book:
     def job_ids(self) -> set[str]:
         return set().union(*self.ids_of.values())
 
+    def ask(self, name: str, *, is_waited_for: bool) -> None:
+        self.ids_of.setdefault(name, set())
+        if is_waited_for:
+            self.waited_for.add(name)
+
     def note(self, key: str, job_id: str, end: str | None = None) -> None:
-        self.ids_of.setdefault(key, set()).add(job_id)
+        self.ids_of[key].add(job_id)
         if end is not None:
             self.ends.setdefault(job_id, set()).add(end)
 
@@ -67,7 +87,8 @@ class Refused(Exception):
 
 
 class Client:
-    """One client, with dice of its own. `urls` gives the servers that a load balancer would choose from."""
+    """One client, with dice of its own. `urls` gives the servers that a load balancer would choose from. Its requests
+    carry their names, which are also their Idempotency-Keys, unless `is_naming` is false."""
 
     def __init__(
         self,
@@ -76,8 +97,11 @@ class Client:
         urls: Callable[[], Sequence[str]],
         bodies: Sequence[dict[str, Any]],
         book: Book,
+        *,
+        is_naming: bool = True,
     ) -> None:
         self._name, self._dice, self._urls, self._bodies, self._book = name, dice, urls, bodies, book
+        self._is_naming = is_naming
         self._num_asked = 0
         self._http = httpx.AsyncClient(timeout=20, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 
@@ -99,7 +123,7 @@ class Client:
         body = {**self._dice.choice(self._bodies), "priority": self._dice.choice(("low", "normal", "normal", "high"))}
         try:
             if style == "leave":
-                await self._leave(body)
+                await self._leave(key, body)
                 return
             if style == "deadline":
                 body["deadline_s"] = round(self._dice.uniform(0.2, 3.0), 2)
@@ -124,7 +148,8 @@ class Client:
 
     async def _submit(self, key: str, body: dict[str, Any]) -> tuple[str, str | None]:
         """The job's id, and its end if the reply tells it."""
-        reply = await self._call("POST", "/generate", json=body, headers={"Idempotency-Key": key})
+        self._book.ask(key, is_waited_for=body["mode"] == "wait")
+        reply = await self._call("POST", "/generate", json=self._named(body, key), headers={"Idempotency-Key": key})
         told = reply.json()
         if told.get("code") == "deadline_unmet" or any(e["field"] == "deadline_s" for e in told.get("errors", ())):
             raise Refused
@@ -171,11 +196,16 @@ class Client:
             self._book.retries["events"] += 1
             await asyncio.sleep(0.1)
 
-    async def _leave(self, body: dict[str, Any]) -> None:
-        """Wait without a key, and go before the answer comes."""
+    def _named(self, body: dict[str, Any], name: str) -> dict[str, Any]:
+        return named(body, name) if self._is_naming else body
+
+    async def _leave(self, name: str, body: dict[str, Any]) -> None:
+        """Wait without a key, and go before the answer comes: asked once, so there is one job of it or none."""
+        self._book.ask(name, is_waited_for=False)
         with contextlib.suppress(httpx.TransportError, TimeoutError):
             async with asyncio.timeout(self._dice.uniform(0.05, 0.6)):
-                await self._http.post(f"{await self._url()}/generate", json={**body, "mode": "wait"})
+                asked = self._named({**body, "mode": "wait"}, name)
+                await self._http.post(f"{await self._url()}/generate", json=asked)
 
     async def _url(self) -> str:
         while not (urls := self._urls()):  # noqa: ASYNC110 - servers come and go by themselves

@@ -66,8 +66,11 @@ async def soak(stack: Stack, minutes: float, seed: int, say: Callable[[str], Non
     def start_clients(
         name: str, number: int, bodies: Sequence[dict[str, Any]], stop: asyncio.Event
     ) -> list[asyncio.Task[None]]:
+        # With names each guided request would have a text of its own, and memory would grow until the worker's cache of
+        # texts is full.
         clients = [
-            Client(f"{name}-{n}", random.Random(f"{seed}-{n}"), lambda: urls, bodies, book) for n in range(number)
+            Client(f"{name}-{n}", random.Random(f"{seed}-{n}"), lambda: urls, bodies, book, is_naming=False)
+            for n in range(number)
         ]
         return [asyncio.create_task(client.run(stop, 0.1)) for client in clients]
 

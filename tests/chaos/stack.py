@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from darkroom.config import Settings
 from darkroom.queue import EmbeddedRedis, JobQueue
 
 from tests.chaos.link import Link
+from tests.chaos.load import Book
 from tests.chaos.nursery import Child
 from tests.chaos.verdict import Verdict, come_to_rest, judge, wait_until
 
@@ -191,9 +192,7 @@ class Stack:
         async with httpx.AsyncClient(base_url=member.url, timeout=30, trust_env=False) as client:
             yield client
 
-    async def verdict(
-        self, accepted: list[str], keys_of: Mapping[str, set[str]] | None = None, timeout_s: float = 60.0
-    ) -> Verdict:
+    async def verdict(self, accepted: list[str], book: Book | None = None, timeout_s: float = 60.0) -> Verdict:
         """Wait until nothing waits or runs, then judge."""
         await come_to_rest(self.queue, timeout_s)
-        return await judge(self.queue, self.settings, accepted, dict(keys_of or {}))
+        return await judge(self.queue, self.settings, accepted, book)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from darkroom.config import Settings
@@ -18,6 +19,8 @@ from darkroom.errors import JobError, QueueUnavailable
 from darkroom.jobs import Job, JobState, Result, decode
 from darkroom.queue import JobQueue
 from darkroom.queue.keys import KEY_TABLE, Keys
+
+from tests.chaos.load import Book, name_of
 
 TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
 # Who may not outlive the last job, and who need not ever go, as the table of keys says itself.
@@ -31,13 +34,14 @@ _PAGE = 500
 @dataclass
 class Verdict:
     """`accepted` counts jobs, `states` their ends. `lost` never ended, or ended without what they were to give;
-    `doubled` ended more than once, or share a client's key with another. `wrong` says every fault in words, those
-    included."""
+    `doubled` ended more than once, or were made for a request that had one. `num_asked_anew` counts the jobs that a
+    request rightly had after an earlier one. `wrong` says every fault in words, those included."""
 
     accepted: int = 0
     states: Counter[str] = field(default_factory=Counter)
     lost: set[str] = field(default_factory=set)
     doubled: set[str] = field(default_factory=set)
+    num_asked_anew: int = 0
     wrong: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -57,6 +61,10 @@ class Record:
     @property
     def state(self) -> str:
         return self.fields.get("state", b"").decode()
+
+    def ms(self, name: str) -> int:
+        """A time by the server's clock; 0 where there is none."""
+        return int(self.fields.get(name) or 0)
 
 
 async def come_to_rest(queue: JobQueue, timeout_s: float = 60.0) -> None:
@@ -101,11 +109,9 @@ async def read_records(queue: JobQueue, settings: Settings, job_ids: Iterable[st
     return found
 
 
-async def judge(
-    queue: JobQueue, settings: Settings, accepted: Collection[str], keys_of: dict[str, set[str]] | None = None
-) -> Verdict:
-    """Judge a queue at rest. `accepted` are the ids that clients were given; `keys_of` are by Idempotency-Key the ids
-    that its calls were answered with."""
+async def judge(queue: JobQueue, settings: Settings, accepted: Collection[str], book: Book | None = None) -> Verdict:
+    """Judge a queue at rest. `accepted` are the ids that clients were given. `book`, if all requests had names, has
+    each of them: the jobs of a request are found by what is stored, as nobody may have been told their ids."""
     verdict = Verdict()
     left = await read_keys(queue, settings)
     stored = {name.removeprefix("job:") for name in left if name.startswith("job:")}
@@ -116,10 +122,8 @@ async def judge(
     sizes = await _image_sizes(queue, settings, left)
     for job_id in jobs:
         _judge_job(verdict, job_id, records.get(job_id), images[job_id], sizes)
-    for key, ids in (keys_of or {}).items():
-        if len(ids) > 1:
-            verdict.doubled |= ids
-            verdict.wrong.append(f"Idempotency-Key {key} was answered with {len(ids)} jobs: {sorted(ids)}")
+    if book is not None:
+        _judge_requests(verdict, settings, records, book)
     _judge_keys(verdict, settings, left, records)
     await _judge_counters(verdict, queue, left)
     return verdict
@@ -170,6 +174,37 @@ def _judge_job(
         for image in manifest.images:
             if sizes.get((job_id, image.index)) != image.num_bytes:
                 lost(f"picture {image.index} is not the one that its result tells of")
+
+
+def _judge_requests(verdict: Verdict, settings: Settings, records: dict[str, Record], book: Book) -> None:
+    """A request has one job, however often it was sent and whoever was told of it."""
+    grace_ms = round(settings.disconnect_grace_s * 1000)
+    jobs_of: dict[str, list[str]] = defaultdict(list)
+    for job_id, record in records.items():
+        try:
+            jobs_of[name_of(decode(record.fields.get("payload", b""), Job).request)].append(job_id)
+        except JobError as error:
+            verdict.wrong.append(f"job {job_id} cannot be read: {error}")
+    for name in jobs_of.keys() - book.ids_of.keys():
+        verdict.wrong.append(f"jobs {sorted(jobs_of[name])} are of no request: {name[-100:]!r}")
+    for name, told in book.ids_of.items():
+        jobs = sorted(jobs_of[name], key=lambda job_id: records[job_id].ms("created_ms"))
+        if others := told & records.keys() - set(jobs):
+            verdict.wrong.append(f"request {name} was answered with jobs of others: {sorted(others)}")
+        for earlier, later in pairwise(jobs):
+            state, began_ms = records[earlier].state, records[earlier].ms("created_ms")
+            ended_after_ms = records[earlier].ms("finished_ms") - began_ms
+            anew_after_ms = records[later].ms("created_ms") - began_ms
+            # A key comes back when its job is given up because nobody has waited for so long, and only then.
+            is_given_up = name in book.waited_for and state == "cancelled" and ended_after_ms >= grace_ms
+            if is_given_up and anew_after_ms >= grace_ms:
+                verdict.num_asked_anew += 1
+                continue
+            verdict.doubled.add(later)
+            verdict.wrong.append(
+                f"request {name} has job {later} beside {earlier}: {state} after {ended_after_ms} ms, and asked for "
+                f"anew after {anew_after_ms} ms"
+            )
 
 
 def _judge_keys(verdict: Verdict, settings: Settings, left: dict[str, int], records: dict[str, Record]) -> None:
