@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from darkroom import metrics
 from darkroom.diffusion.loader import DiffusionModel
+from darkroom.jobs import JobState
 
 from tests.chaos.redis_world import World, soon, world
 from tests.support.redis_servers import RedisServer, eventually
@@ -63,17 +65,21 @@ async def test_a_claim_that_the_new_master_never_heard_of_is_made_again_and_draw
     """Regression: the worker was given the attempt that it held already, and drew the job twice side by side
     (tests/test_worker.py looks at that more closely)."""
     with pair(tmp_path) as (master, replica):
-        async with world(tiny_model, master, tmp_path) as all_:
+        # No renewal falls into the test, by which the worker would learn that the claim is lost and give the job up.
+        async with world(tiny_model, master, tmp_path, lease_s=60.0) as all_:
             all_.gate.clear()
             all_.worker.cut()
             [job_id] = await all_.accept(1)
             await eventually(lambda: replica.is_in_step_with(master))
-            replica.stop_answering()
+            # From here on the replica hears nothing, and the claim is made at a master that is about to die.
+            replica.promote()
             all_.worker.mend()
             await all_.runs(job_id)
+            await all_.look_at(replica)
+            status = await all_.look.status(job_id)
+            assert (status.state, status.job.attempt) == (JobState.QUEUED, 0), "it has never heard of the claim"
+            steps = metrics.ROW_STEPS._value.get()
             master.kill()
-            replica.answer_again()
-            replica.promote()
             await point_to(all_, replica)
             await all_.runs(job_id)
             status = await all_.look.status(job_id)
@@ -81,6 +87,7 @@ async def test_a_claim_that_the_new_master_never_heard_of_is_made_again_and_draw
             all_.gate.set()
             verdict = await all_.verdict([job_id])
             assert verdict, verdict.wrong
+            assert metrics.ROW_STEPS._value.get() - steps == status.job.request.num_inference_steps
             assert (await all_.look.status(job_id)).job.failures == 0
 
 
