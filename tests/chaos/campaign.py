@@ -39,9 +39,9 @@ REST_S = 240.0
 
 @dataclass(frozen=True)
 class Hit:
-    """A job that a killed or drained worker had. `repeated_steps` are those that its image with the most of them did
-    and no checkpoint holds, `repeated_s` from the beginning of the first to the end of the last. The worker had Redis
-    within reach for `calm_s`."""
+    """A job that a killed worker had. `repeated_steps` are those that its image with the most of them did and no
+    checkpoint holds, `repeated_s` from the beginning of the first to the end of the last. The worker had Redis within
+    reach for `calm_s`."""
 
     job_id: str
     attempt: int
@@ -50,6 +50,14 @@ class Hit:
     repeated_steps: int
     repeated_s: float
     calm_s: float
+
+
+class HandBack(NamedTuple):
+    """A job that a drained worker handed back: how many steps of its images were done by then, and how many of these
+    the next worker did again."""
+
+    num_kept: int
+    num_repeated: int
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Campaign:
         self.num_kills = 0
         self.problems: list[str] = []
         self.hits: list[Hit] = []
-        self.drained: list[Hit] = []
+        self.drained: list[Member] = []
         self.drains_s: list[float] = []
         self.figures: list[Figure] = []
         self._redis_back_s = -math.inf
@@ -126,16 +134,18 @@ class Campaign:
         for job_id, record in records.items():
             if int(record.fields.get("failures", 0)):
                 verdict.wrong.append(f"job {job_id} counts a failure, and nothing but drains happened")
-        repeated = sum(hit.repeated_steps for hit in self.drained)
+        handed_back = self._check_hand_backs(verdict)
+        repeated = sum(one.num_repeated for one in handed_back)
+        num_begun = sum(one.num_kept > 0 for one in handed_back)
         self._say(
             f"drains: p50 {statistics.median(self.drains_s):.2f} s, most {max(self.drains_s):.2f} s; "
-            f"{len(self.drained)} jobs handed back, {repeated} steps repeated"
+            f"{len(handed_back)} jobs handed back, {num_begun} of them begun, {repeated} steps repeated"
         )
         self._tell(verdict)
         name = f"{num_restarts} rolling restarts under load"
         self.figures += [
             Figure(f"{name}, failed requests", len(self.book.failed), f"of {self.book.num_requests}"),
-            Figure(f"{name}, steps repeated", repeated, "steps", detail=f"{len(self.drained)} jobs handed back"),
+            Figure(f"{name}, steps repeated", repeated, "steps", detail=f"{len(handed_back)} jobs handed back"),
             Figure(f"{name}, longest drain", max(self.drains_s), "s"),
         ]
         return verdict, (
@@ -347,7 +357,6 @@ class Campaign:
     async def drain(self, member: Member, limit_s: float = 10.0) -> None:
         """SIGTERM, an orderly end, and a new start."""
         member.state = "draining"
-        worker_id = member.worker_id if member.kind == "worker" else None
         self._went_down(member, await self._now_ms())
         member.child.signal(signal.SIGTERM)
         told_at = time.monotonic()
@@ -356,8 +365,8 @@ class Campaign:
         self.faults[f"SIGTERM of {'a worker' if member.kind == 'worker' else 'an API'}"] += 1
         if code != 0:
             self.problems.append(f"{member.name} ended with {code} after SIGTERM: {member.log}")
-        if worker_id is not None:
-            self.drained += await self._jobs_of(member, worker_id, await self._now_ms(), state=b"queued")
+        if member.kind == "worker":
+            self.drained.append(member)
         await member.link.close()
         await self._start(member.name)
 
@@ -397,10 +406,8 @@ class Campaign:
         self.faults[f"partition, {mode}"] += 1
         member.state = "up"
 
-    async def _jobs_of(
-        self, member: Member, worker_id: str, at_ms: int, calm_s: float = 0.0, state: bytes = b"running"
-    ) -> list[Hit]:
-        """The jobs that a worker had when it ended."""
+    async def _jobs_of(self, member: Member, worker_id: str, at_ms: int, calm_s: float) -> list[Hit]:
+        """The jobs that a worker had when it was killed."""
         queue, keys = self.stack.queue, Keys(self.stack.settings.shard)
         steps = _steps_of(member)
         found = []
@@ -409,7 +416,7 @@ class Campaign:
                 owner, is_in, attempt, failures, payload = await queue._connection.command(
                     "HMGET", keys.job(job_id), "owner", "state", "attempt", "failures", "payload"
                 )
-                if owner != worker_id.encode() or is_in != state:
+                if owner != worker_id.encode() or is_in != b"running":
                     continue
                 num_images = decode(payload, Job).request.num_images_per_prompt
                 states = [
@@ -455,6 +462,31 @@ class Campaign:
                 self.num_compared += 1
                 if (pixels(image) != self._expected[request.seed, index]).any():
                     verdict.wrong.append(f"picture {index} of job {job_id} is not the undisturbed one")
+
+    def _check_hand_backs(self, verdict: Verdict) -> list[HandBack]:
+        """Every job that a drained worker handed back, by its log: as many as it says itself, or it is wrong, and so it
+        is if a step of one was done again."""
+        done: dict[tuple[str, int], set[tuple[int, int]]] = defaultdict(set)
+        for member in self.stack.started:
+            for (job_id, attempt, index), steps in _steps_of(member).items():
+                done[job_id, attempt] |= {(index, step.num_done) for step in steps}
+        found = []
+        for member in self.drained:
+            ended = {line["job_id"] for line in member.events("job_ended")}
+            claimed = [(line["job_id"], line["attempt"]) for line in member.events("job_claimed")]
+            handed_back = [(job_id, attempt) for job_id, attempt in claimed if job_id not in ended]
+            told = [line["handed_back"] for line in member.events("worker_stopped")]
+            if told != [len(handed_back)]:
+                verdict.wrong.append(
+                    f"{member.name} handed {told} jobs back, known are {len(handed_back)}: {member.log}"
+                )
+            for job_id, attempt in handed_back:
+                # An attempt that did nothing hands on what those before it did.
+                kept = set[tuple[int, int]]().union(*(done[job_id, number] for number in range(1, attempt + 1)))
+                if again := kept & done[job_id, attempt + 1]:
+                    verdict.wrong.append(f"job {job_id} was handed back, and {len(again)} of its steps were done again")
+                found.append(HandBack(len(kept), len(again)))
+        return found
 
     def _figures(self, records: dict[str, Record]) -> Figures:
         figures = Figures()

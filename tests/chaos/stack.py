@@ -101,7 +101,8 @@ class Member:
 
 
 class Stack:
-    """Use as an async context manager. `queue` is this process's own way to Redis, which never breaks."""
+    """Use as an async context manager. `queue` is this process's own way to Redis, which never breaks. `members` are
+    the processes by name, `started` all that there ever were."""
 
     def __init__(self, directory: Path, model: Path | None = None, **settings: Any) -> None:
         self._directory = directory
@@ -112,7 +113,7 @@ class Stack:
         self.settings = Settings(data_dir=directory / "data", redis_url=None, **values)
         self.redis = EmbeddedRedis(self.settings)
         self.members: dict[str, Member] = {}
-        self._started: list[Member] = []
+        self.started: list[Member] = []
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self.redis.start)
@@ -125,10 +126,10 @@ class Stack:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for member in self._started:
+        for member in self.started:
             if member.child.exit_code is None:
                 member.child.signal(signal.SIGKILL)
-        for member in self._started:
+        for member in self.started:
             await member.child.wait()
             await member.link.close()
         await self.queue.close()
@@ -157,12 +158,12 @@ class Stack:
         env = {name: value for name, value in os.environ.items() if not name.startswith("DARKROOM_")}
         env |= self._env | {f"DARKROOM_{key.upper()}": str(value) for key, value in settings.items()}
         env |= {"DARKROOM_REDIS_URL": link.url, "DARKROOM_PROCESS": name, "PYTHONFAULTHANDLER": "1"}
-        log = log or self._directory / f"{len(self._started):04}-{name}.log"
+        log = log or self._directory / f"{len(self.started):04}-{name}.log"
         log.touch()
         arguments = ["api", "--port", "0"] if kind == "api" else ["worker", "--model", str(self.model)]
         child = await asyncio.to_thread(Child, arguments, env, log, prepare=prepare, is_fresh=is_fresh)
         member = self.members[name] = Member(name, kind, child, link, log)
-        self._started.append(member)
+        self.started.append(member)
         if is_awaited:
             await self.wait_ready(member)
         return member
