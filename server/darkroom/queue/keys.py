@@ -46,7 +46,11 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
         "jobs that are cancelled when nobody waits for them, by the ms at which nobody was seen for long enough",
         "none: empty when idle",
     ),
-    "looked_after": ("string", "there while somebody reaps, if anything is in `leases` or `abandoned`", "lease_s / 2"),
+    "looked_after": (
+        "string",
+        "there while somebody reaps, if anything is in `leases` or `abandoned`",
+        "lease_s / 2, 3 s or more",
+    ),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),
     "api_keys": ("hash", "key id -> encoded ApiKey, with the hash of its secret", "none: until revoked"),

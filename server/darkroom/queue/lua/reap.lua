@@ -23,7 +23,8 @@ if redis.call('EXISTS', leases, abandoned) > 0 then
       end
     end
   end
-  redis.call('SET', looked_after, '1', 'PX', math.ceil(LEASE_MS / 2))
+  -- Longer than any pause between two calls: every process calls this each second, or each third of a lease.
+  redis.call('SET', looked_after, '1', 'PX', math.max(3000, math.ceil(LEASE_MS / 2)))
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
