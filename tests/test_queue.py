@@ -1427,6 +1427,17 @@ async def test_after_an_outage_workers_get_the_time_to_renew_their_leases(
     assert (await queue.reap()).requeued == [job.id], "one that does not come back"
 
 
+async def test_after_a_start_that_knows_of_no_workers_leases_are_not_given_anew(
+    queue: JobQueue, redis: Any, keys: Keys
+) -> None:
+    await enqueue(queue)
+    job = await claim_one(queue)
+    await end_lease(queue, job)
+    await redis.delete(f"{keys.prefix}looked_after")
+    await queue.forget_workers()
+    assert (await queue.reap()).requeued == [job.id]
+
+
 @pytest.mark.parametrize(("max_failures", "alone_after"), [(2, 1), (3, 2), (20, 2)])
 async def test_a_job_runs_alone_before_it_is_given_up(
     settings: Settings, redis_url: str, max_failures: int, alone_after: int

@@ -48,7 +48,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "looked_after": (
         "string",
-        "there while somebody reaps, if anything is in `leases` or `abandoned`",
+        "there while somebody reaps what is in `leases` and `abandoned`",
         "lease_s / 2, 3 s or more",
     ),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),

@@ -310,6 +310,12 @@ local function lose(id, job, reason, max_dead_letters)
   return 'requeued'
 end
 
+-- Say that leases and those who wait are looked after: what runs out has been given up. It holds for longer than any
+-- pause of those who reap, which is a second or a third of a lease.
+local function look_after()
+  redis.call('SET', prefix .. 'looked_after', '1', 'PX', math.max(3000, math.ceil(LEASE_MS / 2)))
+end
+
 -- Remember until when a model has a worker: the last of its live ones, or now, as one was just there.
 local function note_served(model)
   local last = redis.call('ZREVRANGE', prefix .. 'serving:' .. model, 0, 0, 'WITHSCORES')

@@ -15,16 +15,14 @@ local expired = ended.expired
 write_at_memory_limit()
 
 if redis.call('EXISTS', leases, abandoned) > 0 then
-  local looked_after = prefix .. 'looked_after'
-  if redis.call('EXISTS', looked_after) == 0 then
+  if redis.call('EXISTS', prefix .. 'looked_after') == 0 then
     for key, time_ms in pairs({ [leases] = LEASE_MS, [abandoned] = GRACE_MS }) do
       for _, id in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', now_ms)) do
         redis.call('ZADD', key, now_ms + time_ms, id)
       end
     end
   end
-  -- Longer than any pause between two calls: every process calls this each second, or each third of a lease.
-  redis.call('SET', looked_after, '1', 'PX', math.max(3000, math.ceil(LEASE_MS / 2)))
+  look_after()
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', now_ms, 'LIMIT', 0, ARGV[1])) do
