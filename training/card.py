@@ -260,10 +260,10 @@ def _how_measured(measured: Measured) -> str:
         f"glyphs and the drawn backgrounds reads the pictures. Drawn by {sampling['sampler']}, "
         f"{sampling['num_inference_steps']} steps, guidance "
         f"{sampling['guidance_scale']:g}, where nothing else is said, on {measured.report['device']}, from seed "
-        f"{measured.report['seed']}. Shares of the prompts drawn as asked, with 95 % intervals (Wilson). Combinations "
-        "are the different things that a category's prompts ask for: where they are few, their pictures differ by seed "
-        "and place, and the interval says little of other combinations. Two things look as asked by chance in half of "
-        "all pictures, at each other in a quarter.\n"
+        f"{measured.report['seed']}. Shares of the prompts drawn as asked, each thing as often as it is named, with "
+        "95 % intervals (Wilson). Combinations are the different things that a category's prompts ask for: where they "
+        "are few, their pictures differ by seed and place, and the interval says little of other combinations. Two "
+        "things look as asked by chance in half of all pictures, at each other in a quarter.\n"
     )
 
 
