@@ -49,7 +49,7 @@ KEY_TABLE: dict[str, tuple[str, str, str]] = {
     "looked_after": (
         "string",
         "there while somebody reaps what is in `leases` and `abandoned`",
-        "lease_s / 2, 3 s or more",
+        "lease_s / 2, 5 s or more",
     ),
     "leases": ("zset", "every running job by the ms at which its lease ends", "none: empty when idle"),
     "counters": ("hash", "accepted, one per terminal state, reserved_bytes, stored_bytes", "none: one small hash"),

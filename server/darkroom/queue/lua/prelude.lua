@@ -311,9 +311,9 @@ local function lose(id, job, reason, max_dead_letters)
 end
 
 -- Say that leases and those who wait are looked after: what runs out has been given up. It holds for longer than any
--- pause of those who reap, which is a second or a third of a lease.
+-- pause of those who reap, which is a second or a third of a lease, and than a restart of this server takes.
 local function look_after()
-  redis.call('SET', prefix .. 'looked_after', '1', 'PX', math.max(3000, math.ceil(LEASE_MS / 2)))
+  redis.call('SET', prefix .. 'looked_after', '1', 'PX', math.max(5000, math.ceil(LEASE_MS / 2)))
 end
 
 -- Remember until when a model has a worker: the last of its live ones, or now, as one was just there.
