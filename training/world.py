@@ -120,8 +120,9 @@ PLAIN: dict[str, Colour] = {
 PLACES: tuple[str, ...] = ("forest", "night", "beach", "snow", "desert", "city", "sea", "meadow", "mountains")
 BACKGROUNDS: tuple[str, ...] = (*PLACES, *PLAIN)
 
-# Of two that look at each other, or one at the other, where the caption says no side. Were either side as likely, the
-# two halves of a picture would each choose for themselves, and often draw the same object twice.
+# Of two that look at each other, or one at the other, or stand one before the other, where the caption says no side.
+# Were either side as likely, the two halves of a picture would each choose for themselves, and often draw the same
+# object twice.
 NAMED_FIRST_ON_THE_RIGHT = 0.1
 
 RELATIONS = ("", "count", "left", "above", "riding", "in", "looking", "facing", "front", "mirror")

@@ -163,8 +163,8 @@ class WorkerSide:
         return jobs
 
     def must_be_free_first(self, worker_id: str) -> bool:
-        """Whether a worker's last claim brought nothing because it holds something, and a suspect is
-        there or waits. It should claim again as soon as it holds nothing."""
+        """Whether a worker's last claim brought nothing because it holds something, and a suspect is there or waits. It
+        should claim again as soon as it holds nothing."""
         return worker_id in self._free_first
 
     async def renew(self, worker_id: str, held: Mapping[str, int]) -> Renewal:
